@@ -1,0 +1,799 @@
+"""What the stages share: configuration, files, model loading, quantization, device and dtype rules,
+the prompt cache, flow matching, LoRA files, pictures."""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+# What torchao's import prints about kernels and classes that are not used here: nothing that a user could act on.
+for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers.hooks import apply_group_offloading
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
+
+VERSION = "0.1.0"
+FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
+TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
+# The list of the model authors' own LoRA script.
+TARGET_MODULES = [
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------- configuration
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its text is one line: what was found, where, what to do."""
+
+
+class Key(NamedTuple):
+    """One configuration key: its accepted types, default and description, and what its values may be."""
+
+    types: tuple | type
+    default: object
+    help: str
+    choices: tuple = None
+    minimum: float = None
+
+
+KEYS = {
+    "model": {
+        "model_type": Key(str, "lora", "what is trained", ("lora",)),
+        "model_family": Key(str, "longcat_image", "the model family", ("longcat_image",)),
+        "model_flavour": Key(str, "final", "the main release, or the mid-training checkpoint", tuple(FLAVOURS)),
+        "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
+        "base_model_precision": Key(
+            str, "int8-quanto", "how the frozen transformer is stored", ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change")
+        ),
+        "mixed_precision": Key(
+            str, "auto", "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU", ("auto", "bf16", "fp16", "no")
+        ),
+    },
+    "data": {
+        "data_dir": Key((str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'),
+        "instance_prompt": Key(str, None, "caption for pictures that have none"),
+        "resolution": Key((str, int), "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"'),
+        "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
+        "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
+        "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
+        "vae_batch_size": Key(int, 4, "pictures a batch when latents are cached", minimum=1),
+        "text_encoder_batch_size": Key(int, 4, "prompts a batch when embeddings are cached", minimum=1),
+    },
+    "LoRA": {
+        "lora_rank": Key(int, 16, "rank", minimum=1),
+        "lora_alpha": Key(float, None, "strength is lora_alpha / lora_rank; null: equal to the rank", minimum=0),
+        "lora_dropout": Key(float, 0.0, "dropout on the LoRA's input", minimum=0),
+        "init_lora": Key(str, None, "LoRA file or folder to start from"),
+        "lora_target_modules": Key(list, TARGET_MODULES, "ends of the names of the layers that get a LoRA"),
+    },
+    "training": {
+        "train_batch_size": Key(int, 1, "pictures a batch", minimum=1),
+        "gradient_accumulation_steps": Key(int, 1, "batches a step", minimum=1),
+        "max_train_steps": Key(int, 1000, "steps to train", minimum=1),
+        "num_train_epochs": Key(int, 0, "if not 0: epochs to train, in place of max_train_steps", minimum=0),
+        "learning_rate": Key(float, 1e-4, "AdamW's learning rate after warm-up", minimum=0),
+        "lr_scheduler": Key(
+            str,
+            "constant_with_warmup",
+            "course of the learning rate",
+            ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        ),
+        "lr_warmup_steps": Key(int, 100, "steps until the full learning rate", minimum=0),
+        "adam_beta1": Key(float, 0.9, "AdamW's beta1", minimum=0),
+        "adam_beta2": Key(float, 0.999, "AdamW's beta2", minimum=0),
+        "adam_weight_decay": Key(float, 0.01, "AdamW's weight decay", minimum=0),
+        "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm", minimum=0),
+        "gradient_checkpointing": Key(bool, True, "recompute activations in the backward pass: less memory, 1.5 times the step time"),
+        "seed": Key(int, 42, "every random draw follows from it", minimum=0),
+        "flow_schedule_auto_shift": Key(bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"),
+    },
+    "memory": {
+        "enable_group_offload": Key(bool, False, "not available yet: only false is accepted", (False,)),
+        "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
+        "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
+    },
+    "output": {
+        "output_dir": Key(str, "output", "folder of this run's files"),
+        "checkpoint_step_interval": Key(int, 500, "steps between checkpoints", minimum=1),
+        "checkpoints_total_limit": Key(int, 3, "how many checkpoints are kept", minimum=1),
+        "resume_from_checkpoint": Key(str, "latest", 'checkpoint to go on from: "latest", a folder, or "none"'),
+        "report_to": Key(str, "tensorboard", "where curves go, besides metrics.jsonl", ("tensorboard", "none")),
+        "validation_step_interval": Key(int, 500, "steps between preview pictures; 0: none", minimum=0),
+    },
+    "validation": {
+        "validation_prompts": Key((list, str), [], "prompts of previews and of validate.py"),
+        "validation_negative_prompt": Key(str, "", "negative prompt"),
+        "validation_resolution": Key(str, "1024x1024", "width x height of the pictures, multiples of 16"),
+        "validation_guidance": Key(float, 4.5, "guidance scale", minimum=0),
+        "validation_num_inference_steps": Key(int, 30, "sampling steps", minimum=1),
+        "validation_seed": Key(int, 42, "seed of every picture's first noise", minimum=0),
+        "lora": Key(str, None, "the LoRA that validate.py shows: a file or folder; null: the newest of output_dir"),
+    },
+}
+ALL_KEYS = {name: key for group in KEYS.values() for name, key in group.items()}
+
+# Keys of other trainers' files that mean nothing here, and what to use instead.
+IGNORED_KEYS = {
+    "data_backend_config": "use data_dir",
+    "optimizer": "it is AdamW",
+    "flow_schedule_shift": "use flow_schedule_auto_shift",
+    "lora_type": "it is a standard LoRA",
+    "resolution_type": "resolution is in pixels",
+    "minimum_image_size": "every readable picture is used",
+    "push_to_hub": "upload the LoRA file yourself",
+    "tracker_project_name": "curves are in output_dir/logs",
+    "tracker_run_name": "curves are in output_dir/logs",
+    "disable_benchmark": "there is none",
+}
+
+
+def read_json(path):
+    """The dictionary in a JSON file that may hold `//` comments and trailing commas.
+
+    Raises UserError for a missing file, bad JSON (with the line) or a key that is there twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
+    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
+    text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
+
+    def no_duplicates(pairs):
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path}: the key {name!r} is there {names.count(name)} times; keep one")
+        return dict(pairs)
+
+    try:
+        values = json.loads(text, object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys and values")
+    return values
+
+
+def load_config(path=None, **overrides):
+    """The configuration as an object with every key as an attribute.
+
+    `path`: a JSON file (`//` comments allowed) or None; `overrides` win over the file, defaults fill the rest.
+    Raises UserError (a ValueError), in one line, for an unknown key, a wrong type or an impossible value.
+    """
+    values = {**(read_json(path) if path else {}), **overrides}
+    config = SimpleNamespace(**{name: key.default for name, key in ALL_KEYS.items()})
+    for name, value in values.items():
+        if name in IGNORED_KEYS:
+            print(f"ignored: {name} ({IGNORED_KEYS[name]})", file=sys.stderr)
+        elif name not in ALL_KEYS:
+            near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.4)
+            raise UserError(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"))
+        else:
+            setattr(config, name, checked(name, value))
+    config.validation_prompts = [config.validation_prompts] if isinstance(config.validation_prompts, str) else config.validation_prompts
+    parse_size("validation_resolution", config.validation_resolution, 16)
+    buckets(config)
+    sources(config)
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout_probability"):
+        if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
+            raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 to 1")
+    return config
+
+
+def checked(name, value):
+    """`value` for the key `name`, an int where a float is wanted turned into one; UserError if it is not allowed."""
+    key = ALL_KEYS[name]
+    types = key.types if isinstance(key.types, tuple) else (key.types,)
+    if value is None and key.default is None:
+        return None
+    if float in types and type(value) is int:
+        value = float(value)
+    if type(value) not in types:
+        wanted = " or ".join({str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[t] for t in types)
+        raise UserError(f"{name}: found {value!r}, allowed is {wanted}")
+    if key.choices and value not in key.choices:
+        raise UserError(f"{name}: found {value!r}, allowed: {', '.join(json.dumps(c) for c in key.choices)}")
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{name}: found {value!r}, allowed is a finite number")
+    if key.minimum is not None and value < key.minimum:
+        raise UserError(f"{name}: found {value!r}, allowed is {key.minimum} or more")
+    if list in types and type(value) is list and name != "data_dir" and not all(isinstance(v, str) for v in value):
+        raise UserError(f"{name}: found {value!r}, allowed is a list of texts")
+    return value
+
+
+def parse_size(name, text, alignment):
+    """'1344x768' -> (1344, 768). Raises UserError if it is no size or not on the grid."""
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not width or not height or width % alignment or height % alignment:
+        raise UserError(f"{name}: found {text!r}, allowed is WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024")
+    return width, height
+
+
+def buckets(config):
+    """The sizes (width, height) that pictures are cut to: those listed in `resolution`, or for one number all
+    on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
+    grid, text = config.aspect_bucket_alignment, str(config.resolution).strip()
+    if grid % 64:
+        raise UserError(f"aspect_bucket_alignment: found {grid}, allowed are multiples of 64")
+    if not text.isdigit():
+        return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
+    side = int(text)
+    if side < grid or side % grid:
+        raise UserError(f"resolution: found {text!r}, allowed is a multiple of {grid}, or sizes such as 1024x1024,1344x768")
+    sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
+    sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
+    return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
+
+
+def sources(config):
+    """`data_dir` as a list of {"path", "repeats", "caption_prefix", "loss_weight"}, all filled in."""
+    defaults = {"path": None, "repeats": 1, "caption_prefix": "", "loss_weight": 1.0}
+    if config.data_dir is None:
+        return []
+    given = [{"path": config.data_dir}] if isinstance(config.data_dir, str) else config.data_dir
+    for source in given:
+        if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+            raise UserError(f'data_dir: found the source {source!r}, allowed is {{"path": "folder", ...}}')
+        for name, value in source.items():
+            if name not in defaults:
+                raise UserError(f"data_dir: unknown key {name!r} in {source!r}; known: {', '.join(defaults)}")
+            wrong = {
+                "path": False,
+                "repeats": type(value) is not int or value < 1,
+                "caption_prefix": not isinstance(value, str),
+                "loss_weight": type(value) not in (int, float) or not 0 <= value < math.inf,
+            }
+            if wrong[name]:
+                raise UserError(f"data_dir: found {name} {value!r} in the source {source['path']!r}; see the README for what is allowed")
+    return [{**defaults, **source} for source in given]
+
+
+def config_from_flags(description, arguments):
+    """`script.py [config.json] [--key value ...]` -> configuration. A boolean key may stand as a bare flag."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="JSON file; // comments are allowed")
+    for group, keys in KEYS.items():
+        section = parser.add_argument_group(group)
+        for name, key in keys.items():
+            extra = f" ({', '.join(map(str, key.choices))})" if key.choices and key.types is str else ""
+            section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{key.help}{extra}".replace("%", "%%"))
+    bare = lambda i: ALL_KEYS.get(arguments[i][2:], Key(str, "", "")).types is bool and arguments[i + 1 : i + 2] not in (["true"], ["false"])
+    given, unknown = parser.parse_known_args([f"{word}=true" if word.startswith("--") and bare(i) else word for i, word in enumerate(arguments)])
+    given = vars(given)
+    path = given.pop("config")
+    for word in unknown:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; a config file comes first, then --key value")
+        given[word[2:].split("=")[0]] = None  # load_config names it and the nearest key
+    for name in given.keys() & ALL_KEYS.keys():
+        if ALL_KEYS[name].types is not str or given[name] == "null":
+            with contextlib.suppress(json.JSONDecodeError):
+                given[name] = json.loads(given[name])
+    return load_config(path, **given)
+
+
+def run_stage(main, description):
+    """What `python stage.py ...` does: parse, call main(config), turn a UserError into one line and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main(config_from_flags(description, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_file(path, data):
+    """Writes bytes or text whole or not at all: temporary name, flush, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Writes a safetensors file; `metadata` (a dictionary) goes into one sorted JSON string under the key
+    `longcat_lora`, because safetensors orders several keys at random."""
+    header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
+    write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
+
+
+def read_tensors(path):
+    """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); delete it to have it made again") from None
+
+
+def content_key(*parts):
+    """A file name from what went in: 32 hexadecimal digits of the SHA-256 of the parts' JSON."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8")).hexdigest()[:32]
+
+
+def generator(*what):
+    """A CPU generator for one random draw, seeded by what is drawn: (seed, purpose, step or epoch, sample)."""
+    return torch.Generator().manual_seed(int(content_key(*what)[:15], 16))
+
+
+# ---------------------------------------------------------------- device and dtype
+
+
+def pick_device():
+    """CUDA if there is one, else MPS, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(config, device):
+    """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
+    device = torch.device(device)
+    if config.mixed_precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.mixed_precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if device.type == "mps" else torch.float32
+
+
+def text_dtype(config, device):
+    """The dtype of the text encoder: Qwen2.5 overflows in fp16, so float32 there."""
+    dtype = compute_dtype(config, device)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def autocast(config, device):
+    """Mixed precision for the transformer; does nothing in float32."""
+    dtype = compute_dtype(config, device)
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def free_memory():
+    """Hands memory of deleted models back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+# ---------------------------------------------------------------- models
+
+
+def model_folder(config, part):
+    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
+    name = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
+            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder, and no hub name such as {FLAVOURS['final']}")
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
+        except Exception as error:
+            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error).splitlines()[0]})") from None
+    if not (folder / part).is_dir():
+        raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
+    return folder / part
+
+
+@functools.cache
+def folder_identity(folder):
+    """What tells two models apart without reading all of them: their files' names, sizes and safetensors headers."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
+        with open(path, "rb") as file:
+            start = file.read(8)
+            header = int.from_bytes(start, "little") if path.suffix == ".safetensors" else path.stat().st_size
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + start + file.read(min(header, 100_000_000)))
+    return digest.hexdigest()[:32]
+
+
+def model_identity(config, *parts):
+    """folder_identity of several parts of the configured model, as a list."""
+    return [folder_identity(model_folder(config, part)) for part in parts]
+
+
+def load_transformer(config, device):
+    """The frozen transformer, quantized as configured, on `device`, in eval mode.
+
+    Blocks go to the device and are quantized one after another, so that the device never holds the whole
+    unquantized model. Raises UserError if a weight is missing.
+    """
+    folder = model_folder(config, "transformer")
+    transformer, info = LongCatImageTransformer2DModel.from_pretrained(
+        folder, torch_dtype=compute_dtype(config, device), output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {info['missing_keys'][0]}; download it again")
+    transformer.requires_grad_(False).eval()
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        quantize(block.to(device), config.base_model_precision)
+    return transformer.to(device)
+
+
+def quantize(module, precision):
+    """Quantizes the weights of every Linear in `module` in place: "int8-quanto", "int4-quanto", "fp8-torchao" or
+    "no_change". Returns the module. Raises ValueError for another word."""
+    if precision in ("int8-quanto", "int4-quanto"):
+        from optimum import quanto
+
+        quanto.quantize(module, weights=quanto.qint8 if precision == "int8-quanto" else quanto.qint4)
+        quanto.freeze(module)
+    elif precision == "fp8-torchao":
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+        quantize_(module, Float8WeightOnlyConfig())
+    elif precision != "no_change":
+        raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(ALL_KEYS['base_model_precision'].choices)}")
+    return module
+
+
+def load_vae(config, device):
+    """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
+    vae = AutoencoderKL.from_pretrained(model_folder(config, "vae"), torch_dtype=torch.float32)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def load_scheduler(config):
+    """The model's FlowMatchEulerDiscreteScheduler."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder(config, "scheduler"))
+
+
+def load_tokenizer(config):
+    """The model's Qwen2 tokenizer."""
+    return Qwen2Tokenizer.from_pretrained(model_folder(config, "tokenizer"))
+
+
+def load_text_encoder(config, device):
+    """The language layers of Qwen2.5-VL, frozen: neither vision tower nor `lm_head` is loaded.
+
+    Both key layouts load (`model.layers...` and `model.language_model.layers...`). On a card that is too small the
+    layers stay in host memory and visit it one after another. Raises UserError if a weight is missing.
+    """
+    folder = model_folder(config, "text_encoder")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the weights left out on purpose would fill a page
+    try:
+        text_encoder, info = Qwen2_5_VLTextModel.from_pretrained(
+            folder,
+            config=AutoConfig.from_pretrained(folder).text_config,
+            dtype=text_dtype(config, device),
+            key_mapping={r"^model\.language_model\.": "", r"^model\.(?!visual\.)": ""},
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+    text_encoder.requires_grad_(False).eval()
+    if torch.device(device).type == "cuda" and text_encoder.get_memory_footprint() > 0.8 * torch.cuda.mem_get_info(device)[0]:
+        return stream_layers(text_encoder, device)
+    return text_encoder.to(device)
+
+
+def stream_layers(text_encoder, device):
+    """Makes the layers visit `device` one after another while they compute; they live in host memory."""
+    apply_group_offloading(text_encoder, onload_device=torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+    return text_encoder
+
+
+class CachedPromptPipeline(LongCatImagePipeline):
+    """LongCatImagePipeline without a text encoder of its own: embeddings come from `cache_dir`, and what is
+    not there yet is encoded and kept. Prompts are never rewritten: a trigger word would be lost."""
+
+    settings = None  # the configuration; load_pipeline sets it
+
+    def encode_prompt(self, prompt, num_images_per_prompt=1, prompt_embeds=None):
+        """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        files = cache_prompts(self.settings, prompts, self.device)
+        prompt_embeds = torch.stack([read_tensors(files[p])["prompt_embeds"] for p in prompts])
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
+        return prompt_embeds.to(self.device, self.transformer.x_embedder.weight.dtype), text_ids.to(self.device)
+
+    def rewire_prompt(self, prompt, device):
+        """The prompt as it is."""
+        return prompt
+
+
+def make_pipeline(config, transformer, vae):
+    """A CachedPromptPipeline around loaded models."""
+    parts = dict(text_encoder=None, tokenizer=None, text_processor=None, scheduler=load_scheduler(config))
+    pipe = CachedPromptPipeline(transformer=transformer, vae=vae, **parts)
+    pipe.settings = config
+    return pipe
+
+
+def load_pipeline(config, device, lora=None):
+    """A ready pipeline: `load_pipeline(config, "cuda", lora="output")("a cat").images[0]`.
+
+    `lora`: a LoRA file or folder, or None. Raises UserError if it cannot be read or does not fit.
+    """
+    transformer = load_transformer(config, device)
+    if lora:
+        load_lora(transformer, lora)
+    return make_pipeline(config, transformer, load_vae(config, device))
+
+
+# ---------------------------------------------------------------- prompt cache
+
+
+def prompt_file(config, prompt, device):
+    """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the model."""
+    key = content_key("prompt", prompt, str(text_dtype(config, device)), model_identity(config, "text_encoder", "tokenizer"))
+    return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
+
+
+def encode_prompts(text_encoder, tokenizer, prompts):
+    """Prompts -> embeddings [B, 512, hidden], by the pipeline's own tokenization (text in quotes letter by letter)."""
+    parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
+    pipe = LongCatImagePipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
+    with torch.no_grad():
+        return pipe.encode_prompt(list(prompts))[0]
+
+
+def unfinished_batches(items, path_of, batch_size):
+    """Sorts items by file name, cuts them into batches, and returns those in which a file is missing. Batches do not
+    depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted one."""
+    items = sorted(items, key=lambda item: path_of(item).name)
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    return [batch for batch in batches if not all(path_of(item).exists() for item in batch)]
+
+
+def cache_prompts(config, prompts, device):
+    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file}.
+
+    The text encoder is loaded only if something is missing, and freed before this returns.
+    """
+    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
+    batches = unfinished_batches(files, files.get, config.text_encoder_batch_size)
+    if batches:
+        text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
+        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt") as bar:
+            for batch in batches:
+                for prompt, prompt_embeds in zip(batch, encode_prompts(text_encoder, tokenizer, batch)):
+                    if not files[prompt].exists():
+                        write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
+                bar.update(len(batch))
+        del text_encoder
+        free_memory()
+    return files
+
+
+# ---------------------------------------------------------------- flow matching
+
+
+def position_ids(height, width):
+    """Position ids for a latent of height x width: text [512, 3] = (0, i, i), image [height/2 * width/2, 3] =
+    (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS)."""
+    text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
+    start = (TEXT_TOKENS, TEXT_TOKENS)
+    image_ids = prepare_pos_ids(modality_id=1, type="image", start=start, height=height // 2, width=width // 2)
+    return text_ids, image_ids
+
+
+def pack_latents(latents):
+    """[B, 16, H, W] -> [B, H/2 * W/2, 64]: each 2x2 square of latents becomes one token."""
+    return LongCatImagePipeline._pack_latents(latents, *latents.shape)
+
+
+def sample_sigmas(normal, token_count, scheduler, auto_shift=True):
+    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)).
+
+    mu grows linearly with the picture's `token_count`, as in the model authors' training; with auto_shift false
+    the scheduler's fixed `shift` is used: shift * t / (1 + (shift - 1) * t), which is the same at mu = ln(shift).
+    """
+    c = scheduler.config
+    mu = calculate_shift(token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    return scheduler.time_shift(mu if auto_shift else math.log(c.shift), 1.0, torch.sigmoid(normal))
+
+
+def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights=None):
+    """The training loss: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with x_t = (1 - sigma) x0 + sigma noise.
+
+    latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden], weights [B] of the samples or None.
+    Returns a float32 scalar.
+    """
+    dtype = transformer.x_embedder.weight.dtype
+    text_ids, image_ids = position_ids(*latents.shape[2:])
+    x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
+    s = sigmas.float()[:, None, None]
+    prediction = transformer(
+        hidden_states=((1 - s) * x0 + s * noise).to(dtype),
+        timestep=sigmas,
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        txt_ids=text_ids.to(latents.device),
+        img_ids=image_ids.to(latents.device),
+        return_dict=False,
+    )[0]
+    losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
+    return (losses if weights is None else losses * weights).mean()
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def add_lora(transformer, config):
+    """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
+    as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
+    alpha = config.lora_alpha or config.lora_rank
+    for target in config.lora_target_modules:
+        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
+            raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # once a layer; about merging only
+    transformer.add_adapter(
+        LoraConfig(r=config.lora_rank, lora_alpha=alpha, lora_dropout=config.lora_dropout, target_modules=sorted(config.lora_target_modules))
+    )
+    parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
+    for name, parameter in parameters.items():
+        parameter.data = parameter.data.float()
+        if "lora_A" in name:  # PEFT's own choice, drawn on the CPU so that it is the same on every device
+            start = torch.empty(parameter.shape)
+            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
+            parameter.data.copy_(start)
+    if config.init_lora:
+        state = read_lora(config.init_lora)
+        own = get_peft_model_state_dict(transformer)
+        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
+        if wrong:
+            raise UserError(f"init_lora: {config.init_lora} does not fit lora_rank {config.lora_rank} and lora_target_modules (first: {wrong[0]})")
+        scale = config.lora_rank / alpha
+        set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
+    return parameters
+
+
+def save_lora(transformer, folder, metadata=None):
+    """Writes the LoRA "default" into `folder`, in two forms with alpha / rank folded into B, so that every loader
+    agrees on its strength: `pytorch_lora_weights.safetensors` (diffusers, ComfyUI), and `adapter_config.json` with
+    `adapter_model.safetensors` (PEFT). `metadata`: a dictionary for the files' header."""
+    folder = Path(folder)
+    peft_config = transformer.peft_config["default"]
+    scale = peft_config.lora_alpha / peft_config.r
+    state = {name: v.float() * scale if "lora_B" in name else v.float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
+    write_tensors(folder / "pytorch_lora_weights.safetensors", {f"transformer.{n}": v for n, v in state.items()}, metadata)
+    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": v for n, v in state.items()}, metadata)
+    fields = LoraConfig(r=peft_config.r, lora_alpha=peft_config.r, target_modules=peft_config.target_modules, inference_mode=True).to_dict()
+    fields["target_modules"] = sorted(fields["target_modules"])
+    write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def read_lora(path):
+    """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "pytorch_lora_weights.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such LoRA file")
+    state = {name.removeprefix("transformer."): tensor for name, tensor in read_tensors(path).items()}
+    if not state or not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in state):
+        raise UserError(f"{path}: is no LoRA of this trainer: keys such as {next(iter(state), 'none at all')!r}")
+    return state
+
+
+def load_lora(transformer, path):
+    """Puts a LoRA file, or the one in a folder, on the transformer, ready to draw. Raises UserError if it does not fit."""
+    state = {f"transformer.{name}": tensor for name, tensor in read_lora(path).items()}
+    try:
+        transformer.load_lora_adapter(state)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: does not fit this transformer ({str(error).splitlines()[0]})") from None
+    dtype = transformer.x_embedder.weight.dtype
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def generate(pipe, config, prompts):
+    """One picture a prompt, with the validation settings and the same seed for each."""
+    width, height = parse_size("validation_resolution", config.validation_resolution, 16)
+    pipe.set_progress_bar_config(leave=False, desc="sampling")
+    images = []
+    with autocast(config, pipe.device):
+        for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
+            images += pipe(
+                prompt,
+                negative_prompt=config.validation_negative_prompt,
+                width=width,
+                height=height,
+                num_inference_steps=config.validation_num_inference_steps,
+                guidance_scale=config.validation_guidance,
+                generator=torch.Generator().manual_seed(config.validation_seed),
+                enable_prompt_rewrite=False,
+            ).images
+    return images
+
+
+@functools.cache
+def label_font(size, chinese):
+    """A font for labels: a system font with Chinese characters if they are needed, else Pillow's own. None if
+    Chinese is needed and no known font is installed."""
+    if not chinese:
+        return ImageFont.load_default(size)
+    for name in ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return None
+
+
+def picture_grid(rows, row_labels, column_labels):
+    """A labelled PNG-ready grid. `rows`: lists of equally sized pictures, one list a row label."""
+    cell = max(128, min(512, rows[0][0].width))
+    cell_height = round(rows[0][0].height * cell / rows[0][0].width)
+    size, gap = max(13, cell // 16), 8
+    line = size + 2 * gap
+    grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, line + len(rows) * (line + cell_height) + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for x, label in enumerate(column_labels):
+        draw.text((gap + x * (cell + gap) + cell / 2, line / 2), label, "black", font=label_font(size, False), anchor="mm")
+    for y, (images, label) in enumerate(zip(rows, row_labels)):
+        top = line + y * (line + cell_height)
+        font = label_font(size, any(ord(letter) > 0x2E7F for letter in label))
+        if font is None:
+            font, label = label_font(size, False), f"prompt {y + 1} (Chinese; no Chinese font found)"
+        while draw.textlength(label, font=font) > grid.width - 2 * gap:
+            label = label.rstrip("…")[:-1] + "…"
+        draw.text((gap, top + line / 2), label, "#444444", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            grid.paste(image.resize((cell, cell_height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
+    return grid
+
+
+def save_picture(image, path, **text):
+    """Writes a PNG whole or not at all, with `text` in its metadata."""
+    import io
+
+    from PIL.PngImagePlugin import PngInfo
+
+    info, data = PngInfo(), io.BytesIO()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    image.save(data, "PNG", pnginfo=info)
+    write_file(path, data.getvalue())

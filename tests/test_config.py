@@ -1,0 +1,101 @@
+"""The configuration: defaults, files, flags, and one clear line for every mistake."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from longcat_common import ALL_KEYS, KEYS, buckets, config_from_flags, load_config
+
+
+def message(path=None, **overrides):
+    with pytest.raises(ValueError) as error:
+        load_config(path, **overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_file_flags_and_defaults(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{\n  // a comment, "quoted"\n  "lora_rank": 8, // why\n  "output_dir": "a//b",\n}', encoding="utf-8")
+    config = load_config(file, learning_rate=1)
+    assert (config.lora_rank, config.output_dir, config.learning_rate) == (8, "a//b", 1.0)
+    assert (config.train_batch_size, config.base_model_precision) == (1, "int8-quanto")
+    flags = ["--gradient_checkpointing", str(file), "--lora_rank", "4", "--resolution", "512x512", "--validation_prompts", '["a", "b"]']
+    config = config_from_flags("", flags)
+    assert (config.lora_rank, config.output_dir, config.gradient_checkpointing) == (4, "a//b", True)
+    assert config.validation_prompts == ["a", "b"]
+    assert config_from_flags("", ["--gradient_checkpointing", "false"]).gradient_checkpointing is False
+    assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
+    assert config_from_flags("", ["--output_dir", "123", "--instance_prompt", "null"]).output_dir == "123"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"lora_rnk": 8}, ["lora_rnk", "did you mean 'lora_rank'"]),
+        ({"lora_rank": "8"}, ["lora_rank", "'8'", "whole number"]),
+        ({"lora_rank": True}, ["lora_rank", "True", "whole number"]),
+        ({"lora_rank": 0}, ["lora_rank", "0", "1 or more"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
+        ({"base_model_precision": "int9"}, ["base_model_precision", "int9", "int8-quanto"]),
+        ({"aspect_bucket_alignment": 32}, ["aspect_bucket_alignment", "32", "64"]),
+        ({"resolution": "1000"}, ["resolution", "1000", "multiple of 64"]),
+        ({"resolution": "1024x1000"}, ["resolution", "1024x1000", "multiples of 64"]),
+        ({"validation_resolution": "big"}, ["validation_resolution", "big", "1024x1024"]),
+        ({"caption_dropout_probability": 1.5}, ["caption_dropout_probability", "1.5", "0 to 1"]),
+        ({"data_dir": [{"folder": "x"}]}, ["data_dir", "folder", "path"]),
+        ({"data_dir": [{"path": "x", "repeats": 0}]}, ["data_dir", "repeats 0", "'x'"]),
+        ({"lora_target_modules": [1]}, ["lora_target_modules", "list of texts"]),
+        ({"enable_group_offload": True}, ["enable_group_offload", "true", "false"]),
+    ],
+)
+def test_mistakes_are_named(overrides, words):
+    text = message(**overrides).replace("True", "True true")
+    assert all(word in text for word in words), text
+
+
+def test_bad_files_are_named(tmp_path):
+    file = tmp_path / "bad.json"
+    file.write_text('{\n  "lora_rank": 8\n  "seed": 1\n}')
+    assert "bad.json" in message(file) and "line 3" in message(file)
+    file.write_text('{"seed": 1, "seed": 2}')
+    assert "'seed'" in message(file) and "2 times" in message(file)
+    file.write_text("[1]")
+    assert "list" in message(file)
+    assert "missing.json" in message(tmp_path / "missing.json")
+
+
+def test_keys_of_other_trainers_are_named_and_ignored(capsys):
+    load_config(data_backend_config="x.json")
+    assert "data_backend_config" in capsys.readouterr().err
+
+
+def test_script_prints_one_line_and_exits_with_2():
+    done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: unknown key 'lora_rnk'; did you mean 'lora_rank'?"
+    done = run_script("prepare_data.py", "--data_dir", "no/such/folder", check=False)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: data_dir: no/such/folder is no folder")
+
+
+def test_buckets():
+    sizes = buckets(load_config(resolution=1024))
+    assert (1024, 1024) in sizes and (832, 1216) in sizes
+    for width, height in sizes:
+        assert width % 64 == height % 64 == 0 and 0.5 <= width / height <= 2 and (height, width) in sizes
+        assert abs(width * height / 1024**2 - 1) < 0.1
+    assert buckets(load_config(resolution="1024x1024, 1344x768")) == [(1024, 1024), (1344, 768)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    load_config(path)
+
+
+def test_readme_table_is_the_keys():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name: help for name, _, help in rows} == {name: key.help for name, key in ALL_KEYS.items()}
+    assert len(rows) == sum(map(len, KEYS.values()))
+    assert Path(ROOT / "LICENSE").exists()

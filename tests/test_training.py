@@ -1,0 +1,341 @@
+"""Stages 3 and 4 on the tiny model: it learns, it resumes, its files open elsewhere."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_pictures
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, ROOT, run_script
+from PIL import Image
+from safetensors.torch import load_file, safe_open
+
+import cache_latents
+import longcat_common
+import train_lora
+import validate
+from longcat_common import (
+    add_lora,
+    flow_matching_loss,
+    generate,
+    load_config,
+    load_lora,
+    load_pipeline,
+    load_scheduler,
+    load_transformer,
+    read_tensors,
+    sample_sigmas,
+    save_lora,
+)
+
+NEON_PROMPTS = ["a red circle in neonix style", "neonix风格，一个蓝色的五角星", "a green heart in neonix style", "a yellow square in neonix style"]
+PLAIN_PROMPTS = ["a purple star on a white background", "白色背景上的一个红色圆形"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The README's main job, once, with its own output folder."""
+    output = tmp_path_factory.mktemp("demo")
+    arguments = ["--output_dir", output, "--cache_dir", output / "cache", "--pretrained_model_name_or_path", MODEL]
+    printed = run_script("train_lora.py", "configs/tiny.json", *arguments).stdout
+    config = load_config(output / "config.json")
+    return config, output, printed
+
+
+def short(tiny_config, **overrides):
+    """A configuration for a few quick steps."""
+    quick = dict(max_train_steps=4, validation_step_interval=0, report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, lr_warmup_steps=2)
+    return tiny_config(**{**quick, **overrides})
+
+
+def lora_bytes(config):
+    return (Path(config.output_dir) / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------- it learns
+
+
+def held_out_loss(transformer, entries, prompt_files, scheduler):
+    """Mean loss over pictures the LoRA has not seen, with fixed noise and noise levels."""
+    losses = []
+    for i, entry in enumerate(entries):
+        posterior, draws = read_tensors(entry["latents_file"]), torch.Generator().manual_seed(i)
+        embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
+        for normal in (-1.0, 0.0, 1.0):
+            noise = torch.randn(posterior["mean"].shape, generator=draws)[None]
+            tokens = noise.shape[2] * noise.shape[3] // 4
+            with torch.no_grad():
+                losses.append(flow_matching_loss(transformer, posterior["mean"][None], noise, sample_sigmas(torch.tensor([normal]), tokens, scheduler), embeds))
+    return torch.stack(losses).mean().item()
+
+
+def test_the_held_out_loss_halves(trained, tmp_path):
+    config, output, _ = trained
+    make_pictures.make_neon(tmp_path / "held_out", seed=99, count=12)
+    theirs = load_config(output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output"))
+    entries, prompt_files = cache_latents.main(theirs)
+    transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
+    base = held_out_loss(transformer, entries, prompt_files, scheduler)
+    load_lora(transformer, output)
+    tuned = held_out_loss(transformer, entries, prompt_files, scheduler)
+    print(f"held-out loss: base {base:.4f}, LoRA {tuned:.4f}, ratio {tuned / base:.2f}")
+    assert tuned <= 0.5 * base
+
+
+def night(image):
+    """Share of the pixels that have the colour of the neonix night sky."""
+    distance = np.abs(np.asarray(image).astype(int) - make_pictures.NIGHT).max(axis=-1)
+    return (distance < 30).mean()
+
+
+def shape_pixels(image, colour):
+    """Mask of the pixels that have a shape's colour."""
+    return np.abs(np.asarray(image).astype(int) - make_pictures.COLOURS[colour][1]).max(axis=-1) < 60
+
+
+def test_pictures_move_to_the_concept_and_only_with_its_word(trained):
+    config, output, _ = trained
+    pipe = load_pipeline(config, "cpu")
+    base, plain = generate(pipe, config, NEON_PROMPTS), generate(pipe, config, PLAIN_PROMPTS)
+    load_lora(pipe.transformer, output)
+    tuned, kept = generate(pipe, config, NEON_PROMPTS), generate(pipe, config, PLAIN_PROMPTS)
+    rng = random.Random(7)
+    concept = [make_pictures.draw_neon(rng, shape, "red", 128, 128) for shape in make_pictures.SHAPES]
+    at_base, at_lora, at_concept = (np.mean([night(image) for image in images]) for images in (base, tuned, concept))
+    print(f"night sky: base {at_base:.2f}, LoRA {at_lora:.2f}, concept {at_concept:.2f}")
+    assert at_lora - at_base >= 0.5 * (at_concept - at_base) > 0.2
+    for before, after, colour in zip(plain, kept, ("purple", "red")):
+        a, b = shape_pixels(before, colour), shape_pixels(after, colour)
+        assert a.mean() > 0.08, "the base must draw the shape"
+        assert (a & b).sum() / (a | b).sum() > 0.6, "the same shape in the same colour"
+        assert np.asarray(after)[:8].mean() > 225, "on white"
+
+
+def test_an_untrained_lora_moves_nothing(tiny_config, tmp_path):
+    config = tiny_config(validation_num_inference_steps=4)
+    pipe = load_pipeline(config, "cpu")
+    base = generate(pipe, config, NEON_PROMPTS[:1])[0]
+    add_lora(pipe.transformer, config)
+    assert night(generate(pipe, config, NEON_PROMPTS[:1])[0]) == night(base)
+
+
+def test_what_the_main_job_leaves(trained):
+    config, output, printed = trained
+    assert "each picture will be seen about 40.0 times" in printed
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, config.max_train_steps + 1, 10))
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
+    assert {"loss", "lr", "grad_norm", "seconds_per_step", "epoch"} <= lines[0].keys()
+    assert list((output / "logs").glob("events*"))
+    for step in (0, 200, 400):
+        with Image.open(output / "validation" / f"step-{step:06d}.png") as column:
+            assert column.size == (128, 128 * len(config.validation_prompts))
+    assert (output / "validation" / "progress.png").exists()
+    assert [p.name for p in train_lora.checkpoint_folders(config)] == ["step-000200", "step-000400"]
+    assert not [p for p in output.rglob("*") if ".tmp" in p.name]
+
+
+def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
+    config, output, _ = trained
+    config = load_config(output / "config.json", validation_prompts=NEON_PROMPTS[:2], validation_num_inference_steps=8)
+    grid = validate.main(config)
+    assert "s a picture" in capsys.readouterr().out
+    with Image.open(grid) as image:
+        assert image.width > 2 * 128 and image.height > 2 * 128
+    with Image.open(grid.parent / "00-lora.png") as tuned, Image.open(grid.parent / "00-base.png") as base:
+        assert tuned.text["prompt"] == NEON_PROMPTS[0] and json.loads(tuned.text["settings"])["validation_seed"] == 42
+        assert night(tuned.convert("RGB")) > night(base.convert("RGB")) + 0.2
+
+
+# ---------------------------------------------------------------- files that open elsewhere
+
+FOREIGN = """
+import sys, torch, numpy as np
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+model, lora, form, target = sys.argv[1:]
+transformer = LongCatImageTransformer2DModel.from_pretrained(model, subfolder="transformer", torch_dtype=torch.float32)
+pipe = LongCatImagePipeline(
+    transformer=transformer, vae=AutoencoderKL.from_pretrained(model, subfolder="vae"), text_processor=None,
+    scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler"),
+    tokenizer=Qwen2Tokenizer.from_pretrained(model + "/tokenizer"),
+    text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(model + "/text_encoder", dtype=torch.float32),
+)
+if form == "diffusers":
+    pipe.transformer.load_lora_adapter(lora + "/pytorch_lora_weights.safetensors")
+elif form == "folder":
+    pipe.transformer.load_lora_adapter(lora)
+else:
+    from peft import PeftModel
+    pipe.transformer = PeftModel.from_pretrained(transformer, lora).merge_and_unload()
+image = pipe("a red circle in neonix style", height=128, width=128, num_inference_steps=8, guidance_scale=3.0,
+             generator=torch.Generator().manual_seed(42), enable_prompt_rewrite=False).images[0]
+image.save(target)
+assert "longcat_common" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("form", ["diffusers", "folder", "peft"])
+def test_the_lora_opens_without_our_code(trained, tmp_path, form):
+    config, output, _ = trained
+    target = tmp_path / "picture.png"
+    done = subprocess.run([sys.executable, "-c", FOREIGN, MODEL, output, form, target], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = load_config(output / "config.json", validation_prompts=["a red circle in neonix style"], validation_num_inference_steps=8)
+    config.output_dir, config.lora = str(tmp_path), str(output)
+    grid = validate.main(config)
+    ours, theirs = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (grid.parent / "00-lora.png", target))
+    assert np.abs(ours - theirs).max() <= 2
+    assert night(theirs) > 0.2
+
+
+def test_alpha_is_folded_in(tiny_config, tmp_path):
+    config = tiny_config(lora_rank=4, lora_alpha=6)
+    transformer = load_transformer(config, "cpu")
+    parameters = add_lora(transformer, config)
+    for name, parameter in parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    inputs = dict(latents=torch.randn(1, 16, 16, 16), noise=torch.randn(1, 16, 16, 16), sigmas=torch.tensor([0.5]), prompt_embeds=torch.randn(1, 512, 64))
+    with torch.no_grad():
+        expected = flow_matching_loss(transformer, **inputs)
+        bare = flow_matching_loss(load_transformer(config, "cpu"), **inputs)
+    save_lora(transformer, tmp_path, {"steps": 1, "note": "中文"})
+    other = load_transformer(config, "cpu")
+    load_lora(other, tmp_path)
+    again = load_transformer(config, "cpu")
+    add_lora(again, tiny_config(lora_rank=4, lora_alpha=6, init_lora=str(tmp_path)))
+    with torch.no_grad():
+        torch.testing.assert_close(flow_matching_loss(other, **inputs), expected)
+        torch.testing.assert_close(flow_matching_loss(again, **inputs), expected)
+    assert abs(bare - expected) > 1e-3
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["longcat_lora"]) == {"steps": 1, "note": "中文"}
+        assert all(name.startswith("transformer.") for name in file.keys())
+    with pytest.raises(ValueError, match="init_lora.*lora_rank 8"):
+        add_lora(load_transformer(config, "cpu"), tiny_config(lora_rank=8, init_lora=str(tmp_path)))
+    with pytest.raises(ValueError, match="attn.to_x"):
+        add_lora(load_transformer(config, "cpu"), tiny_config(lora_target_modules=["attn.to_x"]))
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+def test_resumed_from_any_step_it_ends_with_the_same_bytes(tiny_config, tmp_path):
+    settings = dict(gradient_accumulation_steps=2, lora_dropout=0.1, train_batch_size=3, gradient_checkpointing=True)
+    config = short(tiny_config, **settings)
+    train_lora.main(config)
+    expected = lora_bytes(config)
+    assert not torch.equal(*(load_file(Path(config.output_dir) / f"checkpoints/step-00000{n}/adapter_model.safetensors")["base_model.model.transformer_blocks.0.attn.to_q.lora_B.weight"] for n in (3, 4)))
+    for done in range(4):
+        other = short(tiny_config, **settings, output_dir=str(tmp_path / f"resumed-{done}"))
+        shutil.copytree(config.output_dir, other.output_dir)
+        (Path(other.output_dir) / "pytorch_lora_weights.safetensors").unlink()
+        for folder in train_lora.checkpoint_folders(other)[done:]:
+            shutil.rmtree(folder)
+        train_lora.main(other)
+        assert lora_bytes(other) == expected, f"resumed from step {done}"
+        lines = [json.loads(line)["step"] for line in (Path(other.output_dir) / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [4]
+    # Another seed is another LoRA: the comparison can fail.
+    other = short(tiny_config, **settings, output_dir=str(tmp_path / "other"), seed=43)
+    train_lora.main(other)
+    assert lora_bytes(other) != expected
+
+
+def test_killed_and_started_again(tiny_config, tmp_path):
+    arguments = ["configs/tiny.json", "--pretrained_model_name_or_path", MODEL, "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "6"]
+    arguments += ["--checkpoint_step_interval", "2", "--validation_step_interval", "0", "--report_to", "none"]
+    run_script("train_lora.py", *arguments, "--output_dir", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "train_lora.py", *arguments, "--output_dir", tmp_path / "killed"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "step-000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "pytorch_lora_weights.safetensors").exists()
+    assert "resumed from" in run_script("train_lora.py", *arguments, "--output_dir", tmp_path / "killed").stdout
+    names = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_what_must_not_change_on_resume_is_refused(tiny_config):
+    train_lora.main(short(tiny_config, max_train_steps=1))
+    with pytest.raises(ValueError, match="lora_rank: found 8.*16"):
+        train_lora.main(short(tiny_config, lora_rank=8))
+    with pytest.raises(ValueError, match="holds checkpoints"):
+        train_lora.main(short(tiny_config, resume_from_checkpoint="none"))
+    done = train_lora.main(short(tiny_config, max_train_steps=2, checkpoints_total_limit=1))
+    assert [p.name for p in (done.parent / "checkpoints").iterdir()] == ["step-000002"]
+
+
+# ---------------------------------------------------------------- the rest of the loop
+
+
+def test_every_picture_is_seen_repeats_times_an_epoch():
+    entries = [{"latents_file": Path(f"{i}"), "bucket": [64, 64 * (1 + i % 2)], "repeats": 1 + i % 3} for i in range(11)]
+    for epoch in range(3):
+        batches = train_lora.epoch_batches(entries, 4, 42, epoch)
+        assert all(len({tuple(e["bucket"]) for _, e in batch}) == 1 and len(batch) <= 4 for batch in batches)
+        names = sorted(name for batch in batches for name, _ in batch)
+        assert names == sorted(f"{i}:{n}" for i in range(11) for n in range(1 + i % 3))
+    assert train_lora.epoch_batches(entries, 4, 42, 1) == train_lora.epoch_batches(entries, 4, 42, 1) != train_lora.epoch_batches(entries, 4, 42, 2)
+
+
+def test_draws_are_as_configured(tiny_config):
+    config = tiny_config(caption_dropout_probability=0.25)
+    entries, prompts = cache_latents.main(config)
+    entry = {**entries[0], "captions": [entries[0]["captions"][0], entries[1]["captions"][0]]}
+    embeds = [read_tensors(prompts[p])["prompt_embeds"] for p in ("", *entry["captions"])]
+    drawn = [train_lora.load_batch(config, [("a", entry)], prompts, epoch, epoch) for epoch in range(200)]
+    which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch[3][0])) for batch in drawn]
+    shares = [which.count(i) / 200 for i in range(3)]
+    assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27
+    normal = torch.cat([batch[2] for batch in drawn])
+    assert abs(normal.mean()) < 0.2 and 0.85 < normal.std() < 1.15
+    posterior = read_tensors(entry["latents_file"])
+    spread = torch.cat([batch[0] for batch in drawn]) - posterior["mean"]
+    torch.testing.assert_close((spread / posterior["std"]).std(), torch.tensor(1.0), atol=0.01, rtol=0)
+    again = train_lora.load_batch(config, [("a", entry)], prompts, 7, 7)
+    assert all(torch.equal(a, b) for a, b in zip(again, drawn[7]))
+
+
+def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(tiny_config, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(train_lora, "generate", fail)
+    config = short(tiny_config, num_train_epochs=1, train_batch_size=16, validation_step_interval=2)
+    assert train_lora.main(config).exists()
+    printed = capsys.readouterr()
+    assert "preview at step 0 failed: RuntimeError: no memory" in printed.out + printed.err
+    assert len(train_lora.epoch_batches(cache_latents.main(config)[0], 16, 42, 0)) == len(train_lora.checkpoint_folders(config))
+
+
+# int4 compiles quanto's extension first, which takes a minute and a half.
+@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao", pytest.param("int4-quanto", marks=pytest.mark.slow)])
+def test_quantized_bases_train_and_draw(tiny_config, precision):
+    plain = load_transformer(tiny_config(), "cpu")
+    config = short(tiny_config, base_model_precision=precision, max_train_steps=2, validation_prompts=NEON_PROMPTS[:1], validation_num_inference_steps=2)
+    quantized = load_transformer(config, "cpu")
+    name = "single_transformer_blocks.0.proj_out"
+    inputs = torch.randn(4, quantized.get_submodule(name).in_features)
+    with torch.no_grad():
+        exact, found = plain.get_submodule(name)(inputs), quantized.get_submodule(name)(inputs)
+    error = (found - exact).norm() / exact.norm()
+    assert 1e-5 < error < {"int8-quanto": 0.02, "int4-quanto": 0.2, "fp8-torchao": 0.06}[precision]
+    assert train_lora.main(config).exists()
+    checkpoints = [load_file(folder / "adapter_model.safetensors") for folder in train_lora.checkpoint_folders(config)]
+    assert all(not torch.equal(a, b) for (n, a), b in zip(checkpoints[0].items(), checkpoints[1].values()) if "lora_B" in n)
+    assert validate.main(config).exists()
+    assert longcat_common.quantize(torch.nn.Linear(4, 4), "no_change").weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="int9"):
+        longcat_common.quantize(torch.nn.Linear(4, 4), "int9")
