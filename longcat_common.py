@@ -7,6 +7,7 @@ import difflib
 import functools
 import gc
 import hashlib
+import io
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_s
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
@@ -159,6 +161,8 @@ def read_json(path):
 
     Raises UserError for a missing file, bad JSON (with the line) or a key that is there twice.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -285,22 +289,25 @@ def config_from_flags(description, arguments):
         def error(self, message):
             raise UserError(message)
 
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage, layout = "%(prog)s [config.json] [--key value ...]", argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=layout)
     parser.add_argument("config", nargs="?", help="JSON file; // comments are allowed")
     for group, keys in KEYS.items():
         section = parser.add_argument_group(group)
         for name, key in keys.items():
-            extra = f" ({', '.join(map(str, key.choices))})" if key.choices and key.types is str else ""
-            section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{key.help}{extra}".replace("%", "%%"))
-    bare = lambda i: ALL_KEYS.get(arguments[i][2:], Key(str, "", "")).types is bool and arguments[i + 1 : i + 2] not in (["true"], ["false"])
-    given, unknown = parser.parse_known_args([f"{word}=true" if word.startswith("--") and bare(i) else word for i, word in enumerate(arguments)])
-    given = vars(given)
+            choices = f"; one of {', '.join(key.choices)}" if key.choices and key.types is str else ""
+            text = f"{key.help}{choices} [{json.dumps(key.default)}]"
+            section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    words = []
+    for i, word in enumerate(arguments):
+        name = word[2:].split("=")[0] if word.startswith("--") else None
+        if name and name != "help" and name not in ALL_KEYS:
+            load_config(**{name: None})  # names it and the nearest key
+        bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool and arguments[i + 1 : i + 2] not in (["true"], ["false"])
+        words.append(f"{word}=true" if bare else word)
+    given = vars(parser.parse_args(words))
     path = given.pop("config")
-    for word in unknown:
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}; a config file comes first, then --key value")
-        given[word[2:].split("=")[0]] = None  # load_config names it and the nearest key
-    for name in given.keys() & ALL_KEYS.keys():
+    for name in given:
         if ALL_KEYS[name].types is not str or given[name] == "null":
             with contextlib.suppress(json.JSONDecodeError):
                 given[name] = json.loads(given[name])
@@ -308,13 +315,17 @@ def config_from_flags(description, arguments):
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: parse, call main(config), turn a UserError into one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
+    """What `python stage.py ...` does: parse, call main(config), turn a UserError into one line and exit code 2, and
+    Ctrl-C into one line and the shell's 130."""
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------- files
@@ -405,14 +416,19 @@ def free_memory():
 
 def model_folder(config, part):
     """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
-    name = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
+    return find_model(config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour], part)
+
+
+@functools.cache
+def find_model(name, part):
+    """The folder of one part of a local model or of one on the hub. Raises UserError if there is none."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
             raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder, and no hub name such as {FLAVOURS['final']}")
         try:
             folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
-        except Exception as error:
+        except Exception as error:  # the hub's client raises many kinds
             raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error).splitlines()[0]})") from None
     if not (folder / part).is_dir():
         raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
@@ -788,10 +804,6 @@ def picture_grid(rows, row_labels, column_labels):
 
 def save_picture(image, path, **text):
     """Writes a PNG whole or not at all, with `text` in its metadata."""
-    import io
-
-    from PIL.PngImagePlugin import PngInfo
-
     info, data = PngInfo(), io.BytesIO()
     for name, value in text.items():
         info.add_itxt(name, value)

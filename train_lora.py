@@ -15,11 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers.optimization import get_scheduler
-from peft.helpers import disable_input_dtype_casting
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import cache_latents
 from longcat_common import (
@@ -48,6 +43,12 @@ from longcat_common import (
     write_file,
     write_tensors,
 )
+
+from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
+from peft.helpers import disable_input_dtype_casting
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 LOG_EVERY = 10  # steps; reading the loss makes the device wait, so not at every one
 # What a run cannot change when it is resumed.
@@ -255,8 +256,8 @@ def main(config):
     write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
     metrics = Metrics(config, start)
     previews = config.validation_step_interval and config.validation_prompts
-    if previews and not (output / "validation" / f"step-{start:06d}.png").exists():
-        preview(config, transformer, device, start)
+    if previews and start == 0:
+        preview(config, transformer, device, 0)
 
     transformer.train()
     losses, clock = [], time.perf_counter()

@@ -1,5 +1,6 @@
 """The configuration: defaults, files, flags, and one clear line for every mistake."""
 
+import json
 import re
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def test_shipped_configs_load(path):
 
 def test_readme_table_is_the_keys():
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name: help for name, _, help in rows} == {name: key.help for name, key in ALL_KEYS.items()}
+    assert {name: help for name, help, _ in rows} == {name: key.help for name, key in ALL_KEYS.items()}
     assert len(rows) == sum(map(len, KEYS.values()))
+    defaults = {name: default for name, _, default in rows if name != "lora_target_modules"}
+    assert defaults == {name: json.dumps(key.default) for name, key in ALL_KEYS.items() if name != "lora_target_modules"}
     assert Path(ROOT / "LICENSE").exists()

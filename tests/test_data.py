@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import cache_latents
+import longcat_common
 import prepare_data
-from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, prompt_file, stream_layers
+from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_transformer, prompt_file, stream_layers
 
 PROMPTS = [
     "",
@@ -145,6 +146,12 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     save_file(newer, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
         load_text_encoder(config, "cpu")
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["single_transformer_blocks.1.proj_out.bias"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
+        load_transformer(config, "cpu")
 
 
 def test_an_interrupted_cache_ends_with_the_same_bytes(tmp_path, tiny_config):
@@ -173,8 +180,6 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     file = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({**weights, "extra": torch.zeros(1)}, file)
-    import longcat_common
-
     longcat_common.folder_identity.cache_clear()
     assert cache_latents.latents_file(same, entry) != cache_latents.latents_file(other, entry)
     assert prompt_file(same, "a", "cpu") == prompt_file(other, "a", "cpu")

@@ -225,7 +225,7 @@ def train_transformer(pipe, data, minutes):
     muon, adamw = optimizers(transformer, [p for p in blocks if p.ndim == 2])
     start, step, running, bar = time.time(), 0, None, tqdm(desc="transformer", unit="step")
     while (done := (time.time() - start) / (60 * minutes)) < 1:
-        whole = done > 0.72
+        whole = done > 0.65
         tokens, batch = (512, 12) if whole else (SHORT, 32)
         rate = min(1, step / 100) * min(1.0, 1.6 * (1 - done)) + 1e-3
         adamw.param_groups[0]["lr"] = 1e-3 * rate
@@ -253,7 +253,7 @@ def train_transformer(pipe, data, minutes):
         muon.step(0.02 * rate)
         adamw.step()
         transformer.zero_grad()
-        decay = min(0.998, step / (step + 10))
+        decay = min(0.996 if whole else 0.998, step / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(transformer.state_dict().values()), 1 - decay)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
@@ -262,7 +262,6 @@ def train_transformer(pipe, data, minutes):
         bar.set_postfix(loss=f"{running:.4f}")
         if step % 500 == 0:
             print(f"step {step} minutes {(time.time() - start) / 60:.1f} loss {running:.4f} whole {whole}", flush=True)
-            torch.save(average, "/tmp/tiny_average.pt")
     bar.close()
     transformer.load_state_dict(average)
     print(f"transformer: {step} steps, loss {running:.4f}")
@@ -288,11 +287,14 @@ def main():
     tokenizer = make_tokenizer(args.folder / "tokenizer")
     text_encoder = make_text_encoder(tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, shift=3.0)
-    torch.manual_seed(0)
-    transformer = LongCatImageTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=2,
-        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=[16, 24, 24],
-    )
+    if (args.folder / "transformer").exists():
+        transformer = LongCatImageTransformer2DModel.from_pretrained(args.folder / "transformer", torch_dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        transformer = LongCatImageTransformer2DModel(
+            in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=2,
+            joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=[16, 24, 24],
+        )
     print(sum(p.numel() for p in transformer.parameters()), "transformer parameters")
     if (args.folder / "vae").exists():
         vae = AutoencoderKL.from_pretrained(args.folder / "vae").eval().requires_grad_(False)
