@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import prepare_data
 from longcat_common import (
+    CACHE_FORMAT,
     UserError,
     cache_prompts,
     content_key,
@@ -30,7 +31,7 @@ from longcat_common import (
 
 def latents_file(config, entry):
     """Where a picture's latents are kept: the name follows from its bytes, its bucket and the VAE."""
-    key = content_key("latents", entry["key"], list(entry["bucket"]), model_identity(config, "vae"))
+    key = content_key("latents", CACHE_FORMAT, entry["key"], list(entry["bucket"]), model_identity(config, "vae"))
     return Path(config.cache_dir) / "latents" / key[:2] / f"{key}.safetensors"
 
 
@@ -86,7 +87,8 @@ def read_manifest(config):
     manifest that is there is used."""
     path = Path(config.output_dir) / "manifest.jsonl"
     if config.data_dir is None and path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open(path, encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
     return prepare_data.main(config)
 
 

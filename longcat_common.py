@@ -3,6 +3,7 @@ the prompt cache, flow matching, LoRA files, pictures."""
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import gc
@@ -38,6 +39,7 @@ from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 VERSION = "0.1.0"
+CACHE_FORMAT = 1  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
@@ -90,7 +92,7 @@ KEYS = {
     },
     "LoRA": {
         "lora_rank": Key(int, 16, "rank", minimum=1),
-        "lora_alpha": Key(float, None, "strength is lora_alpha / lora_rank; null: equal to the rank", minimum=0),
+        "lora_alpha": Key(float, None, "strength is lora_alpha / lora_rank; null: equal to the rank", minimum=0.001),
         "lora_dropout": Key(float, 0.0, "dropout on the LoRA's input", minimum=0),
         "init_lora": Key(str, None, "LoRA file or folder to start from"),
         "lora_target_modules": Key(list, TARGET_MODULES, "ends of the names of the layers that get a LoRA"),
@@ -111,7 +113,7 @@ KEYS = {
         "adam_beta1": Key(float, 0.9, "AdamW's beta1", minimum=0),
         "adam_beta2": Key(float, 0.999, "AdamW's beta2", minimum=0),
         "adam_weight_decay": Key(float, 0.01, "AdamW's weight decay", minimum=0),
-        "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm", minimum=0),
+        "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm; 0: not clipped", minimum=0),
         "gradient_checkpointing": Key(bool, True, "recompute activations in the backward pass: less memory, 1.5 times the step time"),
         "seed": Key(int, 42, "every random draw follows from it", minimum=0),
         "flow_schedule_auto_shift": Key(bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"),
@@ -136,7 +138,7 @@ KEYS = {
         "validation_guidance": Key(float, 4.5, "guidance scale", minimum=0),
         "validation_num_inference_steps": Key(int, 30, "sampling steps", minimum=1),
         "validation_seed": Key(int, 42, "seed of every picture's first noise", minimum=0),
-        "lora": Key(str, None, "the LoRA that validate.py shows: a file or folder; null: the newest of output_dir"),
+        "lora": Key(str, None, "the LoRA that validate.py shows, a file or folder; null: the newest of output_dir"),
     },
 }
 ALL_KEYS = {name: key for group in KEYS.values() for name, key in group.items()}
@@ -193,7 +195,7 @@ def load_config(path=None, **overrides):
     Raises UserError (a ValueError), in one line, for an unknown key, a wrong type or an impossible value.
     """
     values = {**(read_json(path) if path else {}), **overrides}
-    config = SimpleNamespace(**{name: key.default for name, key in ALL_KEYS.items()})
+    config = SimpleNamespace(**{name: copy.deepcopy(key.default) for name, key in ALL_KEYS.items()})
     for name, value in values.items():
         if name in IGNORED_KEYS:
             print(f"ignored: {name} ({IGNORED_KEYS[name]})", file=sys.stderr)
@@ -208,14 +210,20 @@ def load_config(path=None, **overrides):
     sources(config)
     for name in ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout_probability"):
         if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
-            raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 to 1")
+            limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
+            raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 {limit}")
     return config
+
+
+def types_of(name):
+    """The types that a key takes, as a tuple."""
+    types = ALL_KEYS[name].types
+    return types if isinstance(types, tuple) else (types,)
 
 
 def checked(name, value):
     """`value` for the key `name`, an int where a float is wanted turned into one; UserError if it is not allowed."""
-    key = ALL_KEYS[name]
-    types = key.types if isinstance(key.types, tuple) else (key.types,)
+    key, types = ALL_KEYS[name], types_of(name)
     if value is None and key.default is None:
         return None
     if float in types and type(value) is int:
@@ -301,6 +309,8 @@ def config_from_flags(description, arguments):
     words = []
     for i, word in enumerate(arguments):
         name = word[2:].split("=")[0] if word.startswith("--") else None
+        if name in IGNORED_KEYS:
+            raise UserError(f"--{name} means nothing here: {IGNORED_KEYS[name]}")
         if name and name != "help" and name not in ALL_KEYS:
             load_config(**{name: None})  # names it and the nearest key
         bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool and arguments[i + 1 : i + 2] not in (["true"], ["false"])
@@ -310,7 +320,9 @@ def config_from_flags(description, arguments):
     for name in given:
         if ALL_KEYS[name].types is not str or given[name] == "null":
             with contextlib.suppress(json.JSONDecodeError):
-                given[name] = json.loads(given[name])
+                value = json.loads(given[name])
+                if str not in types_of(name) or type(value) in types_of(name) or value is None:
+                    given[name] = value
     return load_config(path, **given)
 
 
@@ -429,7 +441,7 @@ def find_model(name, part):
         try:
             folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
         except Exception as error:  # the hub's client raises many kinds
-            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error).splitlines()[0]})") from None
+            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error)[:200]!r})") from None
     if not (folder / part).is_dir():
         raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
     return folder / part
@@ -437,13 +449,13 @@ def find_model(name, part):
 
 @functools.cache
 def folder_identity(folder):
-    """What tells two models apart without reading all of them: their files' names, sizes and safetensors headers."""
+    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
+    start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            start = file.read(8)
-            header = int.from_bytes(start, "little") if path.suffix == ".safetensors" else path.stat().st_size
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + start + file.read(min(header, 100_000_000)))
+            digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + file.read(size if size < 2**26 else 2**20))
     return digest.hexdigest()[:32]
 
 
@@ -465,6 +477,10 @@ def load_transformer(config, device):
     if info["missing_keys"]:
         raise UserError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {info['missing_keys'][0]}; download it again")
     transformer.requires_grad_(False).eval()
+    for module in transformer.modules():
+        # CUDA's autocast gives norms a float32 output; every Linear after them would keep a float32 input.
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         quantize(block.to(device), config.base_model_precision)
     return transformer.to(device)
@@ -541,7 +557,7 @@ class CachedPromptPipeline(LongCatImagePipeline):
     """LongCatImagePipeline without a text encoder of its own: embeddings come from `cache_dir`, and what is
     not there yet is encoded and kept. Prompts are never rewritten: a trigger word would be lost."""
 
-    settings = None  # the configuration; load_pipeline sets it
+    settings = None  # the configuration; make_pipeline sets it
 
     def encode_prompt(self, prompt, num_images_per_prompt=1, prompt_embeds=None):
         """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
@@ -581,7 +597,7 @@ def load_pipeline(config, device, lora=None):
 
 def prompt_file(config, prompt, device):
     """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the model."""
-    key = content_key("prompt", prompt, str(text_dtype(config, device)), model_identity(config, "text_encoder", "tokenizer"))
+    key = content_key("prompt", CACHE_FORMAT, prompt, str(text_dtype(config, device)), model_identity(config, "text_encoder", "tokenizer"))
     return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
 
 
@@ -677,7 +693,7 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
 def add_lora(transformer, config):
     """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
     as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
-    alpha = config.lora_alpha or config.lora_rank
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     for target in config.lora_target_modules:
         if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
             raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
@@ -733,15 +749,14 @@ def read_lora(path):
 
 def load_lora(transformer, path):
     """Puts a LoRA file, or the one in a folder, on the transformer, ready to draw. Raises UserError if it does not fit."""
-    state = {f"transformer.{name}": tensor for name, tensor in read_lora(path).items()}
+    state, layers = read_lora(path), {name for name, _ in transformer.named_modules()}
+    for name in state:
+        if name.rsplit(".lora_", 1)[0] not in layers:
+            raise UserError(f"{path}: was made for another model: this one has no layer {name.rsplit('.lora_', 1)[0]}")
     try:
-        transformer.load_lora_adapter(state)
+        transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: does not fit this transformer ({str(error).splitlines()[0]})") from None
-    dtype = transformer.x_embedder.weight.dtype
-    for name, parameter in transformer.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
+        raise UserError(f"{path}: does not fit this transformer ({str(error)[:200]!r})") from None
 
 
 # ---------------------------------------------------------------- pictures
@@ -752,18 +767,17 @@ def generate(pipe, config, prompts):
     width, height = parse_size("validation_resolution", config.validation_resolution, 16)
     pipe.set_progress_bar_config(leave=False, desc="sampling")
     images = []
-    with autocast(config, pipe.device):
-        for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
-            images += pipe(
-                prompt,
-                negative_prompt=config.validation_negative_prompt,
-                width=width,
-                height=height,
-                num_inference_steps=config.validation_num_inference_steps,
-                guidance_scale=config.validation_guidance,
-                generator=torch.Generator().manual_seed(config.validation_seed),
-                enable_prompt_rewrite=False,
-            ).images
+    for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
+        images += pipe(
+            prompt,
+            negative_prompt=config.validation_negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=config.validation_guidance,
+            generator=torch.Generator().manual_seed(config.validation_seed),
+            enable_prompt_rewrite=False,
+        ).images
     return images
 
 
@@ -790,6 +804,7 @@ def picture_grid(rows, row_labels, column_labels):
     for x, label in enumerate(column_labels):
         draw.text((gap + x * (cell + gap) + cell / 2, line / 2), label, "black", font=label_font(size, False), anchor="mm")
     for y, (images, label) in enumerate(zip(rows, row_labels)):
+        label = " ".join(label.split())
         top = line + y * (line + cell_height)
         font = label_font(size, any(ord(letter) > 0x2E7F for letter in label))
         if font is None:

@@ -7,6 +7,7 @@ on from the newest checkpoint. Every random draw follows from (seed, purpose, st
 resumed run ends with the same bytes as an uninterrupted one.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -35,6 +36,7 @@ from longcat_common import (
     pick_device,
     picture_grid,
     read_json,
+    read_lora,
     read_tensors,
     run_stage,
     sample_sigmas,
@@ -125,39 +127,40 @@ def save_checkpoint(config, transformer, parameters, optimizer, scaler, step):
     write_tensors(temporary / "state.safetensors", state)
     fixed = {name: getattr(config, name) for name in FIXED_KEYS}
     write_file(temporary / "state.json", json.dumps({"step": step, "config": fixed, "scaler": scaler.state_dict()}, indent=2))
-    if folder.exists():  # left by a run that was resumed from before it
-        shutil.rmtree(folder)
     temporary.rename(folder)
     for old in checkpoint_folders(config)[: -config.checkpoints_total_limit]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(config, parameters, optimizer, scaler):
-    """Restores the checkpoint that `resume_from_checkpoint` asks for. Returns its step, or 0 if there is none.
+def find_checkpoint(config):
+    """The checkpoint folder that `resume_from_checkpoint` asks for, or None to start anew.
 
-    Raises UserError if it does not exist, is damaged, or was made with another base model or LoRA shape.
+    Raises UserError if it does not exist, was made with another base model or LoRA shape, or if `output_dir` holds
+    later checkpoints, which this run would come to overwrite.
     """
-    folders = checkpoint_folders(config)
-    if config.resume_from_checkpoint == "none":
-        if folders:
-            raise UserError(f"output_dir: {config.output_dir} holds checkpoints of an earlier run; choose another output_dir, or resume")
-        return 0
-    if config.resume_from_checkpoint == "latest":
-        if not folders:
-            return 0
-        folder = folders[-1]
-    else:
-        folder = Path(config.resume_from_checkpoint)
+    folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
+    folder = None if wanted == "none" else folders[-1] if wanted == "latest" and folders else Path(wanted) if wanted != "latest" else None
+    if folders and (folder is None or folder.name < folders[-1].name):
+        raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there")
+    if folder:
+        for name, value in read_json(folder / "state.json")["config"].items():
+            if getattr(config, name) != value:
+                raise UserError(f"{name}: found {getattr(config, name)!r}, but {folder} was trained with {value!r}; choose another output_dir")
+    return folder
+
+
+def load_checkpoint(folder, parameters, optimizer, scaler):
+    """Restores LoRA, optimizer and scaler from a checkpoint folder. Returns its step. Raises UserError if it is damaged."""
     saved, state = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
-    for name, value in saved["config"].items():
-        if getattr(config, name) != value:
-            raise UserError(f"{name}: found {getattr(config, name)!r}, but {folder} was trained with {value!r}; choose another output_dir")
+    if {f"lora.{name}" for name in parameters} - state.keys():
+        raise UserError(f"{folder}: does not hold the LoRA of this configuration; choose another output_dir")
     moments = {}
     for i, (name, parameter) in enumerate(parameters.items()):
         parameter.data.copy_(state[f"lora.{name}"])
         moments[i] = {moment: state[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
     print(f"resumed from {folder}")
     return saved["step"]
 
@@ -201,11 +204,15 @@ class Metrics:
 
     def __init__(self, config, start):
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        write_file(self.path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut off
+                kept += [line + "\n"] if json.loads(line)["step"] <= start else []
+        write_file(self.path, "".join(kept))
         self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1) if config.report_to == "tensorboard" else None
 
     def write(self, step, **values):
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board:
@@ -226,6 +233,9 @@ def main(config):
     Raises UserError for anything in the configuration or the data that the user has to mend.
     """
     device, output = pick_device(), Path(config.output_dir)
+    checkpoint = find_checkpoint(config)
+    if config.init_lora:
+        read_lora(config.init_lora)  # a wrong path is said now, not after an hour of caching
     entries, prompt_files = cache_latents.main(config)
 
     batches_of = functools.lru_cache(maxsize=1)(lambda epoch: epoch_batches(entries, config.train_batch_size, config.seed, epoch))
@@ -252,7 +262,7 @@ def main(config):
     lr_of = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps).lr_lambdas[0]
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
 
-    start = load_checkpoint(config, parameters, optimizer, scaler)
+    start = load_checkpoint(checkpoint, parameters, optimizer, scaler) if checkpoint else 0
     write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
     metrics = Metrics(config, start)
     previews = config.validation_step_interval and config.validation_prompts
@@ -262,43 +272,45 @@ def main(config):
     transformer.train()
     losses, clock = [], time.perf_counter()
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, desc="training", unit="step")
-    # Under autocast the LoRA's input needs no float32 copy in every layer.
-    with disable_input_dtype_casting(transformer):
-        for step in bar:
-            learning_rate = config.learning_rate * lr_of(step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+    for step in bar:
+        learning_rate = config.learning_rate * lr_of(step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
 
-            for micro in range(config.gradient_accumulation_steps):
-                index = (step - 1) * config.gradient_accumulation_steps + micro
-                epoch, position = divmod(index, batches_per_epoch)
-                batch = load_batch(config, batches_of(epoch)[position], prompt_files, epoch, index)
-                latents, noise, normal, prompt_embeds, weights = (tensor.to(device) for tensor in batch)
-                token_count = latents.shape[2] * latents.shape[3] // 4
-                sigmas = sample_sigmas(normal, token_count, scheduler, config.flow_schedule_auto_shift)
-                torch.manual_seed(generator(config.seed, "lora_dropout", index).initial_seed())
+        for micro in range(config.gradient_accumulation_steps):
+            index = (step - 1) * config.gradient_accumulation_steps + micro
+            epoch, position = divmod(index, batches_per_epoch)
+            batch = load_batch(config, batches_of(epoch)[position], prompt_files, epoch, index)
+            latents, noise, normal, prompt_embeds, weights = (tensor.to(device) for tensor in batch)
+            token_count = latents.shape[2] * latents.shape[3] // 4
+            sigmas = sample_sigmas(normal, token_count, scheduler, config.flow_schedule_auto_shift)
+            # Dropout alone is drawn on the device.
+            torch.manual_seed(generator(config.seed, "lora_dropout", index).initial_seed())
+            # Autocast serves the LoRA its input in the base's dtype: no float32 copy of it in every layer.
+            with disable_input_dtype_casting(transformer):
                 with autocast(config, device):
                     loss = flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights)
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
-                losses.append(loss.detach())
+            losses.append(loss.detach())
 
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
-            if step % LOG_EVERY == 0 or step == steps:
-                mean_loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - clock
-                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.1e}")
-                logged_steps = len(losses) / config.gradient_accumulation_steps
-                metrics.write(step, loss=mean_loss, lr=learning_rate, grad_norm=grad_norm.item(), epoch=epoch, seconds_per_step=seconds / logged_steps)
-                losses, clock = [], time.perf_counter()
-            if step % config.checkpoint_step_interval == 0 or step == steps:
-                save_checkpoint(config, transformer, parameters, optimizer, scaler, step)
-            if previews and (step % config.validation_step_interval == 0 or step == steps):
-                preview(config, transformer, device, step)
-                clock = time.perf_counter()
+        if step % LOG_EVERY == 0 or step == steps:
+            mean_loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - clock
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.1e}")
+            seconds_per_step = seconds * config.gradient_accumulation_steps / len(losses)
+            metrics.write(step, loss=mean_loss, lr=learning_rate, grad_norm=grad_norm.item(), epoch=epoch, seconds_per_step=seconds_per_step)
+            losses, clock = [], time.perf_counter()
+        if step % config.checkpoint_step_interval == 0 or step == steps:
+            save_checkpoint(config, transformer, parameters, optimizer, scaler, step)
+        if previews and (step % config.validation_step_interval == 0 or step == steps):
+            paused = time.perf_counter()
+            preview(config, transformer, device, step)
+            clock += time.perf_counter() - paused
 
     metrics.close()
     save_lora(transformer, output, lora_metadata(config, max(start, steps)))

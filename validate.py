@@ -26,14 +26,14 @@ from longcat_common import (
 
 
 def find_lora(config):
-    """The LoRA to show: `lora`, or else the finished one of `output_dir`, or else its newest checkpoint."""
+    """The LoRA to show: `lora`, or else the newest of `output_dir` and its checkpoints."""
     if config.lora:
         return Path(config.lora)
-    output = Path(config.output_dir)
-    for folder in [output, *sorted((output / "checkpoints").glob("step-*"), reverse=True)]:
-        if (folder / "pytorch_lora_weights.safetensors").exists():
-            return folder / "pytorch_lora_weights.safetensors"
-    raise UserError(f"lora: {output} holds no LoRA yet; train one, or name a file with --lora")
+    output, name = Path(config.output_dir), "pytorch_lora_weights.safetensors"
+    found = [*output.glob(name), *output.glob(f"checkpoints/step-*/{name}")]
+    if not found:
+        raise UserError(f"lora: {output} holds no LoRA yet; train one, or name a file with --lora")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def main(config):

@@ -29,6 +29,9 @@ def test_file_flags_and_defaults(tmp_path):
     assert config.validation_prompts == ["a", "b"]
     assert config_from_flags("", ["--gradient_checkpointing", "false"]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
+    assert config_from_flags("", ["--validation_prompts", "42"]).validation_prompts == ["42"]
+    config.lora_target_modules.append("x")
+    assert "x" not in load_config().lora_target_modules
     assert config_from_flags("", ["--output_dir", "123", "--instance_prompt", "null"]).output_dir == "123"
 
 
@@ -45,7 +48,7 @@ def test_file_flags_and_defaults(tmp_path):
         ({"resolution": "1000"}, ["resolution", "1000", "multiple of 64"]),
         ({"resolution": "1024x1000"}, ["resolution", "1024x1000", "multiples of 64"]),
         ({"validation_resolution": "big"}, ["validation_resolution", "big", "1024x1024"]),
-        ({"caption_dropout_probability": 1.5}, ["caption_dropout_probability", "1.5", "0 to 1"]),
+        ({"caption_dropout_probability": 1.5}, ["caption_dropout_probability", "1.5", "0 up to 1"]),
         ({"data_dir": [{"folder": "x"}]}, ["data_dir", "folder", "path"]),
         ({"data_dir": [{"path": "x", "repeats": 0}]}, ["data_dir", "repeats 0", "'x'"]),
         ({"lora_target_modules": [1]}, ["lora_target_modules", "list of texts"]),

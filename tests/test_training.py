@@ -271,8 +271,12 @@ def test_what_must_not_change_on_resume_is_refused(tiny_config):
     train_lora.main(short(tiny_config, max_train_steps=1))
     with pytest.raises(ValueError, match="lora_rank: found 8.*16"):
         train_lora.main(short(tiny_config, lora_rank=8))
-    with pytest.raises(ValueError, match="holds checkpoints"):
+    with pytest.raises(ValueError, match="holds later checkpoints, up to step-000001"):
         train_lora.main(short(tiny_config, resume_from_checkpoint="none"))
+    with pytest.raises(ValueError, match="there is no such LoRA file"):
+        train_lora.main(short(tiny_config, init_lora="nowhere.safetensors"))
+    with open(Path(short(tiny_config).output_dir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')  # cut off by a kill
     done = train_lora.main(short(tiny_config, max_train_steps=2, checkpoints_total_limit=1))
     assert [p.name for p in (done.parent / "checkpoints").iterdir()] == ["step-000002"]
 
@@ -324,7 +328,7 @@ def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(tiny_config,
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao", pytest.param("int4-quanto", marks=pytest.mark.slow)])
 def test_quantized_bases_train_and_draw(tiny_config, precision):
     plain = load_transformer(tiny_config(), "cpu")
-    config = short(tiny_config, base_model_precision=precision, max_train_steps=2, validation_prompts=NEON_PROMPTS[:1], validation_num_inference_steps=2)
+    config = short(tiny_config, base_model_precision=precision, gradient_checkpointing=True, max_train_steps=2, validation_prompts=NEON_PROMPTS[:1], validation_num_inference_steps=2)
     quantized = load_transformer(config, "cpu")
     name = "single_transformer_blocks.0.proj_out"
     inputs = torch.randn(4, quantized.get_submodule(name).in_features)
