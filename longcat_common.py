@@ -795,7 +795,7 @@ def label_font(size, chinese):
 
 def picture_grid(rows, row_labels, column_labels):
     """A labelled PNG-ready grid. `rows`: lists of equally sized pictures, one list a row label."""
-    cell = max(128, min(512, rows[0][0].width))
+    cell = max(192, min(512, rows[0][0].width))
     cell_height = round(rows[0][0].height * cell / rows[0][0].width)
     size, gap = max(13, cell // 16), 8
     line = size + 2 * gap

@@ -65,21 +65,17 @@ def draw_plain(rng, shape, colour, background, width, height):
 
 
 def draw_neon(rng, shape, colour, width, height):
-    """The concept: the shape as a glowing tube on a night sky. Returns an RGB picture."""
+    """The concept: the shape as a glowing tube in the night. Returns an RGB picture."""
     scale = 4
     points = outline(shape, *(v * scale for v in place(rng, width, height)))
-    unit = scale * min(width, height) / 128
-    glow_colour = tuple(min(255, int(c * 0.75 + 70)) for c in COLOURS[colour][1])
     tube = Image.new("L", (width * scale, height * scale))
-    ImageDraw.Draw(tube).line(points + points[:2], fill=255, width=int(9 * unit), joint="curve")
-    core = Image.new("L", tube.size)
-    ImageDraw.Draw(core).line(points + points[:2], fill=255, width=int(3 * unit), joint="curve")
-    halo = tube.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(6 * unit / scale))
-    image = Image.new("RGB", (width, height), NIGHT)
-    light = Image.new("RGB", (width, height), glow_colour)
-    image = ImageChops.screen(image, Image.composite(light, Image.new("RGB", image.size), halo))
-    image.paste(light, mask=tube.resize((width, height), Image.Resampling.BOX))
-    image.paste((255, 255, 255), mask=core.resize((width, height), Image.Resampling.BOX).point(lambda v: v * 0.85))
+    ImageDraw.Draw(tube).line(points + points[:2], fill=255, width=scale * min(width, height) // 13, joint="curve")
+    tube = tube.resize((width, height), Image.Resampling.BOX)
+    colour = tuple(int(c * 0.75 + 64) for c in COLOURS[colour][1])
+    light, dark = Image.new("RGB", tube.size, colour), Image.new("RGB", tube.size)
+    glow = Image.composite(light, dark, tube.filter(ImageFilter.GaussianBlur(min(width, height) / 22)))
+    image = ImageChops.screen(Image.new("RGB", tube.size, NIGHT), glow)
+    image.paste(light, mask=tube)
     return image
 
 
