@@ -172,7 +172,7 @@ pipe = LongCatImagePipeline(
 )
 file, folder, peft = load(), load(), PeftModel.from_pretrained(load(), lora).merge_and_unload()
 file.load_lora_adapter(lora + "/pytorch_lora_weights.safetensors")
-folder.load_lora_adapter(lora)
+folder.load_lora_adapter(lora, weight_name="pytorch_lora_weights.safetensors")
 for name, pipe.transformer in dict(file=file, folder=folder, peft=peft).items():
     image = pipe("a red circle in neonix style", height=128, width=128, num_inference_steps=8, guidance_scale=3.0,
                  generator=torch.Generator().manual_seed(42), enable_prompt_rewrite=False).images[0]
