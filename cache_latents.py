@@ -20,6 +20,7 @@ from longcat_common import (
     cache_prompts,
     content_key,
     free_memory,
+    is_whole,
     load_vae,
     model_identity,
     pick_device,
@@ -75,7 +76,7 @@ def cache_pictures(config, entries, device):
         for batch in batches:
             mean, std = encode_pictures(vae, load_pixels([entry["path"] for entry in batch], batch[0]["bucket"]))
             for i, entry in enumerate(batch):
-                if not latents_file(config, entry).exists():
+                if not is_whole(latents_file(config, entry)):
                     write_tensors(latents_file(config, entry), {"mean": mean[i], "std": std[i]})
             bar.update(len(batch))
     del vae

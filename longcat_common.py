@@ -32,7 +32,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
@@ -226,6 +226,8 @@ def checked(name, value):
     key, types = ALL_KEYS[name], types_of(name)
     if value is None and key.default is None:
         return None
+    if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt"):
+        raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types:
@@ -257,7 +259,7 @@ def buckets(config):
     grid, text = config.aspect_bucket_alignment, str(config.resolution).strip()
     if grid % 64:
         raise UserError(f"aspect_bucket_alignment: found {grid}, allowed are multiples of 64")
-    if not text.isdigit():
+    if not text.isdecimal():
         return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
     side = int(text)
     if side < grid or side % grid:
@@ -274,19 +276,19 @@ def sources(config):
         return []
     given = [{"path": config.data_dir}] if isinstance(config.data_dir, str) else config.data_dir
     for source in given:
-        if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+        if not isinstance(source, dict) or not isinstance(source.get("path"), str) or not source["path"]:
             raise UserError(f'data_dir: found the source {source!r}, allowed is {{"path": "folder", ...}}')
         for name, value in source.items():
             if name not in defaults:
                 raise UserError(f"data_dir: unknown key {name!r} in {source!r}; known: {', '.join(defaults)}")
-            wrong = {
-                "path": False,
-                "repeats": type(value) is not int or value < 1,
-                "caption_prefix": not isinstance(value, str),
-                "loss_weight": type(value) not in (int, float) or not 0 <= value < math.inf,
-            }
-            if wrong[name]:
-                raise UserError(f"data_dir: found {name} {value!r} in the source {source['path']!r}; see the README for what is allowed")
+            allowed, good = {
+                "path": ("a folder", True),
+                "repeats": ("a whole number from 1", type(value) is int and value >= 1),
+                "caption_prefix": ("text", isinstance(value, str)),
+                "loss_weight": ("a number from 0", type(value) in (int, float) and 0 <= value < math.inf),
+            }[name]
+            if not good:
+                raise UserError(f"data_dir: found {name} {value!r} in the source {source['path']!r}, allowed is {allowed}")
     return [{**defaults, **source} for source in given]
 
 
@@ -346,16 +348,17 @@ def run_stage(main, description):
 def write_file(path, data):
     """Writes bytes or text whole or not at all: temporary name, flush, rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
 
 
@@ -371,7 +374,7 @@ def read_tensors(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); delete it to have it made again") from None
+        raise UserError(f"{path}: is missing or damaged ({error})") from None
 
 
 def content_key(*parts):
@@ -464,6 +467,15 @@ def model_identity(config, *parts):
     return [folder_identity(model_folder(config, part)) for part in parts]
 
 
+@contextlib.contextmanager
+def named_if_damaged(folder):
+    """Turns what a library raises about a cut-off or missing model file into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
+
+
 def load_transformer(config, device):
     """The frozen transformer, quantized as configured, on `device`, in eval mode.
 
@@ -471,9 +483,10 @@ def load_transformer(config, device):
     unquantized model. Raises UserError if a weight is missing.
     """
     folder = model_folder(config, "transformer")
-    transformer, info = LongCatImageTransformer2DModel.from_pretrained(
-        folder, torch_dtype=compute_dtype(config, device), output_loading_info=True
-    )
+    with named_if_damaged(folder):
+        transformer, info = LongCatImageTransformer2DModel.from_pretrained(
+            folder, torch_dtype=compute_dtype(config, device), output_loading_info=True
+        )
     if info["missing_keys"]:
         raise UserError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {info['missing_keys'][0]}; download it again")
     transformer.requires_grad_(False).eval()
@@ -505,7 +518,8 @@ def quantize(module, precision):
 
 def load_vae(config, device):
     """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
-    vae = AutoencoderKL.from_pretrained(model_folder(config, "vae"), torch_dtype=torch.float32)
+    with named_if_damaged(folder := model_folder(config, "vae")):
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -529,13 +543,14 @@ def load_text_encoder(config, device):
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the weights left out on purpose would fill a page
     try:
-        text_encoder, info = Qwen2_5_VLTextModel.from_pretrained(
-            folder,
-            config=AutoConfig.from_pretrained(folder).text_config,
-            dtype=text_dtype(config, device),
-            key_mapping={r"^model\.language_model\.": "", r"^model\.(?!visual\.)": ""},
-            output_loading_info=True,
-        )
+        with named_if_damaged(folder):
+            text_encoder, info = Qwen2_5_VLTextModel.from_pretrained(
+                folder,
+                config=AutoConfig.from_pretrained(folder).text_config,
+                dtype=text_dtype(config, device),
+                key_mapping={r"^model\.language_model\.": "", r"^model\.(?!visual\.)": ""},
+                output_loading_info=True,
+            )
     finally:
         transformers_logging.set_verbosity(level)
     if info["missing_keys"]:
@@ -614,7 +629,16 @@ def unfinished_batches(items, path_of, batch_size):
     depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted one."""
     items = sorted(items, key=lambda item: path_of(item).name)
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    return [batch for batch in batches if not all(path_of(item).exists() for item in batch)]
+    return [batch for batch in batches if not all(is_whole(path_of(item)) for item in batch)]
+
+
+def is_whole(path):
+    """Whether a cache file is there and not cut off, which its header tells."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def cache_prompts(config, prompts, device):
@@ -629,7 +653,7 @@ def cache_prompts(config, prompts, device):
         with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt") as bar:
             for batch in batches:
                 for prompt, prompt_embeds in zip(batch, encode_prompts(text_encoder, tokenizer, batch)):
-                    if not files[prompt].exists():
+                    if not is_whole(files[prompt]):
                         write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
                 bar.update(len(batch))
         del text_encoder

@@ -12,6 +12,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ def load_picture(path, bucket):
         scale = max(bucket[0] / width, bucket[1] / height)
         image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bit: converted as it is, all of it would be white
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -99,8 +99,8 @@ def load_batch(config, batch, prompt_files, epoch, index):
 
 
 def checkpoint_folders(config):
-    """This run's checkpoints, oldest first."""
-    return sorted((Path(config.output_dir) / "checkpoints").glob("step-*"))
+    """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
+    return sorted((Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6))
 
 
 def lora_metadata(config, step):
@@ -139,7 +139,12 @@ def find_checkpoint(config):
     later checkpoints, which this run would come to overwrite.
     """
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
-    folder = None if wanted == "none" else folders[-1] if wanted == "latest" and folders else Path(wanted) if wanted != "latest" else None
+    if wanted == "latest":
+        folder = folders[-1] if folders else None
+    else:
+        folder = None if wanted == "none" else Path(wanted)
+    if folder and not (folder / "state.json").is_file():
+        raise UserError(f"resume_from_checkpoint: {folder} is no checkpoint folder: it holds no state.json")
     if folders and (folder is None or folder.name < folders[-1].name):
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there")
     if folder:
@@ -151,7 +156,11 @@ def find_checkpoint(config):
 
 def load_checkpoint(folder, parameters, optimizer, scaler):
     """Restores LoRA, optimizer and scaler from a checkpoint folder. Returns its step. Raises UserError if it is damaged."""
-    saved, state = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
+    saved = read_json(folder / "state.json")
+    try:
+        state = read_tensors(folder / "state.safetensors")
+    except UserError as error:
+        raise UserError(f"{error}; move {folder} away to go on from the checkpoint before it") from None
     if {f"lora.{name}" for name in parameters} - state.keys():
         raise UserError(f"{folder}: does not hold the LoRA of this configuration; choose another output_dir")
     moments = {}
@@ -206,7 +215,7 @@ class Metrics:
         self.path = Path(config.output_dir) / "metrics.jsonl"
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut off
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
                 kept += [line + "\n"] if json.loads(line)["step"] <= start else []
         write_file(self.path, "".join(kept))
         self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1) if config.report_to == "tensorboard" else None
@@ -263,6 +272,8 @@ def main(config):
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
 
     start = load_checkpoint(checkpoint, parameters, optimizer, scaler) if checkpoint else 0
+    if start >= steps:
+        print(f"nothing to train: {checkpoint} has {start} steps already; raise max_train_steps, or choose another output_dir for a new run")
     write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
     metrics = Metrics(config, start)
     previews = config.validation_step_interval and config.validation_prompts

@@ -20,6 +20,7 @@ from longcat_common import (
     load_pipeline,
     pick_device,
     picture_grid,
+    read_lora,
     run_stage,
     save_picture,
 )
@@ -39,6 +40,7 @@ def find_lora(config):
 def main(config):
     """Draws every validation prompt with the same noise, without and with the LoRA. Returns the grid's path."""
     device, lora = pick_device(), find_lora(config)
+    read_lora(lora)  # a wrong file is said now, not after the base's pictures
     prompts = config.validation_prompts
     if not prompts:
         raise UserError('validation_prompts: none given; name some, such as --validation_prompts "a red fox"')

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, TINY, run_script
 
 from longcat_common import ALL_KEYS, KEYS, buckets, config_from_flags, load_config
 
@@ -52,6 +52,8 @@ def test_file_flags_and_defaults(tmp_path):
         ({"data_dir": [{"folder": "x"}]}, ["data_dir", "folder", "path"]),
         ({"data_dir": [{"path": "x", "repeats": 0}]}, ["data_dir", "repeats 0", "'x'"]),
         ({"lora_target_modules": [1]}, ["lora_target_modules", "list of texts"]),
+        ({"lora_target_modules": []}, ["lora_target_modules", "empty"]),
+        ({"data_dir": ""}, ["data_dir", "empty"]),
         ({"enable_group_offload": True}, ["enable_group_offload", "true", "false"]),
     ],
 )
@@ -80,6 +82,8 @@ def test_script_prints_one_line_and_exits_with_2():
     done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: unknown key 'lora_rnk'; did you mean 'lora_rank'?"
+    done = run_script("prepare_data.py", "--data_dir", TINY / "pictures", "--output_dir", ROOT / "README.md", check=False)
+    assert done.returncode == 2 and "README.md/manifest.jsonl: cannot be written" in done.stderr and "Traceback" not in done.stderr
     done = run_script("prepare_data.py", "--data_dir", "no/such/folder", check=False)
     assert (done.returncode, done.stderr.strip()) == (2, "error: data_dir: no/such/folder is no folder")
 

@@ -48,6 +48,8 @@ def test_camera_pictures(tmp_path, tiny_config):
     turned = camera_picture(folder / "turned.jpg", (4000, 3000), orientation=6)
     Image.new("RGBA", (300, 200), (255, 0, 0, 0)).save(folder / "clear.png")
     Image.new("L", (200, 300), 128).save(folder / "grey.webp")
+    Image.fromarray(np.full((200, 300), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert np.unique(prepare_data.load_picture(tmp_path / "deep.png", (192, 128))).tolist() == [30000 // 257]
     (folder / "landscape.txt").write_text("\ufeffa landscape\n", encoding="utf-8")
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "empty.txt").write_text("text without a picture")
@@ -152,6 +154,9 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
         load_transformer(config, "cpu")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be loaded, download it again"):
+        load_transformer(config, "cpu")
 
 
 def test_an_interrupted_cache_ends_with_the_same_bytes(tmp_path, tiny_config):
@@ -164,6 +169,9 @@ def test_an_interrupted_cache_ends_with_the_same_bytes(tmp_path, tiny_config):
         if i % 3:
             (Path(second.cache_dir) / path).unlink()
     kept = {p: p.stat().st_mtime_ns for p in Path(second.cache_dir).rglob("*.safetensors")}
+    cut = Path(second.cache_dir) / written[0]
+    cut.write_bytes(cut.read_bytes()[:-100])  # as a full disk or a bad copy leaves it
+    del kept[cut]
     cache_latents.main(second)
     for path in written:
         assert (Path(first.cache_dir) / path).read_bytes() == (Path(second.cache_dir) / path).read_bytes()

@@ -266,7 +266,7 @@ def test_killed_and_started_again(tiny_config, tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_what_must_not_change_on_resume_is_refused(tiny_config):
+def test_what_must_not_change_on_resume_is_refused(tiny_config, capsys):
     train_lora.main(short(tiny_config, max_train_steps=1))
     with pytest.raises(ValueError, match="lora_rank: found 8.*16"):
         train_lora.main(short(tiny_config, lora_rank=8))
@@ -276,8 +276,16 @@ def test_what_must_not_change_on_resume_is_refused(tiny_config):
         train_lora.main(short(tiny_config, init_lora="nowhere.safetensors"))
     with open(Path(short(tiny_config).output_dir) / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "lo')  # cut off by a kill
+    own = Path(short(tiny_config).output_dir) / "checkpoints" / "step-000001-keep"
+    shutil.copytree(own.with_name("step-000001"), own)
     done = train_lora.main(short(tiny_config, max_train_steps=2, checkpoints_total_limit=1))
-    assert [p.name for p in (done.parent / "checkpoints").iterdir()] == ["step-000002"]
+    assert [p.name for p in (done.parent / "checkpoints").glob("step-??????")] == ["step-000002"] and own.is_dir()
+    capsys.readouterr()
+    train_lora.main(short(tiny_config, max_train_steps=2))
+    assert "nothing to train" in capsys.readouterr().out
+    (done.parent / "checkpoints" / "step-000002" / "state.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="state.safetensors.*move .*step-000002 away"):
+        train_lora.main(short(tiny_config, max_train_steps=3))
 
 
 # ---------------------------------------------------------------- the rest of the loop
