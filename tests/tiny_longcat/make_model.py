@@ -265,6 +265,8 @@ def train_transformer(pipe, data, minutes):
 
 def save(folder, pipe):
     """The parts in the layout of the real checkpoint, and a model_index.json like its own."""
+    for model in (pipe.transformer, pipe.vae):
+        model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "_name_or_path"})
     pipe.transformer.save_pretrained(folder / "transformer")
     pipe.vae.save_pretrained(folder / "vae")
     pipe.text_encoder.save_pretrained(folder / "text_encoder")
