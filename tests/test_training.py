@@ -129,7 +129,7 @@ def test_an_untrained_lora_moves_nothing(tiny_config, tmp_path):
 
 def test_what_the_main_job_leaves(trained):
     config, output, printed = trained
-    assert "each picture will be seen about 26.7 times" in printed
+    assert "each picture will be seen about 22.9 times" in printed
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, config.max_train_steps + 1, 10))
     assert np.mean([line["loss"] for line in lines[-5:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
