@@ -20,6 +20,7 @@ from longcat_common import (
     cache_prompts,
     content_key,
     free_memory,
+    in_parallel,
     is_whole,
     load_vae,
     model_identity,
@@ -42,22 +43,20 @@ def training_prompts(config, entries):
     return list(dict.fromkeys(["", *captions, *config.validation_prompts, config.validation_negative_prompt]))
 
 
-def load_pixels(paths, bucket):
-    """Pictures -> float32 [B, 3, height, width] in -1..1."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(np.array(prepare_data.load_picture(path, tuple(bucket))))
-        except Exception as error:
-            raise UserError(f"{path}: cannot be decoded ({error}); mend or remove it") from None
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def load_pixels(entry):
+    """A picture as uint8 [3, height, width], cut to its bucket."""
+    try:
+        picture = prepare_data.load_picture(entry["path"], tuple(entry["bucket"]))
+    except Exception as error:
+        raise UserError(f"{entry['path']}: cannot be decoded ({error}); mend or remove it") from None
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 @torch.no_grad()
 def encode_pictures(vae, pixels):
-    """Pixels [B, 3, H, W] -> the posterior's mean and std [B, 16, H/8, W/8], in float32 and in the transformer's units:
+    """Pixels uint8 [B, 3, H, W] -> the posterior's mean and std [B, 16, H/8, W/8], in float32 and in the transformer's units:
     (mean - shift_factor) * scaling_factor and std * scaling_factor."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    posterior = vae.encode(pixels.to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
     c = vae.config
     return (posterior.mean.float() - c.shift_factor) * c.scaling_factor, posterior.std.float() * c.scaling_factor
 
@@ -72,9 +71,10 @@ def cache_pictures(config, entries, device):
     if not batches:
         return
     vae = load_vae(config, device)
+    pictures = in_parallel(load_pixels, (entry for batch in batches for entry in batch))  # decoded ahead of the VAE
     with tqdm(total=sum(map(len, batches)), desc="latents", unit="picture") as bar:
         for batch in batches:
-            mean, std = encode_pictures(vae, load_pixels([entry["path"] for entry in batch], batch[0]["bucket"]))
+            mean, std = encode_pictures(vae, torch.stack([next(pictures) for _ in batch]))
             for i, entry in enumerate(batch):
                 if not is_whole(latents_file(config, entry)):
                     write_tensors(latents_file(config, entry), {"mean": mean[i], "std": std[i]})
@@ -88,8 +88,11 @@ def read_manifest(config):
     manifest that is there is used."""
     path = Path(config.output_dir) / "manifest.jsonl"
     if config.data_dir is None and path.exists():
-        with open(path, encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        try:
+            with open(path, encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines]
+        except ValueError:
+            raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
     return prepare_data.main(config)
 
 

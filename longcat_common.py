@@ -2,6 +2,8 @@
 the prompt cache, flow matching, LoRA files, pictures."""
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import difflib
@@ -27,7 +29,7 @@ for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
@@ -39,7 +41,7 @@ from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 VERSION = "0.1.0"
-CACHE_FORMAT = 1  # part of every cache file's name: another number makes all anew
+CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
@@ -81,10 +83,12 @@ KEYS = {
         ),
     },
     "data": {
-        "data_dir": Key((str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'),
+        "data_dir": Key((str, list), None, 'folder of pictures (or list file), or several: [{"path", "repeats", "caption_prefix", "loss_weight"}]'),
         "instance_prompt": Key(str, None, "caption for pictures that have none"),
         "resolution": Key((str, int), "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"'),
         "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
+        "skip_upscaled": Key(bool, False, "leave out pictures that are smaller than their bucket"),
+        "strict": Key(bool, False, "stop at the first picture or caption that cannot be used, instead of reporting it"),
         "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
         "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
         "vae_batch_size": Key(int, 4, "pictures a batch when latents are cached", minimum=1),
@@ -150,7 +154,7 @@ IGNORED_KEYS = {
     "flow_schedule_shift": "use flow_schedule_auto_shift",
     "lora_type": "it is a standard LoRA",
     "resolution_type": "resolution is in pixels",
-    "minimum_image_size": "every readable picture is used",
+    "minimum_image_size": "see skip_upscaled",
     "push_to_hub": "upload the LoRA file yourself",
     "tracker_project_name": "curves are in output_dir/logs",
     "tracker_run_name": "curves are in output_dir/logs",
@@ -385,6 +389,22 @@ def content_key(*parts):
 def generator(*what):
     """A CPU generator for one random draw, seeded by what is drawn: (seed, purpose, step or epoch, sample)."""
     return torch.Generator().manual_seed(int(content_key(*what)[:15], 16))
+
+
+def in_parallel(function, items):
+    """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few results
+    wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
+    threads, waiting = torch.get_num_threads(), collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- device and dtype
@@ -624,6 +644,14 @@ def encode_prompts(text_encoder, tokenizer, prompts):
         return pipe.encode_prompt(list(prompts))[0]
 
 
+def token_counts(tokenizer, prompts):
+    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
+    pieces = {prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])] for prompt in prompts}
+    distinct = sorted({piece for prompt in pieces for piece in pieces[prompt]})
+    lengths = dict(zip(distinct, map(len, tokenizer(distinct, add_special_tokens=False)["input_ids"]))) if distinct else {}
+    return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
+
+
 def unfinished_batches(items, path_of, batch_size):
     """Sorts items by file name, cuts them into batches, and returns those in which a file is missing. Batches do not
     depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted one."""
@@ -817,6 +845,13 @@ def label_font(size, chinese):
     return None
 
 
+def label(text, size, instead="(no font for Chinese text)"):
+    """A label on one line and its font; `instead` if the text is Chinese and no font for it is installed."""
+    text = " ".join(text.split())
+    font = label_font(size, any(ord(letter) > 0x2E7F for letter in text))
+    return (text, font) if font else (instead, label_font(size, False))
+
+
 def picture_grid(rows, row_labels, column_labels):
     """A labelled PNG-ready grid. `rows`: lists of equally sized pictures, one list a row label."""
     cell = max(192, min(512, rows[0][0].width))
@@ -825,17 +860,14 @@ def picture_grid(rows, row_labels, column_labels):
     line = size + 2 * gap
     grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, line + len(rows) * (line + cell_height) + gap), "white")
     draw = ImageDraw.Draw(grid)
-    for x, label in enumerate(column_labels):
-        draw.text((gap + x * (cell + gap) + cell / 2, line / 2), label, "black", font=label_font(size, False), anchor="mm")
-    for y, (images, label) in enumerate(zip(rows, row_labels)):
-        label = " ".join(label.split())
+    for x, text in enumerate(column_labels):
+        draw.text((gap + x * (cell + gap) + cell / 2, line / 2), text, "black", font=label_font(size, False), anchor="mm")
+    for y, (images, text) in enumerate(zip(rows, row_labels)):
         top = line + y * (line + cell_height)
-        font = label_font(size, any(ord(letter) > 0x2E7F for letter in label))
-        if font is None:
-            font, label = label_font(size, False), f"prompt {y + 1} (Chinese; no Chinese font found)"
-        while draw.textlength(label, font=font) > grid.width - 2 * gap:
-            label = label.rstrip("…")[:-1] + "…"
-        draw.text((gap, top + line / 2), label, "#444444", font=font, anchor="lm")
+        text, font = label(text, size, f"prompt {y + 1} (Chinese; no Chinese font found)")
+        while draw.textlength(text, font=font) > grid.width - 2 * gap:
+            text = text.rstrip("…")[:-1] + "…"
+        draw.text((gap, top + line / 2), text, "#444444", font=font, anchor="lm")
         for x, image in enumerate(images):
             grid.paste(image.resize((cell, cell_height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
     return grid

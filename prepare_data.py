@@ -1,25 +1,280 @@
-"""Stage 1: a folder of pictures and captions -> `<output_dir>/manifest.jsonl`.
+"""Stage 1: folders of pictures and captions -> `<output_dir>/manifest.jsonl`, `report.md` and `preview.jpg`.
 
     python prepare_data.py configs/24gb.json
 
-The caption of `picture.jpg` is the text of `picture.txt` beside it, or else `instance_prompt`. Every picture
-goes to the bucket with the nearest aspect ratio; training sees it resized to cover the bucket, centre cropped.
+Captions, the first that is there counts: `picture.txt`; `picture.json`; a row of `metadata.jsonl`, `metadata.csv` or
+`captions.json` in the picture's folder or one above it (the nearest counts); `instance_prompt`. Every picture goes to
+the bucket with the nearest aspect ratio; training sees it resized to cover the bucket, centre cropped. What is left
+out, and why, is said. Files that have not changed since the last time are not read again.
 """
 
 import collections
+import csv
+import functools
 import hashlib
+import io
 import json
 import math
+import os
+import re
+import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from longcat_common import UserError, buckets, run_stage, sources, write_file
+from longcat_common import (
+    TEXT_TOKENS,
+    UserError,
+    buckets,
+    in_parallel,
+    label,
+    label_font,
+    load_tokenizer,
+    run_stage,
+    sources,
+    split_quotation,
+    token_counts,
+    write_file,
+)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl"}
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
+CAPTION_NAMES = ("caption", "text", "prompt")
+PATH_NAMES = ("file_name", "img_path")
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
+SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
+SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 96, 1600, 160
+
+
+class Findings(dict):
+    """{title: lines} of what the user should know. With `strict`, the first problem is a UserError."""
+
+    def __init__(self, strict):
+        self.strict = strict
+
+    def note(self, title, line):
+        line = " ".join(str(line).split()).encode("utf-8", "replace").decode()  # a file name may hold anything
+        self.setdefault(title, []).append(line)
+
+    def problem(self, title, line):
+        if self.strict:
+            raise UserError(line)
+        self.note(title, line)
+
+
+LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
+
+
+# ---------------------------------------------------------------- captions
+
+
+def read_text(path):
+    """The text of a file in UTF-8, UTF-16 with its mark, or GB18030, and the encoding's name. Raises ValueError."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16"), "UTF-16"
+    try:
+        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        text, encoding = data.decode("gb18030", "replace"), "GB18030"
+        # Other encodings can pass for GB18030, but what comes out is hardly ever everyday Chinese, which GB2312 holds.
+        foreign = [letter for letter in text if ord(letter) > 127]
+        if len("".join(foreign).encode("gb2312", "ignore")) < 2 * 0.9 * len(foreign):
+            raise ValueError("is neither UTF-8 nor GB18030 text; save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("is no text; save it as UTF-8")
+    return text, encoding
+
+
+def captions_in(value):
+    """All captions in a JSON value: a text, a list, {"caption": ...} or {"en": ..., "zh": ...}, each on one line."""
+    if isinstance(value, str):
+        value = " ".join(value.split())
+        value.encode("utf-8")  # half an emoji is a ValueError
+        return [value] if value else []
+    if isinstance(value, dict):
+        named = [value[name] for name in CAPTION_NAMES if name in value]
+        value = named[:1] or list(value.values())
+    if not isinstance(value, (list, type(None))):
+        raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
+    return list(dict.fromkeys(caption for part in value or [] for caption in captions_in(part)))
+
+
+def own_captions(path):
+    """The captions in a picture's own .txt or .json, and the encoding. Raises ValueError."""
+    text, encoding = read_text(path)
+    if path.suffix.lower() == ".txt":
+        return captions_in(text), encoding
+    value = json.loads(text)
+    if not isinstance(value, dict) or not any(name in value for name in CAPTION_NAMES):
+        raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}")
+    return captions_in(value), encoding
+
+
+def table_rows(path, findings):
+    """Yields (line number, picture's name, captions) from a .jsonl, .csv or {name: captions} .json file. What cannot be
+    read becomes a problem."""
+    text, encoding = read_text(path)
+    if encoding != "UTF-8":
+        findings.note("Not UTF-8", f"{path}: read as {encoding}")
+    if path.suffix == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, dict):
+            raise ValueError("is no object of file names and captions")
+        rows = [(f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(rows.items(), 1)]
+    elif path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        for names in (PATH_NAMES, CAPTION_NAMES):
+            if not set(names) & set(reader.fieldnames or []):
+                raise ValueError(f"has no column {names[0]!r}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}")
+        rows = ((f"line {reader.line_num}", row) for row in reader)
+    else:
+        rows = ((f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    for where, row in rows:
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
+            if not isinstance(name, str):
+                raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
+            yield where, name, captions_in(next((row[n] for n in CAPTION_NAMES if n in row), None))
+        except (ValueError, RecursionError) as error:
+            findings.problem(CAPTIONS, f"{path}, {where}: {reason(error)}")
+
+
+def table_captions(path, findings, anywhere=False):
+    """{picture's path: captions} of a table. Names are relative to its folder and may not leave it; with `anywhere`
+    they may, and are relative to the current directory or, if nothing is there, to the table's folder."""
+    found = {}
+    try:
+        for where, name, captions in table_rows(path, findings):
+            name = os.path.normpath(name.replace("\\", "/"))
+            picture = Path(name) if anywhere and os.path.exists(name) else path.parent / name
+            if not anywhere and (os.path.isabs(name) or name.startswith("..")):
+                findings.problem(CAPTIONS, f"{path}, {where}: {name!r} is outside the folder")
+            elif not picture.exists():
+                findings.problem(CAPTIONS, f"{path}, {where}: there is no picture {name!r}")
+            else:
+                known = found.setdefault(picture, [])
+                known += [caption for caption in captions if caption not in known]
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+    return found
+
+
+def reason(error):
+    """What an exception says, for a line that already names the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if isinstance(error, UnicodeEncodeError):
+        return "holds half a character"
+    return str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def inspect_picture(path):
+    """Reads a picture file once: {"key" of its bytes, "size" as a viewer shows it, "notes" for the report}.
+
+    Raises an exception if the file is cut off or is no picture. Checksums tell for a PNG and the end marker for a JPEG;
+    anything else is decoded to be sure.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise ValueError("the file is empty")
+    with Image.open(io.BytesIO(data)) as image:
+        plain_png = image.format == "PNG" and not re.search(b"eXIf|Raw profile type exif|XML:com.adobe.xmp", data)
+        turned = not plain_png and orientation_of(image) in SIDEWAYS  # this decodes a PNG, so only if need be
+        size, notes = image.size[::-1] if turned else image.size, []
+        if image.mode == "F":
+            raise ValueError("floating-point pixels are not supported; save it with 8 or 16 bits")
+        if image.has_transparency_data:
+            notes.append("Transparent, laid on white")
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            notes.append("Animated or of many pages, the first is used")
+        if image.info.get("icc_profile"):
+            try:
+                if srgb_transform(image.info["icc_profile"], flat_mode(image)):
+                    notes.append("With a colour profile, turned to sRGB")
+            except (ImageCms.PyCMSError, OSError):
+                notes.append("With a colour profile that cannot be used, taken as sRGB")
+        if plain_png:
+            image.verify()
+        elif not (image.format in ("JPEG", "MPO") and data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")):
+            image.draft(None, (1, 1))
+            image.load()
+    return {"key": hashlib.sha256(data).hexdigest()[:32], "size": list(size), "notes": notes}
+
+
+def orientation_of(image):
+    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def srgb_transform(profile, mode):
+    """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it is sRGB already."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "sRGB" in ImageCms.getProfileDescription(source):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def flat_mode(image):
+    """The mode in which a picture is resized: that of its colour profile."""
+    if image.mode.startswith("I") or image.mode == "1":
+        return "L"
+    return image.mode if image.mode in ("L", "CMYK") and not image.has_transparency_data else "RGB"
+
+
+def flatten(image):
+    """The picture in `flat_mode`: without transparency (it is laid on white), 8 bits a channel."""
+    mode = flat_mode(image)
+    if image.mode.startswith("I"):  # 16 bits: converted as it is, all of it would be white
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def load_picture(path, bucket):
+    """The picture as the model will see it: RGB in sRGB, upright, resized to cover the bucket (width, height), centre
+    cropped. Bicubic, as in the model authors' training. A JPEG of more than three times the size is decoded at reduced
+    size: three times faster, and 45 dB or nearer to the full path for camera pictures."""
+    with Image.open(path) as image:
+        orientation = orientation_of(image)
+        size = bucket[::-1] if orientation in SIDEWAYS else bucket
+        scale = max(size[0] / image.width, size[1] / image.height)
+        # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The decoder
+        # rounds the reduced size up: `box` is where the picture itself lies in it.
+        reduced = image.draft(None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height)))
+        width, height = reduced[1][2:] if reduced else image.size
+        crop = min(width / size[0], height / size[1])
+        left, top = (width - crop * size[0]) / 2, (height - crop * size[1]) / 2
+        box = (left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1]))
+        profile = image.info.get("icc_profile")
+        picture = flatten(image).resize(size, Image.Resampling.BICUBIC, box)
+        if profile:
+            try:
+                transform = srgb_transform(profile, picture.mode)
+                picture = ImageCms.applyTransform(picture, transform) if transform else picture
+            except (ImageCms.PyCMSError, OSError):
+                pass  # taken as sRGB; the report says so
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture.getexif()[EXIF_ORIENTATION] = orientation
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture
+
+
+# ---------------------------------------------------------------- scanning
 
 
 def nearest_bucket(width, height, sizes):
@@ -27,92 +282,275 @@ def nearest_bucket(width, height, sizes):
     return min(sizes, key=lambda size: (abs(math.log(width / height * size[1] / size[0])), -size[0] * size[1]))
 
 
-def picture_size(path):
-    """(width, height) as a viewer shows the picture, without decoding it."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
-        return image.size[::-1] if turned else image.size
+def walk(folder, config, findings):
+    """Yields every visible file under `folder`, sorted, through links too, but each folder once and not the run's own."""
+    seen = {os.path.realpath(config.output_dir), os.path.realpath(config.cache_dir)}
+    failed = lambda error: findings.problem(LEFT_OUT, f"{error.filename}: {reason(error)}")
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
 
 
-def load_picture(path, bucket):
-    """The picture as the model will see it: turned upright, RGB (transparency on white), resized to cover the
-    bucket (width, height), centre cropped. A large JPEG is decoded at reduced size, which is three times faster."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
-        width, height = image.size[::-1] if turned else image.size
+def read_folder(folder, config, findings):
+    """[(picture, captions)] of a folder and those in it, by the order of precedence in this file's first lines."""
+    pictures, texts, tables, served = [], {}, [], collections.defaultdict(list)
+    for path in walk(folder, config, findings):
+        if path.name in TABLES:
+            tables.append(path)
+        elif path.suffix.lower() in PICTURES:
+            pictures.append(path)
+        elif path.suffix.lower() in (".txt", ".json"):
+            texts[path.with_suffix(path.suffix.lower())] = path
+        else:
+            findings.note("Other files, not read", path)
+    tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name)))
+    tables = [(path, table_captions(path, findings)) for path in tables]
+    found = []
+    for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False, disable=len(pictures) < 1000):
+        given = {}
+        for path in (texts.get(picture.with_suffix(suffix)) for suffix in (".txt", ".json")):
+            if path:
+                served[path].append(picture)
+                try:
+                    given[path], encoding = own_captions(path)
+                    if encoding != "UTF-8" and len(served[path]) == 1:
+                        findings.note("Not UTF-8", f"{path}: read as {encoding}")
+                    if not given[path]:
+                        findings.problem(CAPTIONS, f"{path}: is empty")
+                except (ValueError, OSError, RecursionError) as error:
+                    findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+        given |= {path: captions[picture] for path, captions in tables if picture in captions}
+        given = {path: captions for path, captions in given.items() if captions}
+        first = next(iter(given), None)
+        for path, captions in given.items():
+            if captions != given[first]:
+                findings.problem(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
+        found.append((picture, given[first] if first else []))
+    for path in texts.values():
+        if not served[path]:
+            findings.problem(CAPTIONS, f"{path}: there is no picture to this caption")
+        elif len(served[path]) > 1:
+            findings.note("One caption file, several pictures", f"{path}: {', '.join(picture.name for picture in served[path])}")
+    return found
+
+
+def read_source(source, config, findings):
+    """[(picture, captions)] of one source: a folder, or a JSON-lines list with `img_path` and `prompt`."""
+    path = Path(source["path"])
+    if path.is_dir():
+        found = read_folder(path, config, findings)
+    elif path.is_file():
+        found = table_captions(path, findings, anywhere=True).items()
+    else:
+        raise UserError(f"data_dir: {path} is no folder")
+    captioned = []
+    for picture, captions in found:
+        if not captions and not config.instance_prompt:
+            findings.problem(LEFT_OUT, f"{picture}: no caption; write {picture.with_suffix('.txt').name} beside it or set instance_prompt")
+            continue
+        if not captions:
+            findings.note("Without a caption of their own, instance_prompt is used", picture)
+        captioned.append((picture, [source["caption_prefix"] + caption for caption in captions or [config.instance_prompt]]))
+    return captioned
+
+
+def known_pictures(manifest):
+    """{path: facts} of an earlier manifest, for the pictures that have not changed since."""
+    try:
+        with open(manifest, encoding="utf-8") as lines:
+            entries = map(json.loads, lines)
+            return {entry["path"]: {name: entry[name] for name in ("file", "key", "size", "notes")} for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # there is none, or one of another kind: everything is read
+
+
+def facts_of(path, known):
+    """"file" (bytes, time), "key", "size" and "notes" of a picture, or as a text the reason to leave it out."""
+    try:
+        str(path).encode("utf-8")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return "is no file"
+        file, facts = [status.st_size, status.st_mtime_ns], known.get(str(path))
+        if not facts or facts["file"] != file:
+            facts = {"file": file, **inspect_picture(path)}
+    except Image.UnidentifiedImageError:
+        return "is not a picture that Pillow can read; save it as JPEG or PNG"
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    except Image.DecompressionBombError:
+        return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels; make it smaller"
+    except Exception as error:  # Pillow's plugins raise many kinds
+        return f"cannot be read as a picture ({reason(error)})"
+    if min(facts["size"]) < SMALLEST_SIDE:
+        return f"is {facts['size'][0]}x{facts['size'][1]} pixels, under {SMALLEST_SIDE} on a side"
+    return facts
+
+
+# ---------------------------------------------------------------- what the user sees
+
+
+def describe_pictures(entries, config, findings):
+    """Adds what is worth knowing of the pictures to `findings`."""
+    by_key, samples = collections.defaultdict(list), collections.Counter()
+    for entry in entries:
+        (width, height), bucket = entry["size"], entry["bucket"]
         scale = max(bucket[0] / width, bucket[1] / height)
-        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bit: converted as it is, all of it would be white
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.fit(image.convert("RGB"), bucket, Image.Resampling.LANCZOS)
+        kept = bucket[0] * bucket[1] / (width * height * scale**2)
+        by_key[entry["key"]].append(entry["path"])
+        samples[tuple(bucket)] += entry["repeats"]
+        for note in entry["notes"]:
+            findings.note(note, entry["path"])
+        if scale > 1:
+            findings.note("Smaller than their bucket, enlarged", f"{entry['path']}: {width}x{height} to {bucket[0]}x{bucket[1]}")
+        if kept < 0.5:
+            findings.note("More than half is cut away", f"{entry['path']}: {width}x{height}, {kept:.0%} is kept")
+    for paths in by_key.values():
+        if len(paths) > 1:
+            findings.note("Exact duplicates", " = ".join(paths))
+    for (width, height), count in sorted(samples.items()):
+        if count < config.train_batch_size:
+            findings.note("Buckets that do not fill a batch", f"{width}x{height}: {count} samples, train_batch_size is {config.train_batch_size}")
 
 
-def read_caption(path, instance_prompt):
-    """The text of the .txt beside the picture, on one line, or `instance_prompt`, or None."""
-    text_file = path.with_suffix(".txt")
-    if text_file.is_file():
+def describe_captions(entries, config, findings):
+    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on their number, languages and tokens."""
+    captions = list(dict.fromkeys(caption for entry in entries for caption in entry["captions"]))
+    total = sum(len(entry["captions"]) for entry in entries)
+    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for entry in entries for caption in entry["captions"])
+    summary = f"{total} captions: {chinese} with Chinese, {total - chinese} without"
+    for caption in captions:
+        quoted = [part for part, is_quoted in split_quotation(caption) if is_quoted]
+        if quoted:
+            findings.note("Quoted text, drawn letter by letter", f"{' '.join(quoted)} in: {shortened(caption)}")
+    try:
+        tokens = token_counts(load_tokenizer(config), captions)
+    except (UserError, OSError, ValueError) as error:
+        return f"{summary}; tokens were not counted ({error})"
+    for entry in entries:
+        for caption in entry["captions"]:
+            if tokens[caption] > TEXT_TOKENS:
+                findings.note(f"Captions over {TEXT_TOKENS} tokens, the rest is not read", f"{entry['path']}: {tokens[caption]} tokens: {shortened(caption)}")
+    return f"{summary}; {sum(tokens.values()) / len(tokens):.0f} tokens on average, {max(tokens.values())} at most"
+
+
+def shortened(text, length=60):
+    """The first words of a text."""
+    return text if len(text) <= length else text[:length].rstrip() + "…"
+
+
+def report_text(summary, entries, findings, short=False):
+    """The report, in Markdown: the summary, the buckets, and every finding, problems first. `short` is for a terminal."""
+    pictures, samples = collections.Counter(), collections.Counter()
+    for entry in entries:
+        pictures[tuple(entry["bucket"])] += 1
+        samples[tuple(entry["bucket"])] += entry["repeats"]
+    lines = ["# Data report", "", summary, "", "| bucket | pictures | samples an epoch |", "| --- | ---: | ---: |"]
+    lines += [f"| {w}x{h} | {pictures[w, h]} | {samples[w, h]} |" for w, h in sorted(pictures)]
+    for title in sorted(findings, key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
+        found = findings[title]
+        shown = found[: 20 if title in (LEFT_OUT, CAPTIONS) else 3] if short else found
+        lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in shown)]
+        if len(shown) < len(found):
+            lines.append(f"- … and {len(found) - len(shown)} more, in report.md")
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(entries):
+    """A picture of what the model will see: cropped as in training, grouped by bucket, with the first words of each
+    caption. Of a large data set an even choice from every bucket is shown."""
+    gap, line, groups, height = 8, 18, [], 0
+    for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
+        group = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
+        count = min(len(group), max(1, SHEET_PICTURES * len(group) // len(entries)))
+        size = (round(bucket[0] * SHEET_ROW / bucket[1]), SHEET_ROW)
+        columns = (SHEET_WIDTH - gap) // (size[0] + gap)
+        groups.append((bucket, size, columns, len(group), [group[i * len(group) // count] for i in range(count)]))
+        height += line + 2 * gap + math.ceil(count / columns) * (SHEET_ROW + 2 * line + gap)
+    sheet = Image.new("RGB", (SHEET_WIDTH, height), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    cells = [(entry["path"], size) for _, size, _, _, shown in groups for entry in shown]
+
+    def picture(cell):
         try:
-            text = " ".join(text_file.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError:
-            raise UserError(f"{text_file}: is not UTF-8 text; save it as UTF-8") from None
-        if text:
-            return text
-    return instance_prompt
+            return load_picture(*cell)
+        except Exception:  # caching will say why; here it is a red tile
+            return Image.new("RGB", cell[1], "#cc0000")
 
-
-def read_source(source, config, sizes, problems):
-    """The manifest entries of one source folder. What is left out is added to `problems`, a line each."""
-    folder = Path(source["path"])
-    if not folder.is_dir():
-        raise UserError(f"data_dir: {folder} is no folder")
-    entries = []
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    for path in tqdm(paths, desc=f"reading {folder}", unit="picture", leave=False):
-        caption = read_caption(path, config.instance_prompt)
-        if caption is None:
-            problems.append(f"{path}: no caption; write {path.with_suffix('.txt').name} beside it or set instance_prompt")
-            continue
-        try:
-            width, height = picture_size(path)
-        except Exception as error:  # Pillow's plugins raise many kinds
-            problems.append(f"{path}: cannot be read as a picture ({error})")
-            continue
-        entries.append({
-            "path": str(path),
-            "key": hashlib.sha256(path.read_bytes()).hexdigest()[:32],
-            "size": [width, height],
-            "bucket": nearest_bucket(width, height, sizes),
-            "captions": [source["caption_prefix"] + caption],
-            "repeats": source["repeats"],
-            "loss_weight": source["loss_weight"],
-        })  # fmt: skip
-    return entries
+    pictures = iter(tqdm(in_parallel(picture, cells), desc="preview", total=len(cells), unit="picture", leave=False))
+    for bucket, size, columns, count, shown in groups:
+        title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (f", {len(shown)} of them shown" if len(shown) < count else "")
+        draw.text((gap, top + gap), title, "black", font=label_font(15, False))
+        top += line + 2 * gap
+        for i, entry in enumerate(shown):
+            x, y = gap + i % columns * (size[0] + gap), top + i // columns * (SHEET_ROW + 2 * line + gap)
+            sheet.paste(next(pictures), (x, y))
+            text, font = label(shortened(entry["captions"][0], 100), 13)
+            for row in range(2):
+                fitting = [n for n in range(len(text) + 1) if draw.textlength(text[:n], font=font) <= size[0]]
+                between_words = [n for n in fitting[1:] if not re.fullmatch("[a-zA-Z]{2}", text[n - 1 : n + 1])]
+                end = (between_words or fitting)[-1]
+                draw.text((x, y + SHEET_ROW + row * line), text[:end], "#444444", font=font)
+                text = text[end:].lstrip()
+        top += math.ceil(len(shown) / columns) * (SHEET_ROW + 2 * line + gap)
+    return sheet
 
 
 def main(config):
-    """Writes the manifest. Returns its entries: dictionaries with path, key (of the file's content), size,
-    bucket [width, height], captions, repeats and loss_weight. Raises UserError if no picture can be used."""
+    """Writes manifest, report and preview. Returns the manifest's entries: dictionaries with path, key (of the file's
+    content), size, bucket [width, height], captions, repeats, loss_weight, file (bytes, time) and notes. Raises
+    UserError if no picture can be used, or with `strict` for the first problem."""
     if not sources(config):
         raise UserError("data_dir: not set; name the folder with your pictures")
-    problems, entries = [], []
-    for source in sources(config):
-        entries += read_source(source, config, buckets(config), problems)
-    for problem in problems:
-        print(f"left out: {problem}")
+    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
+    output, findings, entries = Path(config.output_dir), Findings(config.strict), []
+    if any(os.path.realpath(source["path"]) == os.path.realpath(output) for source in sources(config)):
+        raise UserError(f"output_dir: {output} is the data folder itself; choose another")
+    found = [(source, picture, captions) for source in sources(config) for picture, captions in read_source(source, config, findings)]
+    known, nearest = known_pictures(output / "manifest.jsonl"), functools.cache(functools.partial(nearest_bucket, sizes=buckets(config)))
+    facts = in_parallel(lambda item: facts_of(item[1], known), found)
+    for (source, picture, captions), fact in zip(found, tqdm(facts, desc="pictures", total=len(found), unit="picture", leave=False)):
+        if isinstance(fact, str):
+            findings.problem(LEFT_OUT, f"{picture}: {fact}")
+            continue
+        bucket = nearest(*fact["size"])
+        if config.skip_upscaled and (fact["size"][0] < bucket[0] or fact["size"][1] < bucket[1]):
+            findings.note(LEFT_OUT, f"{picture}: {fact['size'][0]}x{fact['size'][1]} is smaller than its bucket, {bucket[0]}x{bucket[1]}")
+            continue
+        weights = {"repeats": source["repeats"], "loss_weight": source["loss_weight"]}
+        entries.append({"path": str(picture), "bucket": list(bucket), "captions": captions, **weights, **fact})
     if not entries:
-        raise UserError(f"data_dir: no picture with a caption in {', '.join(s['path'] for s in sources(config))}")
-    write_file(Path(config.output_dir) / "manifest.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+        for line in findings.get(LEFT_OUT, []) + findings.get(CAPTIONS, []):
+            print(f"- {line}")
+        left_out = len(findings.get(LEFT_OUT, []))
+        raise UserError(f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out")
 
-    counts = collections.Counter(tuple(e["bucket"]) for e in entries)
-    print(f"{len(entries)} pictures, {len(problems)} left out; buckets: " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(counts.items())))
-    small = [e["path"] for e in entries if e["size"][0] < e["bucket"][0] or e["size"][1] < e["bucket"][1]]
-    if small:
-        print(f"{len(small)} pictures are smaller than their bucket and will be enlarged, such as {small[0]}")
+    left_out = len(findings.get(LEFT_OUT, []))
+    describe_pictures(entries, config, findings)
+    summary = f"{len(entries)} pictures, {left_out} left out; {describe_captions(entries, config, findings)}."
+    manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    report = report_text(summary, entries, findings)
+    unchanged = [write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))]
+    preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
+    if not preview.exists() or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
+        data = io.BytesIO()
+        contact_sheet(entries).save(data, "JPEG", quality=88)
+        write_file(preview, data.getvalue())
+    print(f"{summary} As before: {output / 'report.md'}" if all(unchanged) else report_text(summary, entries, findings, short=True))
+    print(f"what the model will see: {preview}")
     return entries
+
+
+def write_if_changed(path, text):
+    """Writes a text file unless it holds that text already. Returns whether it did."""
+    unchanged = path.is_file() and path.read_bytes() == text.encode("utf-8")
+    if not unchanged:
+        write_file(path, text)
+    return unchanged
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Stages 1 and 2: pictures and prompts to the cache, on real file formats, checked against diffusers' own code."""
+"""Stage 2: pictures and prompts to the cache, on real file formats, checked against diffusers' own code."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, TINY
+from conftest import MODEL
 from diffusers import AutoencoderKL, LongCatImagePipeline
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
@@ -48,8 +47,6 @@ def test_camera_pictures(tmp_path, tiny_config):
     turned = camera_picture(folder / "turned.jpg", (4000, 3000), orientation=6)
     Image.new("RGBA", (300, 200), (255, 0, 0, 0)).save(folder / "clear.png")
     Image.new("L", (200, 300), 128).save(folder / "grey.webp")
-    Image.fromarray(np.full((200, 300), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.unique(prepare_data.load_picture(tmp_path / "deep.png", (192, 128))).tolist() == [30000 // 257]
     (folder / "landscape.txt").write_text("\ufeffa landscape\n", encoding="utf-8")
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "empty.txt").write_text("text without a picture")
@@ -61,8 +58,6 @@ def test_camera_pictures(tmp_path, tiny_config):
     assert list(prompts) == ["", "一张照片", "a landscape"]
     expected = {"landscape.jpg": (192, 128), "portrait.jpg": (128, 192), "turned.jpg": (128, 192), "clear.png": (192, 128), "grey.webp": (128, 192)}
     assert {name: tuple(e["bucket"]) for name, e in by_name.items()} == expected
-    manifest = [json.loads(line) for line in (Path(config.output_dir) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [m["captions"] for m in manifest if m["path"].endswith("landscape.jpg")] == [["a landscape"]]
     assert by_name["turned.jpg"]["size"] == [3000, 4000]
 
     # What the model sees: upright, covering the bucket, centre cropped, close to the full-quality path.
@@ -70,7 +65,7 @@ def test_camera_pictures(tmp_path, tiny_config):
         width, height = expected[name]
         scale = max(width / image.width, height / image.height)
         size = (round(image.width * scale), round(image.height * scale))
-        whole = image.resize(size, Image.Resampling.LANCZOS)
+        whole = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
         seen = np.asarray(prepare_data.load_picture(folder / name, (width, height))).astype(float)
         error = np.square(seen - np.asarray(whole.crop((left, top, left + width, top + height)))).mean()
@@ -87,32 +82,6 @@ def test_camera_pictures(tmp_path, tiny_config):
     restored = cached["mean"] / vae.config.scaling_factor + vae.config.shift_factor
     torch.testing.assert_close(restored, posterior.mean[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cached["std"] / vae.config.scaling_factor, posterior.std[0], rtol=1e-4, atol=1e-5)
-
-
-def test_what_cannot_be_used_is_named(tmp_path, tiny_config, capsys):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    Image.new("RGB", (64, 64)).save(folder / "no_caption.png")
-    Image.new("RGB", (64, 64)).save(folder / "good.png")
-    (folder / "good.txt").write_text("a caption")
-    (folder / "bad.png").write_bytes(b"?")
-    (folder / "bad.txt").write_text("a caption")
-    assert len(prepare_data.main(tiny_config(data_dir=str(folder)))) == 1
-    printed = capsys.readouterr().out
-    assert "no_caption.png: no caption" in printed and "bad.png: cannot be read" in printed and "2 left out" in printed
-    (folder / "good.txt").unlink()
-    with pytest.raises(ValueError, match="no picture with a caption"):
-        prepare_data.main(tiny_config(data_dir=str(folder)))
-    (folder / "good.txt").write_bytes("编码".encode("gb18030"))
-    with pytest.raises(ValueError, match="good.txt: is not UTF-8"):
-        prepare_data.main(tiny_config(data_dir=str(folder)))
-
-
-def test_sources(tiny_config):
-    sources = [{"path": str(TINY / "pictures"), "repeats": 3}, {"path": str(TINY / "regularisation"), "caption_prefix": "plain: ", "loss_weight": 0.5}]
-    entries = prepare_data.main(tiny_config(data_dir=sources))
-    assert {(e["repeats"], e["loss_weight"]) for e in entries} == {(3, 1.0), (1, 0.5)}
-    assert all(e["captions"][0].startswith("plain: ") == (e["repeats"] == 1) for e in entries)
 
 
 def test_prompt_embeddings_equal_the_pipelines_own(tiny_config):
