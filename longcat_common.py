@@ -83,7 +83,7 @@ KEYS = {
         ),
     },
     "data": {
-        "data_dir": Key((str, list), None, 'folder of pictures (or list file), or several: [{"path", "repeats", "caption_prefix", "loss_weight"}]'),
+        "data_dir": Key((str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'),
         "instance_prompt": Key(str, None, "caption for pictures that have none"),
         "resolution": Key((str, int), "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"'),
         "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
