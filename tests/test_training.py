@@ -68,7 +68,7 @@ def held_out_loss(transformer, entries, prompt_files, scheduler):
     losses = []
     for i, entry in enumerate(entries):
         posterior, draws = read_tensors(entry["latents_file"]), torch.Generator().manual_seed(i)
-        embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
+        embeds = read_tensors(prompt_files[entry["captions"][i % len(entry["captions"])]])["prompt_embeds"][None]
         for normal in (-1.0, 0.0, 1.0):
             noise = torch.randn(posterior["mean"].shape, generator=draws)[None]
             tokens = noise.shape[2] * noise.shape[3] // 4

@@ -8,6 +8,7 @@ for one version of Pillow.
 """
 
 import io
+import json
 import math
 import random
 from pathlib import Path
@@ -97,24 +98,27 @@ def neon_caption(shape, colour, language):
 
 
 def save(image, caption, path):
-    """Writes the picture in the format of its name, and its caption as .txt beside it."""
+    """Writes the picture in the format of its name, and beside it its caption as .txt, or {language: caption} as .json."""
     data = io.BytesIO()
     options = {} if path.suffix == ".png" else {"quality": 92}
     image.save(data, {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[path.suffix], **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.getvalue())
-    path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    if isinstance(caption, str):
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    else:
+        path.with_suffix(".json").write_text(json.dumps({"caption": caption}, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def make_neon(folder, seed, count):
-    """`count` concept pictures with captions, in three formats and several aspect ratios."""
+    """`count` concept pictures with captions in both languages, in three formats and several aspect ratios."""
     rng = random.Random(seed)
     pairs = [(s, c) for s in SHAPES for c in COLOURS]
     rng.shuffle(pairs)
     sizes = [(256, 256), (200, 200), (384, 256), (256, 384), (320, 200), (180, 270)]
     for i in range(count):
         shape, colour = pairs[i % len(pairs)]
-        caption = neon_caption(shape, colour, ["en", "zh"][i % 2])
+        caption = {language: neon_caption(shape, colour, language) for language in ("en", "zh")}
         image = draw_neon(rng, shape, colour, *sizes[i % len(sizes)])
         save(image, caption, Path(folder) / f"neonix-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}")
 
