@@ -175,21 +175,23 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
     string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
     text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
-
-    def no_duplicates(pairs):
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"{path}: the key {name!r} is there {names.count(name)} times; keep one")
-        return dict(pairs)
-
     try:
-        values = json.loads(text, object_pairs_hook=no_duplicates)
+        values = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys and values")
     return values
+
+
+def unique_keys(pairs):
+    """The dictionary of a JSON object's pairs. Raises ValueError for a key that is there twice, which json would drop."""
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {name!r} is there {count} times; keep one")
+    return dict(pairs)
 
 
 def load_config(path=None, **overrides):
@@ -232,6 +234,10 @@ def checked(name, value):
         return None
     if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt"):
         raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: found {value!r}, which holds half a character; write it again") from None
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types:
@@ -394,7 +400,8 @@ def generator(*what):
 def in_parallel(function, items):
     """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few results
     wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
-    threads, waiting = torch.get_num_threads(), collections.deque()
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    waiting = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         for item in items:
@@ -647,8 +654,10 @@ def encode_prompts(text_encoder, tokenizer, prompts):
 def token_counts(tokenizer, prompts):
     """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
     pieces = {prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])] for prompt in prompts}
-    distinct = sorted({piece for prompt in pieces for piece in pieces[prompt]})
-    lengths = dict(zip(distinct, map(len, tokenizer(distinct, add_special_tokens=False)["input_ids"]))) if distinct else {}
+    distinct, lengths = sorted({piece for prompt in pieces for piece in pieces[prompt]}), {}
+    for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
+        some = distinct[i : i + 1000]
+        lengths.update(zip(some, map(len, tokenizer(some, add_special_tokens=False)["input_ids"])))
     return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
 
 

@@ -5,10 +5,11 @@
 Captions, the first that is there counts: `picture.txt`; `picture.json`; a row of `metadata.jsonl`, `metadata.csv` or
 `captions.json` in the picture's folder or one above it (the nearest counts); `instance_prompt`. Every picture goes to
 the bucket with the nearest aspect ratio; training sees it resized to cover the bucket, centre cropped. What is left
-out, and why, is said. Files that have not changed since the last time are not read again.
+out, and why, is said. A picture of the manifest that has not changed since is not read again.
 """
 
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -16,13 +17,15 @@ import io
 import json
 import math
 import os
+import random
 import re
 import stat
+import unicodedata
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw
 from tqdm import tqdm
 
 from longcat_common import (
@@ -37,6 +40,7 @@ from longcat_common import (
     sources,
     split_quotation,
     token_counts,
+    unique_keys,
     write_file,
 )
 
@@ -45,6 +49,11 @@ TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
 CAPTION_NAMES = ("caption", "text", "prompt")
 PATH_NAMES = ("file_name", "img_path")
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
+TURN = Image.Transpose
+UPRIGHT = {
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}  # fmt: skip
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
 SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 96, 1600, 160
 
@@ -56,7 +65,7 @@ class Findings(dict):
         self.strict = strict
 
     def note(self, title, line):
-        line = " ".join(str(line).split()).encode("utf-8", "replace").decode()  # a file name may hold anything
+        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()  # file names may hold anything
         self.setdefault(title, []).append(line)
 
     def problem(self, title, line):
@@ -73,17 +82,19 @@ LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
 
 def read_text(path):
     """The text of a file in UTF-8, UTF-16 with its mark, or GB18030, and the encoding's name. Raises ValueError."""
-    data = path.read_bytes()
+    if not path.is_file():
+        raise ValueError("is no file")
+    data, encoding = path.read_bytes(), "UTF-8"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16"), "UTF-16"
+        encoding = "UTF-16"
     try:
-        text, encoding = data.decode("utf-8-sig"), "UTF-8"
+        text = data.decode("utf-16" if encoding == "UTF-16" else "utf-8-sig")
     except UnicodeDecodeError:
-        text, encoding = data.decode("gb18030", "replace"), "GB18030"
-        # Other encodings can pass for GB18030, but what comes out is hardly ever everyday Chinese, which GB2312 holds.
-        foreign = [letter for letter in text if ord(letter) > 127]
-        if len("".join(foreign).encode("gb2312", "ignore")) < 2 * 0.9 * len(foreign):
-            raise ValueError("is neither UTF-8 nor GB18030 text; save it as UTF-8") from None
+        encoding, text = "GB18030", data.decode("gb18030", "replace")
+        # Western and Cyrillic text and Big5 can pass for GB18030, but then few of the characters are everyday Chinese.
+        letters = "".join(letter for letter in text if ord(letter) > 127 and unicodedata.category(letter)[0] not in "PS")
+        if "\ufffd" in text or len(letters.encode("gb2312", "ignore")) < 2 * 0.9 * len(letters):
+            raise ValueError("is not UTF-8, and not surely GB18030; save it as UTF-8") from None
     if "\0" in text:
         raise ValueError("is no text; save it as UTF-8")
     return text, encoding
@@ -96,7 +107,7 @@ def captions_in(value):
         value.encode("utf-8")  # half an emoji is a ValueError
         return [value] if value else []
     if isinstance(value, dict):
-        named = [value[name] for name in CAPTION_NAMES if name in value]
+        named = [value[name] for name in CAPTION_NAMES if value.get(name)]
         value = named[:1] or list(value.values())
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
@@ -106,62 +117,78 @@ def captions_in(value):
 def own_captions(path):
     """The captions in a picture's own .txt or .json, and the encoding. Raises ValueError."""
     text, encoding = read_text(path)
-    if path.suffix.lower() == ".txt":
-        return captions_in(text), encoding
-    value = json.loads(text)
-    if not isinstance(value, dict) or not any(name in value for name in CAPTION_NAMES):
-        raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}")
-    return captions_in(value), encoding
+    value = text
+    if path.suffix.lower() == ".json":
+        value = json.loads(text, object_pairs_hook=unique_keys)
+        if not isinstance(value, dict) or not any(name in value for name in CAPTION_NAMES):
+            raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}")
+    captions = captions_in(value)
+    if not captions:
+        raise ValueError("is empty")
+    return captions, encoding
 
 
-def table_rows(path, findings):
-    """Yields (line number, picture's name, captions) from a .jsonl, .csv or {name: captions} .json file. What cannot be
-    read becomes a problem."""
+def table_rows(path, is_list):
+    """[(where, row)] of a {name: captions} .json, of a .csv or of JSON lines (not yet parsed), and the encoding."""
     text, encoding = read_text(path)
-    if encoding != "UTF-8":
-        findings.note("Not UTF-8", f"{path}: read as {encoding}")
-    if path.suffix == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, dict):
-            raise ValueError("is no object of file names and captions")
-        rows = [(f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(rows.items(), 1)]
-    elif path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="rest", skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
             if not set(names) & set(reader.fieldnames or []):
-                raise ValueError(f"has no column {names[0]!r}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}")
-        rows = ((f"line {reader.line_num}", row) for row in reader)
-    else:
-        rows = ((f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+                raise ValueError(f"has no column {' or '.join(names)}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}")
+        return [(f"line {reader.line_num}", row) for row in reader], encoding
+    if is_list or path.suffix == ".jsonl":
+        return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()], encoding
+    captions = json.loads(text, object_pairs_hook=unique_keys)
+    if not isinstance(captions, dict):
+        raise ValueError("is no object of file names and captions")
+    return [(f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(captions.items(), 1)], encoding
+
+
+def table_captions(path, findings, pictures=None):
+    """{picture: captions} of a table in the folder of these `pictures`, {plain name: path}; it names them relative to where
+    it lies. Without `pictures` it is a list of pictures anywhere, named relative to the current directory or, if
+    nothing is there, to the list."""
+    found = {}
+    try:
+        rows, encoding = table_rows(path, is_list=pictures is None)
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+        return {}
+    if encoding != "UTF-8":
+        findings.note("Not UTF-8", f"{path}: read as {encoding}")
     for where, row in rows:
         try:
             row = json.loads(row) if isinstance(row, str) else row
             name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
             if not isinstance(name, str):
                 raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
-            yield where, name, captions_in(next((row[n] for n in CAPTION_NAMES if n in row), None))
+            captions = captions_in(next((row[n] for n in CAPTION_NAMES if row.get(n)), None))
+            name = os.path.normpath(name.replace("\\", "/"))
+            if pictures is None:
+                picture = Path(name) if os.path.exists(name) else path.parent / name
+                missing = not os.path.exists(picture)
+            elif os.path.isabs(name) or name.startswith(".."):
+                raise ValueError(f"{name!r} is outside the folder")
+            else:
+                picture = pictures.get(plain_name(path.parent / name))
+                missing = picture is None
+            if row.get("rest"):
+                raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
+            if missing:
+                raise ValueError(f"there is no picture {name!r}")
+            if not captions:
+                raise ValueError(f"no caption for {name!r}")
         except (ValueError, RecursionError) as error:
             findings.problem(CAPTIONS, f"{path}, {where}: {reason(error)}")
-
-
-def table_captions(path, findings, anywhere=False):
-    """{picture's path: captions} of a table. Names are relative to its folder and may not leave it; with `anywhere`
-    they may, and are relative to the current directory or, if nothing is there, to the table's folder."""
-    found = {}
-    try:
-        for where, name, captions in table_rows(path, findings):
-            name = os.path.normpath(name.replace("\\", "/"))
-            picture = Path(name) if anywhere and os.path.exists(name) else path.parent / name
-            if not anywhere and (os.path.isabs(name) or name.startswith("..")):
-                findings.problem(CAPTIONS, f"{path}, {where}: {name!r} is outside the folder")
-            elif not picture.exists():
-                findings.problem(CAPTIONS, f"{path}, {where}: there is no picture {name!r}")
-            else:
-                known = found.setdefault(picture, [])
-                known += [caption for caption in captions if caption not in known]
-    except (ValueError, OSError, csv.Error, RecursionError) as error:
-        findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+        else:
+            found[picture] = list(dict.fromkeys(found.get(picture, []) + captions))
     return found
+
+
+def plain_name(path):
+    """A path as text in one Unicode form: a name with accents or Korean may come composed or not."""
+    return unicodedata.normalize("NFC", str(path))
 
 
 def reason(error):
@@ -193,10 +220,10 @@ def inspect_picture(path):
         plain_png = image.format == "PNG" and not re.search(b"eXIf|Raw profile type exif|XML:com.adobe.xmp", data)
         turned = not plain_png and orientation_of(image) in SIDEWAYS  # this decodes a PNG, so only if need be
         size, notes = image.size[::-1] if turned else image.size, []
-        if image.mode == "F":
-            raise ValueError("floating-point pixels are not supported; save it with 8 or 16 bits")
-        if image.has_transparency_data:
-            notes.append("Transparent, laid on white")
+        if image.mode in ("F", "I"):
+            raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
+        if has_alpha(image):
+            notes.append("With an alpha channel, laid on white")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append("Animated or of many pages, the first is used")
         if image.info.get("icc_profile"):
@@ -214,64 +241,61 @@ def inspect_picture(path):
 
 
 def orientation_of(image):
-    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself."""
-    return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
+    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself. 1 if the EXIF is damaged."""
+    with contextlib.suppress(Exception):
+        return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
+    return 1
 
 
 @functools.lru_cache(maxsize=64)
 def srgb_transform(profile, mode):
-    """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it is sRGB already."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if "sRGB" in ImageCms.getProfileDescription(source):
-        return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it changes next to nothing, as
+    with the many profiles that are sRGB under some name."""
+    transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB")
+    colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
+    change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
+    return transform if np.abs(change).max() > 3 else None
+
+
+def has_alpha(image):
+    """Whether some of it may be transparent; a grey of 16 bits cannot."""
+    return image.has_transparency_data and not image.mode.startswith("I;16")
 
 
 def flat_mode(image):
-    """The mode in which a picture is resized: that of its colour profile."""
-    if image.mode.startswith("I") or image.mode == "1":
+    """The mode of the picture's colours, which its colour profile is for."""
+    if image.mode.startswith("I;16") or image.mode == "1":
         return "L"
-    return image.mode if image.mode in ("L", "CMYK") and not image.has_transparency_data else "RGB"
-
-
-def flatten(image):
-    """The picture in `flat_mode`: without transparency (it is laid on white), 8 bits a channel."""
-    mode = flat_mode(image)
-    if image.mode.startswith("I"):  # 16 bits: converted as it is, all of it would be white
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
+    return image.mode if image.mode in ("L", "CMYK") and not has_alpha(image) else "RGB"
 
 
 def load_picture(path, bucket):
-    """The picture as the model will see it: RGB in sRGB, upright, resized to cover the bucket (width, height), centre
-    cropped. Bicubic, as in the model authors' training. A JPEG of more than three times the size is decoded at reduced
-    size: three times faster, and 45 dB or nearer to the full path for camera pictures."""
+    """The picture as the model will see it: RGB in sRGB, upright, transparency on white, resized to cover the bucket
+    (width, height), centre cropped. Bicubic, as in the model authors' training. A JPEG of at least three times the size
+    is decoded at reduced size: three times faster, and within 45 dB of the full path for camera pictures."""
     with Image.open(path) as image:
-        orientation = orientation_of(image)
+        orientation, profile, mode = orientation_of(image), image.info.get("icc_profile"), flat_mode(image)
         size = bucket[::-1] if orientation in SIDEWAYS else bucket
         scale = max(size[0] / image.width, size[1] / image.height)
         # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The decoder
-        # rounds the reduced size up: `box` is where the picture itself lies in it.
+        # rounds the reduced size up: its box tells where the picture itself lies in it.
         reduced = image.draft(None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height)))
         width, height = reduced[1][2:] if reduced else image.size
         crop = min(width / size[0], height / size[1])
-        left, top = (width - crop * size[0]) / 2, (height - crop * size[1]) / 2
+        left, top = max(0, (width - crop * size[0]) / 2), max(0, (height - crop * size[1]) / 2)
         box = (left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1]))
-        profile = image.info.get("icc_profile")
-        picture = flatten(image).resize(size, Image.Resampling.BICUBIC, box)
-        if profile:
-            try:
-                transform = srgb_transform(profile, picture.mode)
-                picture = ImageCms.applyTransform(picture, transform) if transform else picture
-            except (ImageCms.PyCMSError, OSError):
-                pass  # taken as sRGB; the report says so
-        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-        picture.getexif()[EXIF_ORIENTATION] = orientation
-        ImageOps.exif_transpose(picture, in_place=True)
-        return picture
+        if image.mode.startswith("I;16"):  # converted as it is, all of it would be white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        wanted = "RGBA" if has_alpha(image) else mode
+        picture = (image if image.mode == wanted else image.convert(wanted)).resize(size, Image.Resampling.BICUBIC, box)
+    if wanted == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture).convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # then it is taken as sRGB; the report says so
+            transform = srgb_transform(profile, mode)
+            picture = ImageCms.applyTransform(picture, transform) if transform else picture
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
 
 
 # ---------------------------------------------------------------- scanning
@@ -291,6 +315,10 @@ def walk(folder, config, findings):
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
+        if {"manifest.jsonl", "report.md", "preview.jpg"} <= set(names):
+            findings.note("Output of another run, not read", root)
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
 
@@ -299,37 +327,39 @@ def read_folder(folder, config, findings):
     """[(picture, captions)] of a folder and those in it, by the order of precedence in this file's first lines."""
     pictures, texts, tables, served = [], {}, [], collections.defaultdict(list)
     for path in walk(folder, config, findings):
+        suffix = path.suffix.lower()
         if path.name in TABLES:
             tables.append(path)
-        elif path.suffix.lower() in PICTURES:
+        elif suffix in PICTURES:
             pictures.append(path)
-        elif path.suffix.lower() in (".txt", ".json"):
-            texts[path.with_suffix(path.suffix.lower())] = path
-        else:
+        elif suffix not in (".txt", ".json"):
             findings.note("Other files, not read", path)
+        elif (other := texts.setdefault(plain_name(path.with_suffix(suffix)), path)) != path:
+            findings.problem(CAPTIONS, f"{path}: is not read, {other.name} is")
     tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name)))
-    tables = [(path, table_captions(path, findings)) for path in tables]
-    found = []
-    for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False, disable=len(pictures) < 1000):
+    by_name, listed, found = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict), []
+    for path in tables:
+        for picture, captions in table_captions(path, findings, by_name).items():
+            listed[picture][path] = captions
+    for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False):
         given = {}
-        for path in (texts.get(picture.with_suffix(suffix)) for suffix in (".txt", ".json")):
-            if path:
-                served[path].append(picture)
-                try:
-                    given[path], encoding = own_captions(path)
-                    if encoding != "UTF-8" and len(served[path]) == 1:
-                        findings.note("Not UTF-8", f"{path}: read as {encoding}")
-                    if not given[path]:
-                        findings.problem(CAPTIONS, f"{path}: is empty")
-                except (ValueError, OSError, RecursionError) as error:
-                    findings.problem(CAPTIONS, f"{path}: {reason(error)}")
-        given |= {path: captions[picture] for path, captions in tables if picture in captions}
-        given = {path: captions for path, captions in given.items() if captions}
+        for path in (texts.get(plain_name(picture.with_suffix(suffix))) for suffix in (".txt", ".json")):
+            if not path:
+                continue
+            served[path].append(picture)
+            try:
+                given[path], encoding = own_captions(path)
+            except (ValueError, OSError, RecursionError) as error:
+                findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+            else:
+                if encoding != "UTF-8":
+                    findings.note("Not UTF-8", f"{path}: read as {encoding}: {shortened(given[path][0])}")
+        given |= listed.get(picture, {})
         first = next(iter(given), None)
         for path, captions in given.items():
             if captions != given[first]:
                 findings.problem(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
-        found.append((picture, given[first] if first else []))
+        found.append((picture, given.get(first, [])))
     for path in texts.values():
         if not served[path]:
             findings.problem(CAPTIONS, f"{path}: there is no picture to this caption")
@@ -339,23 +369,13 @@ def read_folder(folder, config, findings):
 
 
 def read_source(source, config, findings):
-    """[(picture, captions)] of one source: a folder, or a JSON-lines list with `img_path` and `prompt`."""
+    """[(picture, captions)] of one source, a folder or a list file; a picture without captions of its own has none."""
     path = Path(source["path"])
-    if path.is_dir():
-        found = read_folder(path, config, findings)
-    elif path.is_file():
-        found = table_captions(path, findings, anywhere=True).items()
-    else:
-        raise UserError(f"data_dir: {path} is no folder")
-    captioned = []
-    for picture, captions in found:
-        if not captions and not config.instance_prompt:
-            findings.problem(LEFT_OUT, f"{picture}: no caption; write {picture.with_suffix('.txt').name} beside it or set instance_prompt")
-            continue
-        if not captions:
-            findings.note("Without a caption of their own, instance_prompt is used", picture)
-        captioned.append((picture, [source["caption_prefix"] + caption for caption in captions or [config.instance_prompt]]))
-    return captioned
+    if os.path.isdir(path):
+        return read_folder(path, config, findings)
+    if os.path.isfile(path):
+        return list(table_captions(path, findings).items())
+    raise UserError(f"data_dir: {path} is no folder")
 
 
 def known_pictures(manifest):
@@ -396,13 +416,13 @@ def facts_of(path, known):
 
 def describe_pictures(entries, config, findings):
     """Adds what is worth knowing of the pictures to `findings`."""
-    by_key, samples = collections.defaultdict(list), collections.Counter()
+    by_key, buckets_used = collections.defaultdict(list), collections.Counter()
     for entry in entries:
         (width, height), bucket = entry["size"], entry["bucket"]
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
         by_key[entry["key"]].append(entry["path"])
-        samples[tuple(bucket)] += entry["repeats"]
+        buckets_used[tuple(bucket)] += 1
         for note in entry["notes"]:
             findings.note(note, entry["path"])
         if scale > 1:
@@ -412,9 +432,9 @@ def describe_pictures(entries, config, findings):
     for paths in by_key.values():
         if len(paths) > 1:
             findings.note("Exact duplicates", " = ".join(paths))
-    for (width, height), count in sorted(samples.items()):
+    for (width, height), count in sorted(buckets_used.items()):
         if count < config.train_batch_size:
-            findings.note("Buckets that do not fill a batch", f"{width}x{height}: {count} samples, train_batch_size is {config.train_batch_size}")
+            findings.note("Buckets that do not fill a batch", f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}")
 
 
 def describe_captions(entries, config, findings):
@@ -435,6 +455,8 @@ def describe_captions(entries, config, findings):
         for caption in entry["captions"]:
             if tokens[caption] > TEXT_TOKENS:
                 findings.note(f"Captions over {TEXT_TOKENS} tokens, the rest is not read", f"{entry['path']}: {tokens[caption]} tokens: {shortened(caption)}")
+    if not tokens:
+        return summary
     return f"{summary}; {sum(tokens.values()) / len(tokens):.0f} tokens on average, {max(tokens.values())} at most"
 
 
@@ -467,7 +489,8 @@ def contact_sheet(entries):
     for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
         group = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
         count = min(len(group), max(1, SHEET_PICTURES * len(group) // len(entries)))
-        size = (round(bucket[0] * SHEET_ROW / bucket[1]), SHEET_ROW)
+        scale = min(SHEET_ROW / bucket[1], (SHEET_WIDTH - 2 * gap) / bucket[0])
+        size = (max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale)))
         columns = (SHEET_WIDTH - gap) // (size[0] + gap)
         groups.append((bucket, size, columns, len(group), [group[i * len(group) // count] for i in range(count)]))
         height += line + 2 * gap + math.ceil(count / columns) * (SHEET_ROW + 2 * line + gap)
@@ -507,36 +530,45 @@ def main(config):
     if not sources(config):
         raise UserError("data_dir: not set; name the folder with your pictures")
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    output, findings, entries = Path(config.output_dir), Findings(config.strict), []
-    if any(os.path.realpath(source["path"]) == os.path.realpath(output) for source in sources(config)):
-        raise UserError(f"output_dir: {output} is the data folder itself; choose another")
-    found = [(source, picture, captions) for source in sources(config) for picture, captions in read_source(source, config, findings)]
+    output, findings, entries, found = Path(config.output_dir), Findings(config.strict), [], []
+    for source in sources(config):
+        for name in ("output_dir", "cache_dir"):
+            if os.path.realpath(source["path"]) == os.path.realpath(getattr(config, name)):
+                raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
+        for picture, captions in read_source(source, config, findings):
+            if captions or config.instance_prompt:
+                found.append((source, picture, captions))
+            else:
+                text_file = picture.with_suffix(".txt").name
+                findings.problem(LEFT_OUT, f"{picture}: no caption; write {text_file} beside it or set instance_prompt")
     known, nearest = known_pictures(output / "manifest.jsonl"), functools.cache(functools.partial(nearest_bucket, sizes=buckets(config)))
-    facts = in_parallel(lambda item: facts_of(item[1], known), found)
-    for (source, picture, captions), fact in zip(found, tqdm(facts, desc="pictures", total=len(found), unit="picture", leave=False)):
-        if isinstance(fact, str):
-            findings.problem(LEFT_OUT, f"{picture}: {fact}")
+    all_facts = in_parallel(lambda item: facts_of(item[1], known), found)
+    for (source, picture, captions), facts in zip(found, tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)):
+        if isinstance(facts, str):
+            findings.problem(LEFT_OUT, f"{picture}: {facts}")
             continue
-        bucket = nearest(*fact["size"])
-        if config.skip_upscaled and (fact["size"][0] < bucket[0] or fact["size"][1] < bucket[1]):
-            findings.note(LEFT_OUT, f"{picture}: {fact['size'][0]}x{fact['size'][1]} is smaller than its bucket, {bucket[0]}x{bucket[1]}")
+        (width, height), bucket = facts["size"], nearest(*facts["size"])
+        if config.skip_upscaled and (width < bucket[0] or height < bucket[1]):
+            findings.note(LEFT_OUT, f"{picture}: {width}x{height} is smaller than its bucket, {bucket[0]}x{bucket[1]}")
             continue
+        if not captions:
+            findings.note("Without a caption of their own, instance_prompt is used", picture)
+        captions = [source["caption_prefix"] + caption for caption in captions or [config.instance_prompt]]
         weights = {"repeats": source["repeats"], "loss_weight": source["loss_weight"]}
-        entries.append({"path": str(picture), "bucket": list(bucket), "captions": captions, **weights, **fact})
-    if not entries:
-        for line in findings.get(LEFT_OUT, []) + findings.get(CAPTIONS, []):
-            print(f"- {line}")
-        left_out = len(findings.get(LEFT_OUT, []))
-        raise UserError(f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out")
+        entries.append({"path": str(picture), "bucket": list(bucket), "captions": captions, **weights, **facts})
 
-    left_out = len(findings.get(LEFT_OUT, []))
     describe_pictures(entries, config, findings)
+    left_out = len(findings.get(LEFT_OUT, []))
     summary = f"{len(entries)} pictures, {left_out} left out; {describe_captions(entries, config, findings)}."
+    if not entries:
+        write_file(output / "report.md", report_text(summary, entries, findings))
+        print(report_text(summary, entries, findings, short=True))
+        raise UserError(f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out")
     manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     report = report_text(summary, entries, findings)
     unchanged = [write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))]
     preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
-    if not preview.exists() or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
+    if not os.path.exists(preview) or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
         data = io.BytesIO()
         contact_sheet(entries).save(data, "JPEG", quality=88)
         write_file(preview, data.getvalue())
@@ -547,10 +579,11 @@ def main(config):
 
 def write_if_changed(path, text):
     """Writes a text file unless it holds that text already. Returns whether it did."""
-    unchanged = path.is_file() and path.read_bytes() == text.encode("utf-8")
-    if not unchanged:
-        write_file(path, text)
-    return unchanged
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode("utf-8"):
+            return True
+    write_file(path, text)
+    return False
 
 
 if __name__ == "__main__":
