@@ -55,7 +55,7 @@ UPRIGHT = {
     6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
 }  # fmt: skip
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
-SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 96, 1600, 160
+SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 64, 1600, 160
 
 
 class Findings(dict):
@@ -107,8 +107,8 @@ def captions_in(value):
         value.encode("utf-8")  # half an emoji is a ValueError
         return [value] if value else []
     if isinstance(value, dict):
-        named = [value[name] for name in CAPTION_NAMES if value.get(name)]
-        value = named[:1] or list(value.values())
+        named = any(name in value for name in CAPTION_NAMES)
+        value = [value[name] for name in CAPTION_NAMES if value.get(name)][:1] if named else list(value.values())
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
     return list(dict.fromkeys(caption for part in value or [] for caption in captions_in(part)))
@@ -132,7 +132,7 @@ def table_rows(path, is_list):
     """[(where, row)] of a {name: captions} .json, of a .csv or of JSON lines (not yet parsed), and the encoding."""
     text, encoding = read_text(path)
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="rest", skipinitialspace=True, strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
             if not set(names) & set(reader.fieldnames or []):
                 raise ValueError(f"has no column {' or '.join(names)}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}")
@@ -173,16 +173,15 @@ def table_captions(path, findings, pictures=None):
             else:
                 picture = pictures.get(plain_name(path.parent / name))
                 missing = picture is None
-            if row.get("rest"):
+            if None in row:
                 raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
             if missing:
                 raise ValueError(f"there is no picture {name!r}")
+            found[picture] = list(dict.fromkeys(found.get(picture, []) + captions))
             if not captions:
                 raise ValueError(f"no caption for {name!r}")
         except (ValueError, RecursionError) as error:
             findings.problem(CAPTIONS, f"{path}, {where}: {reason(error)}")
-        else:
-            found[picture] = list(dict.fromkeys(found.get(picture, []) + captions))
     return found
 
 
@@ -340,7 +339,8 @@ def read_folder(folder, config, findings):
     by_name, listed, found = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict), []
     for path in tables:
         for picture, captions in table_captions(path, findings, by_name).items():
-            listed[picture][path] = captions
+            if captions:
+                listed[picture][path] = captions
     for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False):
         given = {}
         for path in (texts.get(plain_name(picture.with_suffix(suffix))) for suffix in (".txt", ".json")):
@@ -443,10 +443,10 @@ def describe_captions(entries, config, findings):
     total = sum(len(entry["captions"]) for entry in entries)
     chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for entry in entries for caption in entry["captions"])
     summary = f"{total} captions: {chinese} with Chinese, {total - chinese} without"
-    for caption in captions:
-        quoted = [part for part, is_quoted in split_quotation(caption) if is_quoted]
+    for entry in entries:
+        quoted = [part for caption in entry["captions"] for part, is_quoted in split_quotation(caption) if is_quoted]
         if quoted:
-            findings.note("Quoted text, drawn letter by letter", f"{' '.join(quoted)} in: {shortened(caption)}")
+            findings.note("Quoted text, drawn letter by letter", f"{entry['path']}: {' '.join(quoted)}")
     try:
         tokens = token_counts(load_tokenizer(config), captions)
     except (UserError, OSError, ValueError) as error:

@@ -92,6 +92,8 @@ def test_the_model_authors_list(tiny_config, data, monkeypatch):
     entries, report = prepare(tiny_config, data / "list.txt")
     assert {name: entry["captions"] for name, entry in entries.items()} == {"b.png": ["b"], "in list.jpg": ["a", "一"]}
     assert entries["in list.jpg"]["size"] == [192, 128]
+    (data / "list.txt").write_text(json.dumps({"img_path": "in list.jpg", "rest": 1}))
+    assert prepare(tiny_config, data / "list.txt", instance_prompt="x")[0]["in list.jpg"]["captions"] == ["x"]
     monkeypatch.chdir(data.parent)  # as the authors' scripts do: relative to the current directory
     (data / "list.txt").write_text(json.dumps({"img_path": "elsewhere/b.png", "prompt": "c"}))
     assert prepare(tiny_config, data / "list.txt")[0]["b.png"]["captions"] == ["c"]
@@ -146,6 +148,7 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
         ("a.txt", "Тихий вечер у моря".encode("cp1251"), ["a.txt: is not UTF-8, and not surely GB18030"]),
         ("a.txt", "a cat".encode("utf-16-le"), ["a.txt: is no text"]),
         ("a.json", b'{"caption": "a"', ["a.json: is not JSON at line 1"]),
+        ("a.json", b'{"caption": " ", "tags": "red"}', ["a.json: is empty"]),
         ("a.json", b'{"title": "a"}', ["a.json: is no object with one of caption, text, prompt"]),
         ("a.json", b'"a"', ["a.json: is no object"]),
         ("a.json", b'{"caption": 5}', ["a.json: holds '5' where a caption"]),
@@ -207,7 +210,7 @@ def test_tokens_quotes_and_languages_are_reported(tiny_config, data):
     count = token_counts(load_tokenizer(config), [" ".join(captions["long"].split())]).popitem()[1]
     assert f"long.jpg: {count} tokens: word word" in report and count > 512 and "over 512 tokens, the rest is not read: 1" in report
     assert "4 captions: 1 with Chinese, 3 without" in report and f"{count} at most" in report
-    assert "drawn letter by letter: 2" in report and "'open' \"closed\" in: a sign" in report and "“开业大吉” in: 招牌" in report
+    assert "drawn letter by letter: 2" in report and "quoted.jpg: 'open' \"closed\"\n" in report and "chinese.jpg: “开业大吉”\n" in report
     assert "dog's" not in report
     entries, report = prepare(tiny_config, data, pretrained_model_name_or_path=str(data.parent))
     assert "tokens were not counted" in report and len(entries) == 4
