@@ -1,12 +1,17 @@
 """Stage 2: the manifest -> VAE latents and text embeddings in `cache_dir`.
 
     python cache_latents.py configs/24gb.json
+    torchrun --nproc_per_node 4 cache_latents.py configs/24gb.json      # the work divided among four devices
+    python cache_latents.py configs/24gb.json --prune                   # delete what no run needs any more
 
 After this, training needs neither the VAE nor the text encoder. File names follow from what went in (picture,
 bucket, prompt, model), so nothing is ever stale, and an interrupted run goes on where it was.
 """
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +21,26 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     CACHE_FORMAT,
+    TEXT_TOKENS,
+    AutoencoderKL,
     UserError,
     cache_prompts,
     content_key,
     free_memory,
     in_parallel,
-    is_whole,
     load_vae,
+    model_folder,
     model_identity,
     pick_device,
+    process_count,
+    process_rank,
+    prompt_batches,
+    prompt_shapes,
     run_stage,
+    text_dtype,
     unfinished_batches,
+    wait_for_all,
+    write_file,
     write_tensors,
 )
 
@@ -43,6 +57,9 @@ def training_prompts(config, entries):
     return list(dict.fromkeys(["", *captions, *config.validation_prompts, config.validation_negative_prompt]))
 
 
+# ---------------------------------------------------------------- pictures
+
+
 def load_pixels(entry):
     """A picture as uint8 [3, height, width], cut to its bucket."""
     try:
@@ -55,56 +72,149 @@ def load_pixels(entry):
 @torch.no_grad()
 def encode_pictures(vae, pixels):
     """Pixels uint8 [B, 3, H, W] -> the posterior's mean and std [B, 16, H/8, W/8], in float32 and in the transformer's units:
-    (mean - shift_factor) * scaling_factor and std * scaling_factor."""
-    posterior = vae.encode(pixels.to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
+    (mean - shift_factor) * scaling_factor and std * scaling_factor. What the device has no memory for is encoded one by
+    one, and a picture that is too large even so in tiles."""
+    try:
+        posterior = vae.encode(pixels.to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
+    except torch.OutOfMemoryError:
+        free_memory()
+        if len(pixels) == 1 and vae.use_tiling:
+            raise
+        vae.use_tiling = len(pixels) == 1
+        parts = [encode_pictures(vae, one) for one in pixels.split(1)]
+        vae.use_tiling = False
+        return tuple(torch.cat(tensors) for tensors in zip(*parts))
     c = vae.config
     return (posterior.mean.float() - c.shift_factor) * c.scaling_factor, posterior.std.float() * c.scaling_factor
 
 
-def cache_pictures(config, entries, device):
-    """Encodes the pictures that are not in `cache_dir` yet; each is kept as `mean` and `std`."""
-    entries = {latents_file(config, entry): entry for entry in entries}.values()  # the same picture once
+def picture_batches(config, entries):
+    """The batches of pictures, each of one bucket, that this process has to encode."""
+    vae_config = AutoencoderKL.load_config(model_folder(config, "vae"))
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    def shapes(entry):
+        shape = (vae_config["latent_channels"], entry["bucket"][1] // factor, entry["bucket"][0] // factor)
+        return {"mean": shape, "std": shape}
+
+    entries = {entry["latents_file"]: entry for entry in entries}.values()  # the same picture once
     batches = []
     for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
         same_size = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
-        batches += unfinished_batches(same_size, lambda entry: latents_file(config, entry), config.vae_batch_size)
+        batches += unfinished_batches(same_size, lambda entry: entry["latents_file"], shapes, config.vae_batch_size)
+    return batches
+
+
+def cache_pictures(config, batches, device):
+    """Encodes batches of pictures; each picture's file holds its `mean` and `std`. Says where the time went."""
     if not batches:
         return
-    vae = load_vae(config, device)
+    vae, spent = load_vae(config, device), {"decoding": 0.0, "VAE": 0.0, "writing": 0.0}
     pictures = in_parallel(load_pixels, (entry for batch in batches for entry in batch))  # decoded ahead of the VAE
-    with tqdm(total=sum(map(len, batches)), desc="latents", unit="picture") as bar:
+    with tqdm(total=sum(map(len, batches)), desc="latents", unit="picture", disable=process_rank() > 0) as bar:
         for batch in batches:
-            mean, std = encode_pictures(vae, torch.stack([next(pictures) for _ in batch]))
+            clock = [time.perf_counter()]
+            pixels = torch.stack([next(pictures) for _ in batch])
+            clock.append(time.perf_counter())
+            mean, std = (tensor.cpu() for tensor in encode_pictures(vae, pixels))
+            clock.append(time.perf_counter())
             for i, entry in enumerate(batch):
-                if not is_whole(latents_file(config, entry)):
-                    write_tensors(latents_file(config, entry), {"mean": mean[i], "std": std[i]})
+                if not entry["latents_file"].exists():
+                    write_tensors(entry["latents_file"], {"mean": mean[i], "std": std[i]})
+            clock.append(time.perf_counter())
+            for name, start, end in zip(spent, clock, clock[1:]):
+                spent[name] += end - start
             bar.update(len(batch))
+    print("latents: " + ", ".join(f"{seconds:.1f} s {'waiting for ' * (name == 'decoding')}{name}" for name, seconds in spent.items()))
     del vae
     free_memory()
 
 
+# ---------------------------------------------------------------- what is to do, and what is not needed any more
+
+
+def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device):
+    """Prints how much is to be done, how much is there, and the disk space that the rest takes. Raises UserError if
+    there is not enough. `..._to_do`: lists of entries, and of prompts, that this process has to encode."""
+    size = sum(2 * 16 * 4 * entry["bucket"][0] * entry["bucket"][1] // 64 for entry in pictures_to_do)
+    size += len(prompts_to_do) * TEXT_TOKENS * prompt_shapes(config)["prompt_embeds"][1] * text_dtype(config, device).itemsize
+    folder = Path(config.cache_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    here = " here" if process_count() > 1 else ""
+    work = f"pictures: {len(entries)}, of them {len(pictures_to_do)} to do{here}; prompts: {len(prompts)}, of them {len(prompts_to_do)} to do{here}"
+    print(f"{work}; {size / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
+    if size > free:
+        raise UserError(f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {size / 2**20:.0f} MiB are needed; free space or choose another")
+
+
+def register(config, files):
+    """Notes in `cache_dir` which files this run's manifest needs, so that `prune` keeps them."""
+    manifest, cache = (Path(config.output_dir) / "manifest.jsonl").absolute(), Path(config.cache_dir)
+    names = sorted({path.relative_to(cache).as_posix() for path in files})
+    write_file(cache / "runs" / f"{content_key(str(manifest))}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False))
+
+
+def prune(config):
+    """Deletes from `cache_dir` what no registered run needs, after saying how much. Returns the number of files.
+
+    Raises UserError if a registered manifest cannot be reached: its disk may only be away.
+    """
+    cache, needed = Path(config.cache_dir), set()
+    runs = sorted((cache / "runs").glob("*.json"))
+    if not runs:
+        raise UserError(f"cache_dir: no run is registered in {cache}; nothing is deleted")
+    for run in runs:
+        noted = json.loads(run.read_text(encoding="utf-8"))
+        if not os.path.exists(noted["manifest"]):
+            raise UserError(f"{run}: its manifest {noted['manifest']} cannot be reached; if that run is gone, delete {run} and prune again")
+        needed.update(noted["files"])
+    old = time.time() - 3600  # a temporary file may be another process's work
+    unneeded = [p for part in ("latents", "prompts") for p in (cache / part).rglob("*.safetensors") if p.relative_to(cache).as_posix() not in needed]
+    unneeded += [p for part in ("latents", "prompts") for p in (cache / part).rglob(".*.tmp") if p.stat().st_mtime < old]
+    print(f"{len(unneeded)} files, {sum(p.stat().st_size for p in unneeded) / 2**20:.1f} MiB, are needed by none of {len(runs)} runs")
+    for path in tqdm(unneeded, desc="deleting", unit="file", leave=False):
+        path.unlink()
+    return len(unneeded)
+
+
 def read_manifest(config):
     """The entries of this run's manifest; stage 1 runs first, so that they are up to date. Without a `data_dir` the
-    manifest that is there is used."""
+    manifest that is there is used. Under torchrun the first process does it for all."""
     path = Path(config.output_dir) / "manifest.jsonl"
-    if config.data_dir is None and path.exists():
-        try:
-            with open(path, encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines]
-        except ValueError:
-            raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
-    return prepare_data.main(config)
+    if process_rank() == 0 and (config.data_dir is not None or not path.exists()):
+        entries = prepare_data.main(config)
+        wait_for_all()
+        return entries
+    wait_for_all()
+    try:
+        with open(path, encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
 
 
 def main(config):
-    """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file})."""
+    """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file}). With `prune` it
+    only deletes what is not needed."""
+    if config.prune:
+        return prune(config)
     device = pick_device()
-    entries = read_manifest(config)
-    cache_pictures(config, entries, device)
-    prompts = cache_prompts(config, training_prompts(config, entries), device)
-    entries = [{**entry, "latents_file": latents_file(config, entry)} for entry in entries]
+    entries = [{**entry, "latents_file": latents_file(config, entry)} for entry in read_manifest(config)]
+    prompts = training_prompts(config, entries)
+    pictures, (files, batches) = picture_batches(config, entries), prompt_batches(config, prompts, device)
+    pictures_to_do = [entry for batch in pictures for entry in batch if not entry["latents_file"].exists()]
+    prompts_to_do = [prompt for batch in batches for prompt in batch if not files[prompt].exists()]
+    if pictures_to_do or prompts_to_do:
+        check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
+    if process_rank() == 0:
+        register(config, [*files.values(), *(entry["latents_file"] for entry in entries)])
+    cache_pictures(config, pictures, device)
+    cache_prompts(config, prompts, device)
+    wait_for_all()
     print(f"{len(entries)} pictures and {len(prompts)} prompts are cached in {config.cache_dir}")
-    return entries, prompts
+    return entries, files
 
 
 if __name__ == "__main__":

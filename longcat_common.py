@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import gc
@@ -28,7 +29,6 @@ for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
-from diffusers.hooks import apply_group_offloading
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -38,11 +38,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
-from transformers.utils import logging as transformers_logging
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
+PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change")
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -75,8 +76,9 @@ KEYS = {
         "model_family": Key(str, "longcat_image", "the model family", ("longcat_image",)),
         "model_flavour": Key(str, "final", "the main release, or the mid-training checkpoint", tuple(FLAVOURS)),
         "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
-        "base_model_precision": Key(
-            str, "int8-quanto", "how the frozen transformer is stored", ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change")
+        "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored", PRECISIONS),
+        "text_encoder_precision": Key(
+            str, "no_change", "of the text encoder; it fits any card without, and quantizing changes the embeddings", PRECISIONS
         ),
         "mixed_precision": Key(
             str, "auto", "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU", ("auto", "bf16", "fp16", "no")
@@ -93,6 +95,7 @@ KEYS = {
         "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
         "vae_batch_size": Key(int, 4, "pictures a batch when latents are cached", minimum=1),
         "text_encoder_batch_size": Key(int, 4, "prompts a batch when embeddings are cached", minimum=1),
+        "prune": Key(bool, False, "cache_latents.py: delete from cache_dir what no run needs, and do nothing else"),
     },
     "LoRA": {
         "lora_rank": Key(int, 16, "rank", minimum=1),
@@ -350,6 +353,9 @@ def run_stage(main, description):
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------- files
@@ -358,7 +364,7 @@ def run_stage(main, description):
 def write_file(path, data):
     """Writes bytes or text whole or not at all: temporary name, flush, rename."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -418,8 +424,28 @@ def in_parallel(function, items):
 
 
 def pick_device():
-    """CUDA if there is one, else MPS, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def process_rank():
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count():
+    """How many processes torchrun started, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_all():
+    """Under torchrun: returns when every process has come here."""
+    if process_count() > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one may work for long
+        torch.distributed.barrier()
 
 
 def compute_dtype(config, device):
@@ -561,38 +587,78 @@ def load_tokenizer(config):
 
 
 def load_text_encoder(config, device):
-    """The language layers of Qwen2.5-VL, frozen: neither vision tower nor `lm_head` is loaded.
+    """The language layers of Qwen2.5-VL, ready to compute on `device`; see StreamedTextEncoder."""
+    return StreamedTextEncoder(config, device)
 
-    Both key layouts load (`model.layers...` and `model.language_model.layers...`). On a card that is too small the
-    layers stay in host memory and visit it one after another. Raises UserError if a weight is missing.
+
+class StreamedTextEncoder(torch.nn.Module):
+    """The language layers of Qwen2.5-VL, without vision tower and `lm_head`, on a device too small for them.
+
+    A model of one layer, which gets the weights of one layer after another from the shards: each layer computes all
+    prompts of a call before the next takes its place, and the next is read meanwhile. So two layers are in memory, not
+    28, a call costs one reading of the file, and the result is that of the whole model. The word embeddings stay on
+    the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`); raises UserError if a
+    weight is missing. A call takes `prompts_at_once` prompts without using more than 1 GiB for their hidden states.
     """
-    folder = model_folder(config, "text_encoder")
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the weights left out on purpose would fill a page
-    try:
-        with named_if_damaged(folder):
-            text_encoder, info = Qwen2_5_VLTextModel.from_pretrained(
-                folder,
-                config=AutoConfig.from_pretrained(folder).text_config,
-                dtype=text_dtype(config, device),
-                key_mapping={r"^model\.language_model\.": "", r"^model\.(?!visual\.)": ""},
-                output_loading_info=True,
-            )
-    finally:
-        transformers_logging.set_verbosity(level)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
-    text_encoder.requires_grad_(False).eval()
-    if torch.device(device).type == "cuda" and text_encoder.get_memory_footprint() > 0.8 * torch.cuda.mem_get_info(device)[0]:
-        return stream_layers(text_encoder, device)
-    return text_encoder.to(device)
 
+    device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
 
-def stream_layers(text_encoder, device):
-    """Makes the layers visit `device` one after another while they compute; they live in host memory."""
-    apply_group_offloading(text_encoder, onload_device=torch.device(device), offload_type="block_level", num_blocks_per_group=1)
-    return text_encoder
+    def __init__(self, config, device):
+        super().__init__()
+        self.folder, self.compute_device, self.dtype = model_folder(config, "text_encoder"), torch.device(device), text_dtype(config, device)
+        self.precision, self.batch_size = config.text_encoder_precision, config.text_encoder_batch_size
+        with named_if_damaged(self.folder):
+            self.config = AutoConfig.from_pretrained(self.folder).text_config
+            shards = [safe_open(path, "pt") for path in sorted(self.folder.glob("*.safetensors"))]
+        self.shard_of = {re.sub(r"^(model\.|language_model\.)+", "", name): (shard, name) for shard in shards for name in shard.keys()}
+        small = copy.deepcopy(self.config)
+        small.num_hidden_layers, small.layer_types, small.vocab_size, small.pad_token_id = 0, [], 1, None
+        self.model = Qwen2_5_VLTextModel(small).requires_grad_(False).eval().to(device)
+        self.config._attn_implementation = self.model.config._attn_implementation
+        self.weight_names = list(self.empty_layer(0).state_dict())
+        layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in self.weight_names]
+        missing = sorted({"embed_tokens.weight", "norm.weight", *layers} - self.shard_of.keys())
+        if missing:
+            raise UserError(f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+        self.word_embeddings, self.norm = self.read("embed_tokens.weight"), self.model.norm
+        self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
+        self.model.norm = torch.nn.Identity()  # it comes after the last layer only
+        self.prompts_at_once = max(1, 2**30 // (600 * self.config.hidden_size * self.dtype.itemsize))  # 512 tokens and the template
+
+    def read(self, name):
+        """One tensor of the shards, on the host."""
+        with named_if_damaged(self.folder):
+            shard, name = self.shard_of[name]
+            return shard.get_tensor(name)
+
+    def empty_layer(self, i):
+        with torch.device("meta"):
+            return Qwen2_5_VLDecoderLayer(self.config, i).eval()
+
+    def read_layer(self, i):
+        """A layer with its weights, on the device."""
+        layer = self.empty_layer(i)
+        weights = {name: self.read(f"layers.{i}.{name}").to(self.compute_device, self.dtype) for name in self.weight_names}
+        with named_if_damaged(self.folder):
+            layer.load_state_dict(weights, assign=True)
+        return quantize(layer.requires_grad_(False), self.precision)
+
+    @torch.no_grad()
+    def forward(self, input_ids, attention_mask, output_hidden_states=True):
+        """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden], computed in batches."""
+        embeddings = torch.nn.functional.embedding(input_ids, self.word_embeddings).to(self.compute_device, self.dtype)
+        hidden, masks = list(embeddings.split(self.batch_size)), attention_mask.to(self.compute_device).split(self.batch_size)
+        layers = self.config.layer_types
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            following = reader.submit(self.read_layer, 0)
+            for i, layer_type in enumerate(tqdm(layers, desc="text encoder", unit="layer", leave=False)):
+                self.model.config.layer_types, self.model.layers = [layer_type], torch.nn.ModuleList([following.result()])
+                if i + 1 < len(layers):
+                    following = reader.submit(self.read_layer, i + 1)
+                for n, mask in enumerate(masks):
+                    hidden[n] = self.model(inputs_embeds=hidden[n], attention_mask=mask, use_cache=False).last_hidden_state
+        self.model.layers = torch.nn.ModuleList()
+        return SimpleNamespace(hidden_states=(torch.cat([self.norm(part).to(self.device) for part in hidden]),))
 
 
 class CachedPromptPipeline(LongCatImagePipeline):
@@ -639,7 +705,8 @@ def load_pipeline(config, device, lora=None):
 
 def prompt_file(config, prompt, device):
     """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the model."""
-    key = content_key("prompt", CACHE_FORMAT, prompt, str(text_dtype(config, device)), model_identity(config, "text_encoder", "tokenizer"))
+    how = (str(text_dtype(config, device)), config.text_encoder_precision)
+    key = content_key("prompt", CACHE_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
     return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
 
 
@@ -661,38 +728,62 @@ def token_counts(tokenizer, prompts):
     return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
 
 
-def unfinished_batches(items, path_of, batch_size):
-    """Sorts items by file name, cuts them into batches, and returns those in which a file is missing. Batches do not
-    depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted one."""
+def unfinished_batches(items, path_of, shapes_of, batch_size):
+    """Sorts items by file name, cuts them into batches, and returns those of this process in which a file is missing.
+
+    Batches do not depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted
+    one. `shapes_of(item)`: {tensor: shape} that its file must hold. Under torchrun each process gets its share.
+    """
     items = sorted(items, key=lambda item: path_of(item).name)
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    return [batch for batch in batches if not all(is_whole(path_of(item)) for item in batch)]
+    mine = batches[process_rank() :: process_count()]
+    return [batch for batch in mine if not all([is_whole(path_of(item), shapes_of(item)) for item in batch])]
 
 
-def is_whole(path):
-    """Whether a cache file is there and not cut off, which its header tells."""
+def is_whole(path, shapes):
+    """Whether a cache file is there with these {tensor: shape}. One that is cut off, which its header tells, or of
+    another shape is named and removed, so that it is made again."""
     try:
         with safe_open(path, "pt") as file:
-            return bool(file.keys())
-    except (SafetensorError, OSError):
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except FileNotFoundError:
         return False
+    except (SafetensorError, OSError) as error:
+        found = error
+    if found != {name: list(shape) for name, shape in shapes.items()}:
+        tqdm.write(f"{path}: is damaged ({found}), it is made again")
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def prompt_shapes(config):
+    """{tensor: shape} of a cached prompt."""
+    return {"prompt_embeds": (TEXT_TOKENS, AutoConfig.from_pretrained(model_folder(config, "text_encoder")).text_config.hidden_size)}
+
+
+def prompt_batches(config, prompts, device):
+    """({prompt: file}, the batches of prompts that this process has to encode)."""
+    files, shapes = {prompt: prompt_file(config, prompt, device) for prompt in prompts}, prompt_shapes(config)
+    return files, unfinished_batches(files, files.get, lambda prompt: shapes, config.text_encoder_batch_size)
 
 
 def cache_prompts(config, prompts, device):
     """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file}.
 
-    The text encoder is loaded only if something is missing, and freed before this returns.
+    The text encoder is opened only if something is missing, and freed before this returns.
     """
-    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
-    batches = unfinished_batches(files, files.get, config.text_encoder_batch_size)
+    files, batches = prompt_batches(config, prompts, device)
     if batches:
         text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
-        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt") as bar:
-            for batch in batches:
-                for prompt, prompt_embeds in zip(batch, encode_prompts(text_encoder, tokenizer, batch)):
-                    if not is_whole(files[prompt]):
+        at_once = max(1, text_encoder.prompts_at_once // config.text_encoder_batch_size)  # batches
+        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=process_rank() > 0) as bar:
+            for i in range(0, len(batches), at_once):
+                some = [prompt for batch in batches[i : i + at_once] for prompt in batch]
+                for prompt, prompt_embeds in zip(some, encode_prompts(text_encoder, tokenizer, some)):
+                    if not files[prompt].exists():
                         write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
-                bar.update(len(batch))
+                    bar.update()
         del text_encoder
         free_memory()
     return files

@@ -35,6 +35,7 @@ from longcat_common import (
     make_pipeline,
     pick_device,
     picture_grid,
+    process_count,
     read_json,
     read_lora,
     read_tensors,
@@ -241,6 +242,8 @@ def main(config):
 
     Raises UserError for anything in the configuration or the data that the user has to mend.
     """
+    if process_count() > 1:
+        raise UserError("training on several devices is not there yet; cache_latents.py can be run so")
     device, output = pick_device(), Path(config.output_dir)
     checkpoint = find_checkpoint(config)
     if config.init_lora:

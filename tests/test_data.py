@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 import cache_latents
 import longcat_common
 import prepare_data
-from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_transformer, prompt_file, stream_layers
+from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_transformer, prompt_file
 
 PROMPTS = [
     "",
@@ -97,8 +97,6 @@ def test_prompt_embeddings_equal_the_pipelines_own(tiny_config):
         assert found.shape == (512, 64)
         assert (found - reference).norm() <= 1e-6 * reference.norm(), prompt
     ours = load_text_encoder(config, "cpu")
-    streamed = encode_prompts(stream_layers(load_text_encoder(config, "cpu"), "cpu"), load_tokenizer(config), PROMPTS)
-    assert (streamed - expected).norm() <= 1e-6 * expected.norm()
     assert not any("visual" in name or "lm_head" in name for name, _ in ours.named_parameters())
 
 

@@ -1,0 +1,140 @@
+"""Speed of caching beside the plain way, in one run:
+
+    python tests/bench_cache.py                      # a text encoder and pictures scaled to a CPU, about two minutes
+    python tests/bench_cache.py --real               # the real-size text encoder, random weights, bf16 (17 GB of disk)
+    python tests/bench_cache.py --real --limit 8     # the same within 8 GB of device memory
+
+Prompts: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on the whole model (where it
+fits). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture after another.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import LongCatImagePipeline
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests/tiny_longcat/model"
+sys.path.insert(0, str(ROOT))
+import cache_latents
+import prepare_data
+from longcat_common import cache_prompts, free_memory, load_config, load_tokenizer, load_vae, pick_device, write_tensors
+
+SCALED = dict(hidden_size=512, intermediate_size=2688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1, vocab_size=5800)
+REAL = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+
+
+def make_text_encoder(folder, sizes, dtype):
+    """A text encoder of these sizes with random weights, a shard a layer; the vision tower is the tiny model's."""
+    config = AutoConfig.from_pretrained(TINY / "text_encoder")
+    for name, value in sizes.items():
+        setattr(config.text_config, name, value)
+    config.text_config.layer_types = ["full_attention"] * sizes["num_hidden_layers"]
+    config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
+    config.vision_config.out_hidden_size = sizes["hidden_size"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()}
+    groups = {}
+    for name in shapes:
+        groups.setdefault(name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest", []).append(name)
+    files = {}
+    for group, names in groups.items():
+        make = lambda shape: torch.ones(shape, dtype=dtype) if len(shape) == 1 else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
+        save_file({name: make(shapes[name]) for name in names}, folder / f"model-{group}.safetensors", {"format": "pt"})
+        files |= {name: f"model-{group}.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def median_of(ways, rounds):
+    """Median seconds of each way; in turn, so that a change of the machine's speed hits all."""
+    times = {name: [] for name in ways}
+    for i in range(rounds):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work(i)
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+
+
+def bench_prompts(folder, real, count, rounds, batch_size, compare):
+    device = pick_device()
+    make_text_encoder(folder / "model/text_encoder", REAL if real else SCALED, torch.bfloat16 if real else torch.float32)
+    shutil.copytree(TINY / "tokenizer", folder / "model/tokenizer")
+    config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size, mixed_precision="bf16" if real else "auto")
+    prompts = [f"picture {i} of a red circle in the night, and of many other things" for i in range(count)]
+
+    def ours(i):
+        config.cache_dir = str(folder / f"cache-{i}")
+        cache_prompts(config, prompts, device)
+
+    ways = {"ours, with reading the model": ours}
+    if compare:
+        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model/text_encoder", dtype=torch.bfloat16 if real else torch.float32)
+        parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
+        pipe = LongCatImagePipeline(text_encoder=whole.eval().to(device), tokenizer=load_tokenizer(config), **parts)
+
+        def plain(i):
+            for n, prompt in enumerate(prompts):
+                with torch.no_grad():
+                    write_tensors(folder / f"plain/{n}.safetensors", {"prompt_embeds": pipe.encode_prompt([prompt])[0][0]})
+
+        ways["the pipeline, one by one, model loaded"] = plain
+    for name, seconds in (times := median_of(ways, rounds)).items():
+        print(f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)")
+    if device.type == "cuda" and not compare:
+        print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, files mapped into it included")
+
+
+def bench_pictures(folder, count, rounds):
+    device, rng = pick_device(), np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((2000, 1500)).save(folder / "data" / f"{i}.jpg", quality=90)
+    paths = dict(pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output"))
+    config = load_config(resolution=384, instance_prompt="x", **paths)
+    found = prepare_data.main(config)
+
+    def ours(i):
+        config.cache_dir = str(folder / f"latents-{i}")
+        entries = [{**entry, "latents_file": cache_latents.latents_file(config, entry)} for entry in found]
+        cache_latents.cache_pictures(config, cache_latents.picture_batches(config, entries), device)
+
+    def plain(i):
+        vae = load_vae(config, device)
+        for n, entry in enumerate(found):
+            mean, std = cache_latents.encode_pictures(vae, cache_latents.load_pixels(entry)[None])
+            write_tensors(folder / f"plain/{n}.safetensors", {"mean": mean[0], "std": std[0]})
+
+    times = median_of({"ours": ours, "one by one": plain}, rounds)
+    for name, seconds in times.items():
+        print(f"pictures, {name}: {count / seconds:.2f} a second ({seconds / times['ours']:.2f} times ours)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--limit", type=float, default=0, help="GB of device memory")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.limit:
+        torch.cuda.set_per_process_memory_fraction(arguments.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    with tempfile.TemporaryDirectory() as folder:
+        bench_prompts(Path(folder), arguments.real, arguments.prompts, arguments.rounds, arguments.batch, not arguments.limit or arguments.limit > 18)
+        free_memory()
+        if not arguments.real:
+            bench_pictures(Path(folder), arguments.prompts, arguments.rounds)

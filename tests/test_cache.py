@@ -1,0 +1,223 @@
+"""Stage 2 as something to trust for months: small memory, damaged files, pruning, many processes."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, ROOT, run_script
+from diffusers import LongCatImagePipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+import cache_latents
+import longcat_common
+from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_vae, prompt_file
+
+PROMPTS = ["", "a red circle", "一个红色的圆形", 'a sign: "open"', "a very long prompt " * 200, "a blue star", "a heart"]
+
+
+@pytest.fixture
+def large(tmp_path, tiny_config):
+    """The tiny model with a text encoder of six layers in many shards, and the whole encoder for reference."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for part in ("tokenizer", "vae", "scheduler", "transformer"):
+        (model / part).symlink_to(Path(MODEL).resolve() / part)
+    config = AutoConfig.from_pretrained(f"{MODEL}/text_encoder")
+    config.text_config.num_hidden_layers, config.text_config.layer_types = 6, ["full_attention"] * 6
+    torch.manual_seed(0)
+    whole = Qwen2_5_VLForConditionalGeneration(config).eval()
+    whole.save_pretrained(model / "text_encoder", max_shard_size="200KB")
+    assert len(list((model / "text_encoder").glob("*.safetensors"))) > 4
+    return tiny_config(pretrained_model_name_or_path=str(model), text_encoder_batch_size=2), whole
+
+
+def cached_files(config):
+    return {p.relative_to(config.cache_dir): p.read_bytes() for p in Path(config.cache_dir).rglob("*.safetensors")}
+
+
+def test_streamed_layers_give_the_whole_encoders_embeddings(large):
+    config, whole = large
+    parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
+    pipe = LongCatImagePipeline(text_encoder=whole, tokenizer=load_tokenizer(config), **parts)
+    with torch.no_grad():
+        expected = pipe.encode_prompt(PROMPTS)[0]
+    files = cache_prompts(config, PROMPTS, "cpu")
+    for prompt, reference in zip(PROMPTS, expected):
+        found = load_file(files[prompt])["prompt_embeds"]
+        assert (found - reference).norm() <= 1e-6 * reference.norm(), prompt
+
+
+def test_no_more_than_two_layers_are_in_memory(large, monkeypatch):
+    config, _ = large
+    encoder, alive = load_text_encoder(config, "cpu"), []
+    layers = lambda: [m for m in gc.get_objects() if isinstance(m, Qwen2_5_VLDecoderLayer) and not next(m.parameters()).is_meta]
+    del large
+    others = {id(layer) for layer in layers()}  # the reference model's
+    inner = encoder.model.forward
+
+    def counted(*arguments, **options):
+        alive.append(sum(id(layer) not in others for layer in layers()))
+        return inner(*arguments, **options)
+
+    encoder.model.forward = counted
+    encode_prompts(encoder, load_tokenizer(config), PROMPTS)
+    assert len(alive) == 6 * 4 and max(alive) <= 2  # 6 layers by 4 batches
+    assert not any(id(layer) not in others for layer in layers())
+
+
+def test_prompts_in_several_chunks_have_the_same_bytes(large, tmp_path, monkeypatch):
+    config, _ = large
+    cache_prompts(config, PROMPTS, "cpu")
+    whole, config.cache_dir = cached_files(config), str(tmp_path / "other")
+
+    class Small(longcat_common.StreamedTextEncoder):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.prompts_at_once = 3  # less than two batches
+
+    monkeypatch.setattr(longcat_common, "StreamedTextEncoder", Small)
+    cache_prompts(config, PROMPTS, "cpu")
+    assert cached_files(config) == whole and len(whole) == len(PROMPTS)
+
+
+def test_a_quantized_text_encoder_has_its_own_files(large, tmp_path):
+    config, _ = large
+    exact = cache_prompts(config, PROMPTS[1:3], "cpu")
+    config.text_encoder_precision = "int8-quanto"
+    close = cache_prompts(config, PROMPTS[1:3], "cpu")
+    for prompt in exact:
+        a, b = (load_file(files[prompt])["prompt_embeds"] for files in (exact, close))
+        assert exact[prompt] != close[prompt] and 0 < (a - b).norm() < 0.1 * a.norm()
+
+
+def test_damaged_files_are_named_and_made_again(tiny_config, capsys):
+    config = tiny_config()
+    entries, files = cache_latents.main(config)
+    whole = cached_files(config)
+    latents, other, prompt, empty = entries[0]["latents_file"], entries[1]["latents_file"], files[""], files["a red circle in neonix style"]
+    latents.write_bytes(latents.read_bytes()[:-10])
+    save_file({name: tensor[..., :-1].contiguous() for name, tensor in load_file(other).items()}, other)
+    save_file({"prompt_embeds": torch.zeros(3, 64)}, prompt)
+    empty.write_bytes(b"")
+    capsys.readouterr()
+    cache_latents.main(config)
+    printed = capsys.readouterr()
+    for path in (latents, other, prompt, empty):
+        assert f"{path}: is damaged" in printed.out + printed.err
+    assert f"pictures: 40, of them 2 to do; prompts: {len(files)}, of them 2 to do" in printed.out
+    assert cached_files(config) == whole
+
+
+def test_pruning(tiny_config, tmp_path, capsys):
+    sources = [{"path": str(ROOT / "tests/tiny_longcat/pictures")}]
+    first, second = tiny_config(), tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=["a new prompt"])
+    cache_latents.main(first)
+    cache_latents.main(second)
+    needed_by_both = cached_files(first)
+    prompt = prompt_file(second, "a new prompt", "cpu")
+    assert cache_latents.main(tiny_config(prune=True)) == 0 and cached_files(first) == needed_by_both
+    cache_latents.main(tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=[]))
+    left, fresh = (prompt.with_name(f".{name}.tmp") for name in ("left", "fresh"))
+    for path in (left, fresh):
+        path.write_bytes(b"x" * 2**20)
+    os.utime(left, (1, 1))
+    manifest = tmp_path / "second" / "manifest.jsonl"
+    manifest.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="second/manifest.jsonl cannot be reached.*delete .*runs/"):
+        cache_latents.main(tiny_config(prune=True))
+    assert cached_files(first) == needed_by_both
+    (tmp_path / "away").rename(manifest)
+    capsys.readouterr()
+    done = run_script("cache_latents.py", "--cache_dir", first.cache_dir, "--prune")
+    assert "2 files, 1." in done.stdout and "needed by none of 2 runs" in done.stdout
+    assert not prompt.exists() and not left.exists() and fresh.exists()
+    assert set(needed_by_both) - set(cached_files(first)) == {prompt.relative_to(first.cache_dir)}
+    with pytest.raises(ValueError, match="no run is registered"):
+        cache_latents.main(tiny_config(prune=True, cache_dir=str(tmp_path / "nothing")))
+
+
+def test_the_figure_before_the_work(tiny_config, capsys, monkeypatch):
+    config, usage = tiny_config(), namedtuple("usage", "total used free")
+    monkeypatch.setattr(cache_latents.shutil, "disk_usage", lambda path: usage(2**40, 0, 2**20))
+    with pytest.raises(ValueError, match="cache_dir: .* has 1 MiB free, 1. MiB are needed"):
+        cache_latents.main(config)
+    assert not cached_files(config)
+    monkeypatch.undo()
+    cache_latents.main(config)
+    printed = capsys.readouterr().out
+    assert "pictures: 40, of them 40 to do; prompts: 6" in printed and "waiting for decoding" in printed
+    expected = int(printed.split(" MiB to write")[0].split()[-1])
+    assert sum(map(len, cached_files(config).values())) / 2**20 == pytest.approx(expected, abs=0.6)
+    cache_latents.main(config)
+    assert "to do" not in capsys.readouterr().out
+
+
+def test_a_small_device_encodes_one_by_one_and_in_tiles(tiny_config):
+    vae = load_vae(tiny_config(), "cpu")
+    pixels = torch.randint(0, 256, (3, 3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = cache_latents.encode_pictures(vae, pixels)
+    encode, calls = vae.encode, []
+
+    def small_memory(x):
+        calls.append((len(x), vae.use_tiling))
+        if len(x) * x.shape[-1] > limit and not vae.use_tiling:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(x)
+
+    vae.encode, limit = small_memory, 200
+    for ours, whole in zip(cache_latents.encode_pictures(vae, pixels), (mean, std)):
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
+    assert calls == [(3, False)] + [(1, False)] * 3
+    limit = 100
+    assert cache_latents.encode_pictures(vae, pixels)[0].shape == mean.shape and calls[4:] == [(3, False)] + [(1, False), (1, True)] * 3
+    vae.encode = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        cache_latents.encode_pictures(vae, pixels)
+
+
+def flags(config):
+    return ["configs/tiny.json", "--output_dir", config.output_dir, "--cache_dir", config.cache_dir, "--pretrained_model_name_or_path", MODEL]
+
+
+def test_two_processes_under_torchrun_divide_the_work(tiny_config, tmp_path):
+    alone = tiny_config()
+    cache_latents.main(alone)
+    both = tiny_config(output_dir=str(tmp_path / "both"), cache_dir=str(tmp_path / "both_cache"))
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "cache_latents.py", *flags(both), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert cached_files(both).keys() == cached_files(alone).keys()
+    shares = [int(line.split("of them ")[1].split()[0]) for line in done.stdout.splitlines() if "to do here" in line]
+    assert len(shares) == 2 and sum(shares) == 40 and min(shares) > 10
+    for path in cached_files(alone):
+        ours, theirs = (load_file(Path(config.cache_dir) / path) for config in (both, alone))
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "both" / "manifest.jsonl").read_bytes() == (Path(alone.output_dir) / "manifest.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_two_at_once(tiny_config, tmp_path):
+    reference = tiny_config()
+    run_script("cache_latents.py", *flags(reference))
+    other = tiny_config(output_dir=str(tmp_path / "other"), cache_dir=str(tmp_path / "other_cache"))
+    start = lambda: subprocess.Popen([sys.executable, "cache_latents.py", *flags(other)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    interrupted = 0
+    for seconds in (4.5, 5.0, 5.5, 6.0, 6.5):
+        process = start()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        interrupted += process.wait() == -signal.SIGKILL and 0 < len(cached_files(other))
+    pair = [start(), start()]
+    assert [process.wait() for process in pair] == [0, 0]
+    assert cached_files(other) == cached_files(reference)
+    registered = json.loads(next((tmp_path / "other_cache" / "runs").glob("*.json")).read_text())
+    assert len(registered["files"]) == len(cached_files(other))
