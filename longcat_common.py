@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +94,7 @@ KEYS = {
         "strict": Key(bool, False, "stop at the first picture or caption that cannot be used, instead of reporting it"),
         "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
         "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
-        "vae_batch_size": Key(int, 4, "pictures a batch when latents are cached", minimum=1),
+        "vae_batch_size": Key(int, 1, "pictures a batch when latents are cached", minimum=1),
         "text_encoder_batch_size": Key(int, 4, "prompts a batch when embeddings are cached", minimum=1),
         "prune": Key(bool, False, "cache_latents.py: delete from cache_dir what no run needs, and do nothing else"),
     },
@@ -598,7 +599,8 @@ class StreamedTextEncoder(torch.nn.Module):
     prompts of a call before the next takes its place, and the next is read meanwhile. So two layers are in memory, not
     28, a call costs one reading of the file, and the result is that of the whole model. The word embeddings stay on
     the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`); raises UserError if a
-    weight is missing. A call takes `prompts_at_once` prompts without using more than 1 GiB for their hidden states.
+    weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden states, which keeps it under 3 GB
+    on the device, in float32 too (by calculation).
     """
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
@@ -606,7 +608,7 @@ class StreamedTextEncoder(torch.nn.Module):
     def __init__(self, config, device):
         super().__init__()
         self.folder, self.compute_device, self.dtype = model_folder(config, "text_encoder"), torch.device(device), text_dtype(config, device)
-        self.precision, self.batch_size = config.text_encoder_precision, config.text_encoder_batch_size
+        self.precision, self.batch_size, self.seconds_waiting = config.text_encoder_precision, config.text_encoder_batch_size, 0.0
         with named_if_damaged(self.folder):
             self.config = AutoConfig.from_pretrained(self.folder).text_config
             shards = [safe_open(path, "pt") for path in sorted(self.folder.glob("*.safetensors"))]
@@ -623,7 +625,7 @@ class StreamedTextEncoder(torch.nn.Module):
         self.word_embeddings, self.norm = self.read("embed_tokens.weight"), self.model.norm
         self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
         self.model.norm = torch.nn.Identity()  # it comes after the last layer only
-        self.prompts_at_once = max(1, 2**30 // (600 * self.config.hidden_size * self.dtype.itemsize))  # 512 tokens and the template
+        self.prompts_at_once = max(1, 2**29 // (600 * self.config.hidden_size * self.dtype.itemsize))  # 512 tokens and the template
 
     def read(self, name):
         """One tensor of the shards, on the host."""
@@ -646,13 +648,16 @@ class StreamedTextEncoder(torch.nn.Module):
     @torch.no_grad()
     def forward(self, input_ids, attention_mask, output_hidden_states=True):
         """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden], computed in batches."""
-        embeddings = torch.nn.functional.embedding(input_ids, self.word_embeddings).to(self.compute_device, self.dtype)
-        hidden, masks = list(embeddings.split(self.batch_size)), attention_mask.to(self.compute_device).split(self.batch_size)
+        embed = lambda ids: torch.nn.functional.embedding(ids, self.word_embeddings).to(self.compute_device, self.dtype)
+        hidden = [embed(ids) for ids in input_ids.split(self.batch_size)]  # stays on the device from layer to layer
+        masks = attention_mask.to(self.compute_device).split(self.batch_size)
         layers = self.config.layer_types
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read_layer, 0)
             for i, layer_type in enumerate(tqdm(layers, desc="text encoder", unit="layer", leave=False)):
+                start = time.perf_counter()
                 self.model.config.layer_types, self.model.layers = [layer_type], torch.nn.ModuleList([following.result()])
+                self.seconds_waiting += time.perf_counter() - start
                 if i + 1 < len(layers):
                     following = reader.submit(self.read_layer, i + 1)
                 for n, mask in enumerate(masks):
@@ -775,6 +780,7 @@ def cache_prompts(config, prompts, device):
     """
     files, batches = prompt_batches(config, prompts, device)
     if batches:
+        start = time.perf_counter()
         text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
         at_once = max(1, text_encoder.prompts_at_once // config.text_encoder_batch_size)  # batches
         with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=process_rank() > 0) as bar:
@@ -784,6 +790,8 @@ def cache_prompts(config, prompts, device):
                     if not files[prompt].exists():
                         write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
                     bar.update()
+        seconds, waiting = time.perf_counter() - start, text_encoder.seconds_waiting
+        print(f"prompts: {waiting:.1f} s waiting for weights, {seconds - waiting:.1f} s computing and writing")
         del text_encoder
         free_memory()
     return files

@@ -1,19 +1,19 @@
 """Speed of caching beside the plain way, in one run:
 
     python tests/bench_cache.py                      # a text encoder and pictures scaled to a CPU, about two minutes
-    python tests/bench_cache.py --real               # the real-size text encoder, random weights, bf16 (17 GB of disk)
-    python tests/bench_cache.py --real --limit 8     # the same within 8 GB of device memory
+    python tests/bench_cache.py --real --alone       # the real-size text encoder, random weights, bf16 (17 GB of disk)
+    python tests/bench_cache.py --real --limit 8     # on a GPU, within 8 GB of its memory
 
-Prompts: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on the whole model (where it
-fits). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture after another.
+Prompts: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on the whole model (not with
+--alone, or a limit under 18 GB). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture after another.
 """
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -49,9 +49,9 @@ def make_text_encoder(folder, sizes, dtype):
     groups = {}
     for name in shapes:
         groups.setdefault(name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest", []).append(name)
-    files = {}
+    files, noise = {}, (torch.randn(2**20 + 7) * 0.02).to(dtype)
     for group, names in groups.items():
-        make = lambda shape: torch.ones(shape, dtype=dtype) if len(shape) == 1 else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
+        make = lambda shape: torch.ones(shape, dtype=dtype) if len(shape) == 1 else noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()
         save_file({name: make(shapes[name]) for name in names}, folder / f"model-{group}.safetensors", {"format": "pt"})
         files |= {name: f"model-{group}.safetensors" for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -68,11 +68,26 @@ def median_of(ways, rounds):
     return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
 
+class OwnMemory(threading.Thread):
+    """The most memory that the process had for its own (Linux: without files that are mapped into it), in GiB."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def run(self):
+        while True:
+            line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            self.peak = max(self.peak, int(line.split()[1]) / 2**20)
+            time.sleep(0.05)
+
+
 def bench_prompts(folder, real, count, rounds, batch_size, compare):
     device = pick_device()
     make_text_encoder(folder / "model/text_encoder", REAL if real else SCALED, torch.bfloat16 if real else torch.float32)
     shutil.copytree(TINY / "tokenizer", folder / "model/tokenizer")
-    config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size, mixed_precision="bf16" if real else "auto")
+    config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size)
     prompts = [f"picture {i} of a red circle in the night, and of many other things" for i in range(count)]
 
     def ours(i):
@@ -91,11 +106,13 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
                     write_tensors(folder / f"plain/{n}.safetensors", {"prompt_embeds": pipe.encode_prompt([prompt])[0][0]})
 
         ways["the pipeline, one by one, model loaded"] = plain
-    for name, seconds in (times := median_of(ways, rounds)).items():
+    memory = OwnMemory()
+    times = median_of(ways, rounds)
+    print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
+    for name, seconds in times.items():
         print(f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)")
     if device.type == "cuda" and not compare:
         print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, files mapped into it included")
 
 
 def bench_pictures(folder, count, rounds):
@@ -105,6 +122,7 @@ def bench_pictures(folder, count, rounds):
         Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((2000, 1500)).save(folder / "data" / f"{i}.jpg", quality=90)
     paths = dict(pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output"))
     config = load_config(resolution=384, instance_prompt="x", **paths)
+    print(f"pictures in batches of {config.vae_batch_size}")
     found = prepare_data.main(config)
 
     def ours(i):
@@ -130,11 +148,13 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true")
     arguments = parser.parse_args()
     if arguments.limit:
         torch.cuda.set_per_process_memory_fraction(arguments.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     with tempfile.TemporaryDirectory() as folder:
-        bench_prompts(Path(folder), arguments.real, arguments.prompts, arguments.rounds, arguments.batch, not arguments.limit or arguments.limit > 18)
+        compare = not arguments.alone and (not arguments.limit or arguments.limit > 18)
+        bench_prompts(Path(folder), arguments.real, arguments.prompts, arguments.rounds, arguments.batch, compare)
         free_memory()
         if not arguments.real:
             bench_pictures(Path(folder), arguments.prompts, arguments.rounds)
