@@ -8,8 +8,11 @@ After this, training needs neither the VAE nor the text encoder. File names foll
 bucket, prompt, model), so nothing is ever stale, and an interrupted run goes on where it was.
 """
 
+import contextlib
 import json
+import math
 import os
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -21,28 +24,32 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     CACHE_FORMAT,
-    TEXT_TOKENS,
     AutoencoderKL,
     UserError,
     cache_prompts,
     content_key,
     free_memory,
+    in_batches,
     in_parallel,
     load_vae,
     model_folder,
     model_identity,
+    named_if_damaged,
     pick_device,
     process_count,
     process_rank,
     prompt_batches,
-    prompt_shapes,
+    prompt_file,
+    prompt_contents,
     run_stage,
-    text_dtype,
-    unfinished_batches,
+    unfinished,
     wait_for_all,
     write_file,
     write_tensors,
 )
+
+
+TILE = 512  # pixels, of a picture that is too large for the device
 
 
 def latents_file(config, entry):
@@ -61,11 +68,14 @@ def training_prompts(config, entries):
 
 
 def load_pixels(entry):
-    """A picture as uint8 [3, height, width], cut to its bucket."""
+    """A picture as uint8 [3, height, width], cut to its bucket. Raises UserError if it is not what the manifest names."""
     try:
+        status = os.stat(entry["path"])
+        if entry["file"] != [status.st_size, status.st_mtime_ns]:
+            raise ValueError("it has changed since prepare_data.py read it; start again")
         picture = prepare_data.load_picture(entry["path"], tuple(entry["bucket"]))
     except Exception as error:
-        raise UserError(f"{entry['path']}: cannot be decoded ({error}); mend or remove it") from None
+        raise UserError(f"{entry['path']}: cannot be used ({error}); mend or remove it") from None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -73,36 +83,43 @@ def load_pixels(entry):
 def encode_pictures(vae, pixels):
     """Pixels uint8 [B, 3, H, W] -> the posterior's mean and std [B, 16, H/8, W/8], in float32 and in the transformer's units:
     (mean - shift_factor) * scaling_factor and std * scaling_factor. What the device has no memory for is encoded one by
-    one, and a picture that is too large even so in tiles."""
+    one, and a picture that is too large even so in tiles. Raises UserError if that does not help."""
+    c = vae.config
     try:
         posterior = vae.encode(pixels.to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
-    except torch.OutOfMemoryError:
-        free_memory()
-        if len(pixels) == 1 and vae.use_tiling:
+        return (posterior.mean.float() - c.shift_factor) * c.scaling_factor, posterior.std.float() * c.scaling_factor
+    except RuntimeError as error:  # on MPS it has no class of its own
+        if "out of memory" not in str(error):
             raise
-        vae.use_tiling = len(pixels) == 1
-        parts = [encode_pictures(vae, one) for one in pixels.split(1)]
-        vae.use_tiling = False
-        return tuple(torch.cat(tensors) for tensors in zip(*parts))
-    c = vae.config
-    return (posterior.mean.float() - c.shift_factor) * c.scaling_factor, posterior.std.float() * c.scaling_factor
+    free_memory()  # here, where the error no longer holds what was computed
+    if len(pixels) > 1:
+        return tuple(torch.cat(tensors) for tensors in zip(*(encode_pictures(vae, one) for one in pixels.split(1))))
+    if vae.use_tiling:
+        raise UserError(f"the device has too little memory for a picture of {pixels.shape[3]}x{pixels.shape[2]}; choose a smaller resolution")
+    usual = vae.tile_sample_min_size, vae.tile_latent_min_size
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, TILE, TILE * usual[1] // usual[0]
+    try:
+        return encode_pictures(vae, pixels)
+    finally:
+        vae.use_tiling, (vae.tile_sample_min_size, vae.tile_latent_min_size) = False, usual
 
 
 def picture_batches(config, entries):
     """The batches of pictures, each of one bucket, that this process has to encode."""
-    vae_config = AutoencoderKL.load_config(model_folder(config, "vae"))
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    with named_if_damaged(folder := model_folder(config, "vae")):
+        vae_config = AutoencoderKL.load_config(folder)
+        channels, factor = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
 
-    def shapes(entry):
-        shape = (vae_config["latent_channels"], entry["bucket"][1] // factor, entry["bucket"][0] // factor)
-        return {"mean": shape, "std": shape}
+    def contents(entry):
+        shape = (channels, entry["bucket"][1] // factor, entry["bucket"][0] // factor)
+        return {"mean": (torch.float32, shape), "std": (torch.float32, shape)}
 
     entries = {entry["latents_file"]: entry for entry in entries}.values()  # the same picture once
-    batches = []
+    batches, path_of = [], lambda entry: entry["latents_file"]
     for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
         same_size = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
-        batches += unfinished_batches(same_size, lambda entry: entry["latents_file"], shapes, config.vae_batch_size)
-    return batches
+        batches += in_batches(same_size, path_of, config.vae_batch_size)
+    return unfinished(batches, path_of, contents)
 
 
 def cache_pictures(config, batches, device):
@@ -137,7 +154,8 @@ def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
     """Prints how much is to be done, how much is there, and the disk space that the rest takes. Raises UserError if
     there is not enough. `..._to_do`: lists of entries, and of prompts, that this process has to encode."""
     size = sum(2 * 16 * 4 * entry["bucket"][0] * entry["bucket"][1] // 64 for entry in pictures_to_do)
-    size += len(prompts_to_do) * TEXT_TOKENS * prompt_shapes(config)["prompt_embeds"][1] * text_dtype(config, device).itemsize
+    dtype, shape = prompt_contents(config, device)["prompt_embeds"]
+    size += len(prompts_to_do) * math.prod(shape) * dtype.itemsize
     folder = Path(config.cache_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -145,15 +163,17 @@ def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
     here = " here" if process_count() > 1 else ""
     work = f"pictures: {len(entries)}, of them {len(pictures_to_do)} to do{here}; prompts: {len(prompts)}, of them {len(prompts_to_do)} to do{here}"
     print(f"{work}; {size / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
-    if size > free:
-        raise UserError(f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {size / 2**20:.0f} MiB are needed; free space or choose another")
+    needed = size * process_count()  # their shares are about equal
+    if needed > free:
+        raise UserError(f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another")
 
 
 def register(config, files):
     """Notes in `cache_dir` which files this run's manifest needs, so that `prune` keeps them."""
     manifest, cache = (Path(config.output_dir) / "manifest.jsonl").absolute(), Path(config.cache_dir)
     names = sorted({path.relative_to(cache).as_posix() for path in files})
-    write_file(cache / "runs" / f"{content_key(str(manifest))}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False))
+    key = content_key(str(manifest), platform.node())  # another machine may have another run at the same path
+    write_file(cache / "runs" / f"{key}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False))
 
 
 def prune(config):
@@ -162,20 +182,31 @@ def prune(config):
     Raises UserError if a registered manifest cannot be reached: its disk may only be away.
     """
     cache, needed = Path(config.cache_dir), set()
+    files = [path for part in ("latents", "prompts") for path in (cache / part).rglob("*") if path.is_file()]  # before the runs: one may be starting
     runs = sorted((cache / "runs").glob("*.json"))
     if not runs:
         raise UserError(f"cache_dir: no run is registered in {cache}; nothing is deleted")
     for run in runs:
-        noted = json.loads(run.read_text(encoding="utf-8"))
-        if not os.path.exists(noted["manifest"]):
-            raise UserError(f"{run}: its manifest {noted['manifest']} cannot be reached; if that run is gone, delete {run} and prune again")
-        needed.update(noted["files"])
-    old = time.time() - 3600  # a temporary file may be another process's work
-    unneeded = [p for part in ("latents", "prompts") for p in (cache / part).rglob("*.safetensors") if p.relative_to(cache).as_posix() not in needed]
-    unneeded += [p for part in ("latents", "prompts") for p in (cache / part).rglob(".*.tmp") if p.stat().st_mtime < old]
-    print(f"{len(unneeded)} files, {sum(p.stat().st_size for p in unneeded) / 2**20:.1f} MiB, are needed by none of {len(runs)} runs")
+        try:
+            noted = json.loads(run.read_text(encoding="utf-8"))
+            manifest, names = os.fspath(noted["manifest"]), set(noted["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{run}: is damaged; start its run again, or delete it if that run is gone") from None
+        if not os.path.exists(manifest):
+            raise UserError(f"{run}: its manifest {manifest} cannot be reached; if that run is gone, delete {run} and prune again")
+        needed.update(names)
+    old = time.time() - 3600  # a younger temporary file may be another process's work
+    unneeded, size = [], 0
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            unnamed = path.suffix == ".safetensors" and path.relative_to(cache).as_posix() not in needed
+            if unnamed or (path.suffix == ".tmp" and status.st_mtime < old):
+                unneeded.append(path)
+                size += status.st_size
+    print(f"{len(unneeded)} files, {size / 2**20:.1f} MiB, are needed by none of {len(runs)} runs")
     for path in tqdm(unneeded, desc="deleting", unit="file", leave=False):
-        path.unlink()
+        path.unlink(missing_ok=True)
     return len(unneeded)
 
 
@@ -190,8 +221,13 @@ def read_manifest(config):
     wait_for_all()
     try:
         with open(path, encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+            entries = [json.loads(line) for line in lines]
+        if not entries or not all({"path", "key", "bucket", "captions", "file"} <= entry.keys() for entry in entries):
+            raise ValueError
+        return entries
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); machines that work together must share output_dir") from None
+    except (ValueError, AttributeError):
         raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
 
 
@@ -199,20 +235,23 @@ def main(config):
     """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file}). With `prune` it
     only deletes what is not needed."""
     if config.prune:
-        return prune(config)
+        return prune(config) if process_rank() == 0 else 0
     device = pick_device()
     entries = [{**entry, "latents_file": latents_file(config, entry)} for entry in read_manifest(config)]
     prompts = training_prompts(config, entries)
+    if process_rank() == 0:
+        register(config, [*(prompt_file(config, prompt, device) for prompt in prompts), *(entry["latents_file"] for entry in entries)])
     pictures, (files, batches) = picture_batches(config, entries), prompt_batches(config, prompts, device)
     pictures_to_do = [entry for batch in pictures for entry in batch if not entry["latents_file"].exists()]
     prompts_to_do = [prompt for batch in batches for prompt in batch if not files[prompt].exists()]
     if pictures_to_do or prompts_to_do:
         check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
-    if process_rank() == 0:
-        register(config, [*files.values(), *(entry["latents_file"] for entry in entries)])
     cache_pictures(config, pictures, device)
     cache_prompts(config, prompts, device)
     wait_for_all()
+    gone = [path for path in [*files.values(), *(entry["latents_file"] for entry in entries)] if not path.exists()]
+    if gone:
+        raise UserError(f"{gone[0]}: {len(gone)} files have vanished while this ran; start again")
     print(f"{len(entries)} pictures and {len(prompts)} prompts are cached in {config.cache_dir}")
     return entries, files
 

@@ -79,7 +79,7 @@ KEYS = {
         "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
         "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored", PRECISIONS),
         "text_encoder_precision": Key(
-            str, "no_change", "of the text encoder; it fits any card without, and quantizing changes the embeddings", PRECISIONS
+            str, "no_change", "of the text encoder; quantizing it saves little here, and changes the embeddings", PRECISIONS
         ),
         "mixed_precision": Key(
             str, "auto", "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU", ("auto", "bf16", "fp16", "no")
@@ -427,7 +427,11 @@ def in_parallel(function, items):
 def pick_device():
     """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise UserError(f"torchrun: process {number + 1} of this machine has no device, there are {torch.cuda.device_count()}; start fewer")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -518,7 +522,9 @@ def folder_identity(folder):
 
 def model_identity(config, *parts):
     """folder_identity of several parts of the configured model, as a list."""
-    return [folder_identity(model_folder(config, part)) for part in parts]
+    folders = [model_folder(config, part) for part in parts]
+    with named_if_damaged(folders[0].parent):
+        return [folder_identity(folder) for folder in folders]
 
 
 @contextlib.contextmanager
@@ -526,7 +532,7 @@ def named_if_damaged(folder):
     """Turns what a library raises about a cut-off or missing model file into one line."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
 
 
@@ -573,8 +579,7 @@ def quantize(module, precision):
 def load_vae(config, device):
     """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
     with named_if_damaged(folder := model_folder(config, "vae")):
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    return vae.requires_grad_(False).eval().to(device)
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval().to(device)
 
 
 def load_scheduler(config):
@@ -584,7 +589,8 @@ def load_scheduler(config):
 
 def load_tokenizer(config):
     """The model's Qwen2 tokenizer."""
-    return Qwen2Tokenizer.from_pretrained(model_folder(config, "tokenizer"))
+    with named_if_damaged(folder := model_folder(config, "tokenizer")):
+        return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def load_text_encoder(config, device):
@@ -596,11 +602,11 @@ class StreamedTextEncoder(torch.nn.Module):
     """The language layers of Qwen2.5-VL, without vision tower and `lm_head`, on a device too small for them.
 
     A model of one layer, which gets the weights of one layer after another from the shards: each layer computes all
-    prompts of a call before the next takes its place, and the next is read meanwhile. So two layers are in memory, not
-    28, a call costs one reading of the file, and the result is that of the whole model. The word embeddings stay on
+    prompts of a call before the next takes its place, and the next is read meanwhile. So one layer is on the device and
+    one more on the host, not 28, a call costs one reading of the files, and the result is that of the whole model. The word embeddings stay on
     the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`); raises UserError if a
-    weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden states, which keeps it under 3 GB
-    on the device, in float32 too (by calculation).
+    weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden states: with batches of
+    4 that keeps it under 3 GB on the device, in float32 too (by calculation).
     """
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
@@ -611,11 +617,14 @@ class StreamedTextEncoder(torch.nn.Module):
         self.precision, self.batch_size, self.seconds_waiting = config.text_encoder_precision, config.text_encoder_batch_size, 0.0
         with named_if_damaged(self.folder):
             self.config = AutoConfig.from_pretrained(self.folder).text_config
-            shards = [safe_open(path, "pt") for path in sorted(self.folder.glob("*.safetensors"))]
+            index = self.folder / "model.safetensors.index.json"
+            names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {path.name for path in self.folder.glob("*.safetensors")}
+            shards = [safe_open(self.folder / name, "pt") for name in sorted(names)]
         self.shard_of = {re.sub(r"^(model\.|language_model\.)+", "", name): (shard, name) for shard in shards for name in shard.keys()}
         small = copy.deepcopy(self.config)
         small.num_hidden_layers, small.layer_types, small.vocab_size, small.pad_token_id = 0, [], 1, None
         self.model = Qwen2_5_VLTextModel(small).requires_grad_(False).eval().to(device)
+        self.model.has_sliding_layers = "sliding_attention" in self.config.layer_types
         self.config._attn_implementation = self.model.config._attn_implementation
         self.weight_names = list(self.empty_layer(0).state_dict())
         layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in self.weight_names]
@@ -623,7 +632,10 @@ class StreamedTextEncoder(torch.nn.Module):
         if missing:
             raise UserError(f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
         self.word_embeddings, self.norm = self.read("embed_tokens.weight"), self.model.norm
-        self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
+        if list(self.word_embeddings.shape) != [self.config.vocab_size, self.config.hidden_size]:
+            raise UserError(f"{self.folder}: embed_tokens.weight has the shape {list(self.word_embeddings.shape)}; download it again")
+        with named_if_damaged(self.folder):
+            self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
         self.model.norm = torch.nn.Identity()  # it comes after the last layer only
         self.prompts_at_once = max(1, 2**29 // (600 * self.config.hidden_size * self.dtype.itemsize))  # 512 tokens and the template
 
@@ -638,11 +650,15 @@ class StreamedTextEncoder(torch.nn.Module):
             return Qwen2_5_VLDecoderLayer(self.config, i).eval()
 
     def read_layer(self, i):
-        """A layer with its weights, on the device."""
+        """A layer's weights in host memory (on CUDA page-locked, for a fast copy). Touches no device: a second thread may."""
+        weights = {name: self.read(f"layers.{i}.{name}") for name in self.weight_names}
+        return {name: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone() for name, weight in weights.items()}
+
+    def make_layer(self, i, weights):
+        """The layer with these weights, on the device."""
         layer = self.empty_layer(i)
-        weights = {name: self.read(f"layers.{i}.{name}").to(self.compute_device, self.dtype) for name in self.weight_names}
         with named_if_damaged(self.folder):
-            layer.load_state_dict(weights, assign=True)
+            layer.load_state_dict({name: w.to(self.compute_device).to(self.dtype) for name, w in weights.items()}, assign=True)
         return quantize(layer.requires_grad_(False), self.precision)
 
     @torch.no_grad()
@@ -654,14 +670,18 @@ class StreamedTextEncoder(torch.nn.Module):
         layers = self.config.layer_types
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read_layer, 0)
-            for i, layer_type in enumerate(tqdm(layers, desc="text encoder", unit="layer", leave=False)):
+            for i, layer_type in enumerate(tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=process_rank() > 0)):
                 start = time.perf_counter()
-                self.model.config.layer_types, self.model.layers = [layer_type], torch.nn.ModuleList([following.result()])
+                weights = following.result()
                 self.seconds_waiting += time.perf_counter() - start
-                if i + 1 < len(layers):
-                    following = reader.submit(self.read_layer, i + 1)
+                self.model.config.layer_types, self.model.layers = [layer_type], torch.nn.ModuleList()  # the old one goes first
+                self.model.layers.append(self.make_layer(i, weights))
+                del weights
+                following = reader.submit(self.read_layer, i + 1) if i + 1 < len(layers) else None
                 for n, mask in enumerate(masks):
                     hidden[n] = self.model(inputs_embeds=hidden[n], attention_mask=mask, use_cache=False).last_hidden_state
+                if self.compute_device.type == "cuda":
+                    torch.cuda.synchronize(self.compute_device)  # so that waiting for weights is told from computing
         self.model.layers = torch.nn.ModuleList()
         return SimpleNamespace(hidden_states=(torch.cat([self.norm(part).to(self.device) for part in hidden]),))
 
@@ -733,44 +753,52 @@ def token_counts(tokenizer, prompts):
     return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
 
 
-def unfinished_batches(items, path_of, shapes_of, batch_size):
-    """Sorts items by file name, cuts them into batches, and returns those of this process in which a file is missing.
-
-    Batches do not depend on what is there already, so an interrupted run ends with the same bytes as an uninterrupted
-    one. `shapes_of(item)`: {tensor: shape} that its file must hold. Under torchrun each process gets its share.
-    """
+def in_batches(items, path_of, batch_size):
+    """Items sorted by their file's name, in batches. They do not depend on what is there already, so an interrupted run
+    ends with the same bytes as an uninterrupted one."""
     items = sorted(items, key=lambda item: path_of(item).name)
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+
+def unfinished(batches, path_of, contents_of):
+    """The batches in which a file is missing or damaged; under torchrun this process's share of them.
+    `contents_of(item)`: {tensor: (dtype, shape)} that its file must hold."""
     mine = batches[process_rank() :: process_count()]
-    return [batch for batch in mine if not all([is_whole(path_of(item), shapes_of(item)) for item in batch])]
+    return [batch for batch in mine if not all([is_whole(path_of(item), contents_of(item)) for item in batch])]
 
 
-def is_whole(path, shapes):
-    """Whether a cache file is there with these {tensor: shape}. One that is cut off, which its header tells, or of
-    another shape is named and removed, so that it is made again."""
+def is_whole(path, contents):
+    """Whether a cache file is there with these {tensor: (dtype, shape)}. One that is cut off, which its header tells, or
+    holds something else is named and removed, so that it is made again. Raises UserError for one that cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except FileNotFoundError:
-        return False
-    except (SafetensorError, OSError) as error:
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except SafetensorError as error:
         found = error
-    if found != {name: list(shape) for name, shape in shapes.items()}:
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+            return False
+        raise UserError(f"{path}: is there but cannot be read; mend that or choose another cache_dir") from None
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    if found != {name: (names[dtype], tuple(shape)) for name, (dtype, shape) in contents.items()}:
         tqdm.write(f"{path}: is damaged ({found}), it is made again")
         path.unlink(missing_ok=True)
         return False
     return True
 
 
-def prompt_shapes(config):
-    """{tensor: shape} of a cached prompt."""
-    return {"prompt_embeds": (TEXT_TOKENS, AutoConfig.from_pretrained(model_folder(config, "text_encoder")).text_config.hidden_size)}
+def prompt_contents(config, device):
+    """{tensor: (dtype, shape)} of a cached prompt."""
+    with named_if_damaged(folder := model_folder(config, "text_encoder")):
+        hidden_size = AutoConfig.from_pretrained(folder).text_config.hidden_size
+    return {"prompt_embeds": (text_dtype(config, device), (TEXT_TOKENS, hidden_size))}
 
 
 def prompt_batches(config, prompts, device):
     """({prompt: file}, the batches of prompts that this process has to encode)."""
-    files, shapes = {prompt: prompt_file(config, prompt, device) for prompt in prompts}, prompt_shapes(config)
-    return files, unfinished_batches(files, files.get, lambda prompt: shapes, config.text_encoder_batch_size)
+    files, contents = {prompt: prompt_file(config, prompt, device) for prompt in prompts}, prompt_contents(config, device)
+    return files, unfinished(in_batches(files, files.get, config.text_encoder_batch_size), files.get, lambda prompt: contents)
 
 
 def cache_prompts(config, prompts, device):

@@ -242,6 +242,8 @@ def main(config):
 
     Raises UserError for anything in the configuration or the data that the user has to mend.
     """
+    if config.prune:
+        raise UserError("prune: is for cache_latents.py, which then does nothing else; leave it out to train")
     if process_count() > 1:
         raise UserError("training on several devices is not there yet; cache_latents.py can be run so")
     device, output = pick_device(), Path(config.output_dir)

@@ -94,6 +94,9 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
         config.cache_dir = str(folder / f"cache-{i}")
         cache_prompts(config, prompts, device)
 
+    if device.type == "cuda":
+        ours(-1)
+        print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     ways = {"ours, with reading the model": ours}
     if compare:
         whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model/text_encoder", dtype=torch.bfloat16 if real else torch.float32)
@@ -111,8 +114,6 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
     print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
     for name, seconds in times.items():
         print(f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)")
-    if device.type == "cuda" and not compare:
-        print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 def bench_pictures(folder, count, rounds):

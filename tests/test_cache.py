@@ -3,10 +3,12 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, run_script
 from diffusers import LongCatImagePipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 import cache_latents
 import longcat_common
+import prepare_data
+import train_lora
 from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_vae, prompt_file
 
 PROMPTS = ["", "a red circle", "一个红色的圆形", 'a sign: "open"', "a very long prompt " * 200, "a blue star", "a heart"]
@@ -107,7 +112,7 @@ def test_damaged_files_are_named_and_made_again(tiny_config, capsys):
     latents, other, prompt, empty = entries[0]["latents_file"], entries[1]["latents_file"], files[""], files["a red circle in neonix style"]
     latents.write_bytes(latents.read_bytes()[:-10])
     save_file({name: tensor[..., :-1].contiguous() for name, tensor in load_file(other).items()}, other)
-    save_file({"prompt_embeds": torch.zeros(3, 64)}, prompt)
+    save_file({"prompt_embeds": load_file(prompt)["prompt_embeds"].half()}, prompt)
     empty.write_bytes(b"")
     capsys.readouterr()
     cache_latents.main(config)
@@ -116,6 +121,27 @@ def test_damaged_files_are_named_and_made_again(tiny_config, capsys):
         assert f"{path}: is damaged" in printed.out + printed.err
     assert f"pictures: 40, of them 2 to do; prompts: {len(files)}, of them 2 to do" in printed.out
     assert cached_files(config) == whole
+
+
+def test_a_picture_that_has_changed_since_is_not_taken_for_the_old_one(tiny_config, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "tests/tiny_longcat/regularisation", folder)
+    config = tiny_config(data_dir=str(folder), validation_prompts=[])
+    prepare_data.main(config)
+    Image.new("RGB", (256, 256), "red").save(folder / "plain-03.png")
+    with pytest.raises(ValueError, match="plain-03.png: .* has changed since"):
+        cache_latents.main(tiny_config(data_dir=None, validation_prompts=[]))
+    cache_latents.main(config)
+
+
+@pytest.mark.parametrize("part, name", [("vae", "config.json"), ("text_encoder", "config.json"), ("tokenizer", "tokenizer.json"), ("text_encoder", "model.safetensors")])
+def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    file = model / part / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{part}: cannot be loaded, download it again"):
+        cache_latents.main(tiny_config(pretrained_model_name_or_path=str(model)))
 
 
 def test_pruning(tiny_config, tmp_path, capsys):
@@ -142,6 +168,12 @@ def test_pruning(tiny_config, tmp_path, capsys):
     assert "2 files, 1." in done.stdout and "needed by none of 2 runs" in done.stdout
     assert not prompt.exists() and not left.exists() and fresh.exists()
     assert set(needed_by_both) - set(cached_files(first)) == {prompt.relative_to(first.cache_dir)}
+    with pytest.raises(ValueError, match="prune: is for cache_latents.py"):
+        train_lora.main(tiny_config(prune=True))
+    broken = Path(first.cache_dir) / "runs" / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match="broken.json: is damaged"):
+        cache_latents.main(tiny_config(prune=True))
     with pytest.raises(ValueError, match="no run is registered"):
         cache_latents.main(tiny_config(prune=True, cache_dir=str(tmp_path / "nothing")))
 
@@ -162,27 +194,50 @@ def test_the_figure_before_the_work(tiny_config, capsys, monkeypatch):
     assert "to do" not in capsys.readouterr().out
 
 
-def test_a_small_device_encodes_one_by_one_and_in_tiles(tiny_config):
+def test_a_small_device_encodes_one_by_one_and_in_tiles(tiny_config, monkeypatch):
     vae = load_vae(tiny_config(), "cpu")
     pixels = torch.randint(0, 256, (3, 3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = cache_latents.encode_pictures(vae, pixels)
-    encode, calls = vae.encode, []
+    encode, calls, held = vae.encode, [], []
 
     def small_memory(x):
         calls.append((len(x), vae.use_tiling))
+        assert all(reference() is None for reference in held), "what the failed attempt computed must be gone"
         if len(x) * x.shape[-1] > limit and not vae.use_tiling:
-            raise torch.OutOfMemoryError("no memory")
+            activations = x.repeat(4, 1, 1, 1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(x)
 
     vae.encode, limit = small_memory, 200
     for ours, whole in zip(cache_latents.encode_pictures(vae, pixels), (mean, std)):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
     assert calls == [(3, False)] + [(1, False)] * 3
-    limit = 100
-    assert cache_latents.encode_pictures(vae, pixels)[0].shape == mean.shape and calls[4:] == [(3, False)] + [(1, False), (1, True)] * 3
-    vae.encode = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
-    with pytest.raises(torch.OutOfMemoryError):
+    limit, sizes, tiled = 100, (vae.tile_sample_min_size, vae.tile_latent_min_size), vae._tiled_encode
+    monkeypatch.setattr(cache_latents, "TILE", 64)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 1024, 128  # as the real VAE, which would not cut a picture of 1024
+    vae._tiled_encode = lambda x: calls.append("tiled") or tiled(x)
+    in_tiles = cache_latents.encode_pictures(vae, pixels)[0]
+    assert in_tiles.shape == mean.shape and in_tiles.isfinite().all()
+    assert calls[4:] == [(3, False)] + [(1, False), (1, True), "tiled"] * 3 and (vae.use_tiling, vae.tile_sample_min_size) == (False, 1024)
+    vae.encode = lambda x: (_ for _ in ()).throw(RuntimeError("MPS backend out of memory"))
+    with pytest.raises(ValueError, match="too little memory for a picture of 192x128"):
         cache_latents.encode_pictures(vae, pixels)
+    vae.encode = lambda x: (_ for _ in ()).throw(RuntimeError("another error"))
+    with pytest.raises(RuntimeError, match="another error"):
+        cache_latents.encode_pictures(vae, pixels)
+
+
+def test_small_buckets_are_divided_too(tiny_config, monkeypatch):
+    config = tiny_config()
+    entries = [{"key": f"{i:032x}", "bucket": [64 * (i + 1), 64]} for i in range(30)]
+    entries = [{**entry, "latents_file": cache_latents.latents_file(config, entry)} for entry in entries]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shares = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append([entry["key"] for batch in cache_latents.picture_batches(config, entries) for entry in batch])
+    assert sorted(map(len, shares)) == [7, 7, 8, 8] and sorted(sum(shares, [])) == sorted(entry["key"] for entry in entries)
 
 
 def flags(config):
@@ -210,12 +265,12 @@ def test_killed_at_any_moment_and_two_at_once(tiny_config, tmp_path):
     run_script("cache_latents.py", *flags(reference))
     other = tiny_config(output_dir=str(tmp_path / "other"), cache_dir=str(tmp_path / "other_cache"))
     start = lambda: subprocess.Popen([sys.executable, "cache_latents.py", *flags(other)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    interrupted = 0
-    for seconds in (4.5, 5.0, 5.5, 6.0, 6.5):
+    for count in (1, 9, 20, 39, 41):
         process = start()
-        time.sleep(seconds)
+        while process.poll() is None and len(list((tmp_path / "other_cache").rglob("*.safetensors"))) < count:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        interrupted += process.wait() == -signal.SIGKILL and 0 < len(cached_files(other))
+        assert process.wait() == -signal.SIGKILL and count <= len(cached_files(other)) < len(cached_files(reference))
     pair = [start(), start()]
     assert [process.wait() for process in pair] == [0, 0]
     assert cached_files(other) == cached_files(reference)

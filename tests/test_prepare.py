@@ -646,5 +646,5 @@ def test_pictures_that_cannot_be_decoded_later_are_named(tiny_config, data):
     table = raw.index(b"\xff\xc4")
     (data / "a.jpg").write_bytes(raw[: table + 4] + b"\xff" * 20 + raw[table + 24 :])
     assert list(prepare(tiny_config, data, instance_prompt="x")[0]) == ["a.jpg"]
-    with pytest.raises(ValueError, match="a.jpg: cannot be decoded"):
+    with pytest.raises(ValueError, match="a.jpg: cannot be used"):
         cache_latents.main(tiny_config(data_dir=str(data), instance_prompt="x"))
