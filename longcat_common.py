@@ -599,14 +599,14 @@ def load_text_encoder(config, device):
 
 
 class StreamedTextEncoder(torch.nn.Module):
-    """The language layers of Qwen2.5-VL, without vision tower and `lm_head`, on a device too small for them.
+    """The language layers of Qwen2.5-VL, without vision tower and `lm_head`, for a device of any size.
 
     A model of one layer, which gets the weights of one layer after another from the shards: each layer computes all
     prompts of a call before the next takes its place, and the next is read meanwhile. So one layer is on the device and
-    one more on the host, not 28, a call costs one reading of the files, and the result is that of the whole model. The word embeddings stay on
-    the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`); raises UserError if a
-    weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden states: with batches of
-    4 that keeps it under 3 GB on the device, in float32 too (by calculation).
+    one more on the host, not 28, a call costs one reading of the files, and the result is that of the whole model. The
+    word embeddings stay on the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`);
+    raises UserError if a weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden
+    states: with batches of 4 that keeps it under 3 GB on the device, in float32 too (by calculation).
     """
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result

@@ -25,7 +25,7 @@ import cache_latents
 import longcat_common
 import prepare_data
 import train_lora
-from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_vae, prompt_file
+from longcat_common import cache_prompts, config_from_flags, encode_prompts, load_text_encoder, load_tokenizer, load_vae, prompt_file
 
 PROMPTS = ["", "a red circle", "一个红色的圆形", 'a sign: "open"', "a very long prompt " * 200, "a blue star", "a heart"]
 
@@ -65,7 +65,7 @@ def test_streamed_layers_give_the_whole_encoders_embeddings(large):
 def test_no_more_than_two_layers_are_in_memory(large, monkeypatch):
     config, _ = large
     encoder, alive = load_text_encoder(config, "cpu"), []
-    layers = lambda: [m for m in gc.get_objects() if isinstance(m, Qwen2_5_VLDecoderLayer) and not next(m.parameters()).is_meta]
+    layers = lambda: [m for m in gc.get_objects() if type(m) is Qwen2_5_VLDecoderLayer and not next(m.parameters()).is_meta]
     del large
     others = {id(layer) for layer in layers()}  # the reference model's
     inner = encoder.model.forward
@@ -164,8 +164,9 @@ def test_pruning(tiny_config, tmp_path, capsys):
     assert cached_files(first) == needed_by_both
     (tmp_path / "away").rename(manifest)
     capsys.readouterr()
-    done = run_script("cache_latents.py", "--cache_dir", first.cache_dir, "--prune")
-    assert "2 files, 1." in done.stdout and "needed by none of 2 runs" in done.stdout
+    assert cache_latents.main(config_from_flags("", ["--cache_dir", first.cache_dir, "--prune"])) == 2
+    printed = capsys.readouterr().out
+    assert "2 files, 1." in printed and "needed by none of 2 runs" in printed
     assert not prompt.exists() and not left.exists() and fresh.exists()
     assert set(needed_by_both) - set(cached_files(first)) == {prompt.relative_to(first.cache_dir)}
     with pytest.raises(ValueError, match="prune: is for cache_latents.py"):

