@@ -26,7 +26,6 @@ from longcat_common import (
     CACHE_FORMAT,
     AutoencoderKL,
     UserError,
-    cache_prompts,
     content_key,
     free_memory,
     in_batches,
@@ -39,15 +38,15 @@ from longcat_common import (
     process_count,
     process_rank,
     prompt_batches,
-    prompt_file,
     prompt_contents,
+    prompt_file,
     run_stage,
     unfinished,
     wait_for_all,
     write_file,
+    write_prompts,
     write_tensors,
 )
-
 
 TILE = 512  # pixels, of a picture that is too large for the device
 
@@ -70,8 +69,7 @@ def training_prompts(config, entries):
 def load_pixels(entry):
     """A picture as uint8 [3, height, width], cut to its bucket. Raises UserError if it is not what the manifest names."""
     try:
-        status = os.stat(entry["path"])
-        if entry["file"] != [status.st_size, status.st_mtime_ns]:
+        if entry["file"] != prepare_data.file_stamp(os.stat(entry["path"])):
             raise ValueError("it has changed since prepare_data.py read it; start again")
         picture = prepare_data.load_picture(entry["path"], tuple(entry["bucket"]))
     except Exception as error:
@@ -104,8 +102,8 @@ def encode_pictures(vae, pixels):
         vae.use_tiling, (vae.tile_sample_min_size, vae.tile_latent_min_size) = False, usual
 
 
-def picture_batches(config, entries):
-    """The batches of pictures, each of one bucket, that this process has to encode."""
+def latents_contents(config):
+    """A function that tells {tensor: (dtype, shape)} of a manifest entry's latents."""
     with named_if_damaged(folder := model_folder(config, "vae")):
         vae_config = AutoencoderKL.load_config(folder)
         channels, factor = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -114,12 +112,17 @@ def picture_batches(config, entries):
         shape = (channels, entry["bucket"][1] // factor, entry["bucket"][0] // factor)
         return {"mean": (torch.float32, shape), "std": (torch.float32, shape)}
 
+    return contents
+
+
+def picture_batches(config, entries):
+    """The batches of pictures, each of one bucket, that this process has to encode."""
     entries = {entry["latents_file"]: entry for entry in entries}.values()  # the same picture once
     batches, path_of = [], lambda entry: entry["latents_file"]
     for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
         same_size = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
         batches += in_batches(same_size, path_of, config.vae_batch_size)
-    return unfinished(batches, path_of, contents)
+    return unfinished(batches, path_of, latents_contents(config))
 
 
 def cache_pictures(config, batches, device):
@@ -153,9 +156,9 @@ def cache_pictures(config, batches, device):
 def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device):
     """Prints how much is to be done, how much is there, and the disk space that the rest takes. Raises UserError if
     there is not enough. `..._to_do`: lists of entries, and of prompts, that this process has to encode."""
-    size = sum(2 * 16 * 4 * entry["bucket"][0] * entry["bucket"][1] // 64 for entry in pictures_to_do)
-    dtype, shape = prompt_contents(config, device)["prompt_embeds"]
-    size += len(prompts_to_do) * math.prod(shape) * dtype.itemsize
+    latents, prompt = latents_contents(config), prompt_contents(config, device)
+    files = [*map(latents, pictures_to_do), *[prompt] * len(prompts_to_do)]
+    size = sum(math.prod(shape) * dtype.itemsize for contents in files for dtype, shape in contents.values())
     folder = Path(config.cache_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -239,17 +242,19 @@ def main(config):
     device = pick_device()
     entries = [{**entry, "latents_file": latents_file(config, entry)} for entry in read_manifest(config)]
     prompts = training_prompts(config, entries)
+    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
+    needed = [*files.values(), *(entry["latents_file"] for entry in entries)]
     if process_rank() == 0:
-        register(config, [*(prompt_file(config, prompt, device) for prompt in prompts), *(entry["latents_file"] for entry in entries)])
-    pictures, (files, batches) = picture_batches(config, entries), prompt_batches(config, prompts, device)
+        register(config, needed)  # before it looks what is there, so that a pruning process leaves it
+    pictures, batches = picture_batches(config, entries), prompt_batches(config, files, device)
     pictures_to_do = [entry for batch in pictures for entry in batch if not entry["latents_file"].exists()]
     prompts_to_do = [prompt for batch in batches for prompt in batch if not files[prompt].exists()]
     if pictures_to_do or prompts_to_do:
         check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
     cache_pictures(config, pictures, device)
-    cache_prompts(config, prompts, device)
+    write_prompts(config, files, batches, device)
     wait_for_all()
-    gone = [path for path in [*files.values(), *(entry["latents_file"] for entry in entries)] if not path.exists()]
+    gone = [path for path in needed if not path.exists()]
     if gone:
         raise UserError(f"{gone[0]}: {len(gone)} files have vanished while this ran; start again")
     print(f"{len(entries)} pictures and {len(prompts)} prompts are cached in {config.cache_dir}")

@@ -795,18 +795,24 @@ def prompt_contents(config, device):
     return {"prompt_embeds": (text_dtype(config, device), (TEXT_TOKENS, hidden_size))}
 
 
-def prompt_batches(config, prompts, device):
-    """({prompt: file}, the batches of prompts that this process has to encode)."""
-    files, contents = {prompt: prompt_file(config, prompt, device) for prompt in prompts}, prompt_contents(config, device)
-    return files, unfinished(in_batches(files, files.get, config.text_encoder_batch_size), files.get, lambda prompt: contents)
+def prompt_batches(config, files, device):
+    """The batches of prompts that this process has to encode. `files`: {prompt: file}."""
+    contents = prompt_contents(config, device)
+    return unfinished(in_batches(files, files.get, config.text_encoder_batch_size), files.get, lambda prompt: contents)
 
 
 def cache_prompts(config, prompts, device):
-    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file}.
+    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file}."""
+    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
+    write_prompts(config, files, prompt_batches(config, files, device), device)
+    return files
 
-    The text encoder is opened only if something is missing, and freed before this returns.
+
+def write_prompts(config, files, batches, device):
+    """Encodes batches of prompts to their `files`, {prompt: file}. Says where the time went.
+
+    The text encoder is opened only if there is something to encode, and freed before this returns.
     """
-    files, batches = prompt_batches(config, prompts, device)
     if batches:
         start = time.perf_counter()
         text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
@@ -822,7 +828,6 @@ def cache_prompts(config, prompts, device):
         print(f"prompts: {waiting:.1f} s waiting for weights, {seconds - waiting:.1f} s computing and writing")
         del text_encoder
         free_memory()
-    return files
 
 
 # ---------------------------------------------------------------- flow matching

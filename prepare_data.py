@@ -388,6 +388,11 @@ def known_pictures(manifest):
         return {}  # there is none, or one of another kind: everything is read
 
 
+def file_stamp(status):
+    """What tells that a file has not changed, from os.stat: its size in bytes and its time."""
+    return [status.st_size, status.st_mtime_ns]
+
+
 def facts_of(path, known):
     """"file" (bytes, time), "key", "size" and "notes" of a picture, or as a text the reason to leave it out."""
     try:
@@ -395,7 +400,7 @@ def facts_of(path, known):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return "is no file"
-        file, facts = [status.st_size, status.st_mtime_ns], known.get(str(path))
+        file, facts = file_stamp(status), known.get(str(path))
         if not facts or facts["file"] != file:
             facts = {"file": file, **inspect_picture(path)}
     except Image.UnidentifiedImageError:
@@ -560,12 +565,12 @@ def main(config):
     describe_pictures(entries, config, findings)
     left_out = len(findings.get(LEFT_OUT, []))
     summary = f"{len(entries)} pictures, {left_out} left out; {describe_captions(entries, config, findings)}."
+    report = report_text(summary, entries, findings)
     if not entries:
-        write_file(output / "report.md", report_text(summary, entries, findings))
+        write_file(output / "report.md", report)
         print(report_text(summary, entries, findings, short=True))
         raise UserError(f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out")
     manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    report = report_text(summary, entries, findings)
     unchanged = [write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))]
     preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
     if not os.path.exists(preview) or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:

@@ -62,11 +62,10 @@ def test_streamed_layers_give_the_whole_encoders_embeddings(large):
         assert (found - reference).norm() <= 1e-6 * reference.norm(), prompt
 
 
-def test_no_more_than_two_layers_are_in_memory(large, monkeypatch):
+def test_no_more_than_two_layers_are_in_memory(large):
     config, _ = large
     encoder, alive = load_text_encoder(config, "cpu"), []
     layers = lambda: [m for m in gc.get_objects() if type(m) is Qwen2_5_VLDecoderLayer and not next(m.parameters()).is_meta]
-    del large
     others = {id(layer) for layer in layers()}  # the reference model's
     inner = encoder.model.forward
 
@@ -95,7 +94,7 @@ def test_prompts_in_several_chunks_have_the_same_bytes(large, tmp_path, monkeypa
     assert cached_files(config) == whole and len(whole) == len(PROMPTS)
 
 
-def test_a_quantized_text_encoder_has_its_own_files(large, tmp_path):
+def test_a_quantized_text_encoder_has_its_own_files(large):
     config, _ = large
     exact = cache_prompts(config, PROMPTS[1:3], "cpu")
     config.text_encoder_precision = "int8-quanto"
@@ -214,7 +213,7 @@ def test_a_small_device_encodes_one_by_one_and_in_tiles(tiny_config, monkeypatch
     for ours, whole in zip(cache_latents.encode_pictures(vae, pixels), (mean, std)):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
     assert calls == [(3, False)] + [(1, False)] * 3
-    limit, sizes, tiled = 100, (vae.tile_sample_min_size, vae.tile_latent_min_size), vae._tiled_encode
+    limit, tiled = 100, vae._tiled_encode
     monkeypatch.setattr(cache_latents, "TILE", 64)
     vae.tile_sample_min_size, vae.tile_latent_min_size = 1024, 128  # as the real VAE, which would not cut a picture of 1024
     vae._tiled_encode = lambda x: calls.append("tiled") or tiled(x)
