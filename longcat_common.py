@@ -17,9 +17,11 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from typing import NamedTuple
 for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
@@ -45,6 +48,7 @@ VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change")
+SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -92,6 +96,9 @@ KEYS = {
         "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
         "skip_upscaled": Key(bool, False, "leave out pictures that are smaller than their bucket"),
         "strict": Key(bool, False, "stop at the first picture or caption that cannot be used, instead of reporting it"),
+        "validation_split": Key(
+            float, 0.0, "share of the pictures (8 at most) that is never trained on and scored beside as many others; 0: none", minimum=0
+        ),
         "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
         "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
         "vae_batch_size": Key(int, 1, "pictures a batch when latents are cached", minimum=1),
@@ -127,9 +134,11 @@ KEYS = {
         "flow_schedule_auto_shift": Key(bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"),
     },
     "memory": {
-        "enable_group_offload": Key(bool, False, "not available yet: only false is accepted", (False,)),
+        "enable_group_offload": Key(bool, False, "keep the frozen blocks in host memory; they visit the device one after another"),
         "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
         "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
+        "vram_limit_gb": Key(float, None, "CUDA: use no more than a card of this size would have", minimum=1),
+        "benchmark": Key(int, 0, "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else", minimum=0),
     },
     "output": {
         "output_dir": Key(str, "output", "folder of this run's files"),
@@ -137,7 +146,7 @@ KEYS = {
         "checkpoints_total_limit": Key(int, 3, "how many checkpoints are kept", minimum=1),
         "resume_from_checkpoint": Key(str, "latest", 'checkpoint to go on from: "latest", a folder, or "none"'),
         "report_to": Key(str, "tensorboard", "where curves go, besides metrics.jsonl", ("tensorboard", "none")),
-        "validation_step_interval": Key(int, 500, "steps between preview pictures; 0: none", minimum=0),
+        "validation_step_interval": Key(int, 500, "steps between preview pictures and held-out scores; 0: none", minimum=0),
     },
     "validation": {
         "validation_prompts": Key((list, str), [], "prompts of previews and of validate.py"),
@@ -159,10 +168,12 @@ IGNORED_KEYS = {
     "lora_type": "it is a standard LoRA",
     "resolution_type": "resolution is in pixels",
     "minimum_image_size": "see skip_upscaled",
+    "group_offload_use_stream": "CUDA always uses one",
+    "group_offload_to_disk_path": "offloading goes to host memory",
     "push_to_hub": "upload the LoRA file yourself",
     "tracker_project_name": "curves are in output_dir/logs",
     "tracker_run_name": "curves are in output_dir/logs",
-    "disable_benchmark": "there is none",
+    "disable_benchmark": "nothing is measured unless benchmark is set",
 }
 
 
@@ -218,7 +229,9 @@ def load_config(path=None, **overrides):
     parse_size("validation_resolution", config.validation_resolution, 16)
     buckets(config)
     sources(config)
-    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout_probability"):
+    if config.enable_group_offload and not config.gradient_checkpointing:
+        raise UserError("gradient_checkpointing: found false, but enable_group_offload needs true: else every block's weights stay for the backward pass")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "validation_split", "caption_dropout_probability"):
         if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
             limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
             raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 {limit}")
@@ -344,16 +357,21 @@ def config_from_flags(description, arguments):
 
 def run_stage(main, description):
     """What `python stage.py ...` does: parse, call main(config), turn a UserError into one line and exit code 2, and
-    Ctrl-C into one line and the shell's 130."""
+    Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -445,12 +463,27 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(text):
+    """Prints a line; under torchrun in the first process only."""
+    if process_rank() == 0:
+        print(text)
+
+
+def sum_over_processes(*numbers):
+    """The sums of these numbers over all processes, as a list; returns when every process has come here."""
+    if process_count() == 1:
+        return list(numbers)
+    if not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))  # one may work for long
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
 def wait_for_all():
     """Under torchrun: returns when every process has come here."""
-    if process_count() > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one may work for long
-        torch.distributed.barrier()
+    sum_over_processes(0)
 
 
 def compute_dtype(config, device):
@@ -473,6 +506,41 @@ def autocast(config, device):
     """Mixed precision for the transformer; does nothing in float32."""
     dtype = compute_dtype(config, device)
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_precision(config, device):
+    """Raises UserError, naming the key, if a precision does not work on this device."""
+    device, dtype = torch.device(device), compute_dtype(config, device)
+    for name in ("base_model_precision", "text_encoder_precision"):
+        if device.type == "mps" and getattr(config, name) not in ("no_change", "int8-quanto"):
+            raise UserError(f"{name}: {getattr(config, name)} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change")
+    # quanto then packs the weights for a kernel (AWQ) whose tensors cannot leave the GPU.
+    if config.enable_group_offload and config.base_model_precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            raise UserError("mixed_precision: int4-quanto with enable_group_offload needs bf16 on this GPU; leave it at auto")
+
+
+def limit_memory(config, device):
+    """Caps this process's device memory at `vram_limit_gb`, less what the CUDA context and libraries take outside of
+    PyTorch's allocator."""
+    if config.vram_limit_gb is None:
+        return
+    if torch.device(device).type != "cuda":
+        print("vram_limit_gb: is for CUDA; not limited here")
+        return
+    ones = torch.ones(1, 1, 64, 64, device=device, dtype=compute_dtype(config, device))
+    torch.nn.functional.scaled_dot_product_attention(ones, ones, ones @ ones)  # loads the libraries
+    free, total = torch.cuda.mem_get_info(device)
+    outside = min(total - free - torch.cuda.memory_reserved(device), 2**30)  # more than that is another process's
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (config.vram_limit_gb * 1e9 - outside) / total), device)
+
+
+def peak_memory(device):
+    """The most device memory that this process has used so far, in GiB; on a Mac what it uses now, on the CPU nan."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return math.nan
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()) / 2**30
 
 
 def free_memory():
@@ -536,27 +604,163 @@ def named_if_damaged(folder):
         raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
 
 
-def load_transformer(config, device):
-    """The frozen transformer, quantized as configured, on `device`, in eval mode.
+def tensor_files(folder):
+    """{tensor name: safetensors file} of a model's folder, whether it holds one file or an index and many."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index else {path.name for path in folder.glob("*.safetensors")}
+    files = {}
+    for name in sorted(names):
+        with safe_open(folder / name, "pt") as shard:
+            files |= dict.fromkeys(shard.keys(), folder / name)
+    return files
 
-    Blocks go to the device and are quantized one after another, so that the device never holds the whole
-    unquantized model. Raises UserError if a weight is missing.
-    """
+
+def load_transformer(config, device):
+    """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the host),
+    in eval mode. Raises UserError if a weight is missing."""
     folder = model_folder(config, "transformer")
+    with named_if_damaged(folder), torch.device("meta"):
+        transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
+        files = tensor_files(folder)
+    missing = sorted(transformer.state_dict().keys() - files.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+
+    def read(names):
+        tensors = {}
+        for path in sorted({files[name] for name in names}):
+            with safe_open(path, "pt") as shard:  # closed after each part: what was read does not stay in memory
+                tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
+        return tensors
+
     with named_if_damaged(folder):
-        transformer, info = LongCatImageTransformer2DModel.from_pretrained(
-            folder, torch_dtype=compute_dtype(config, device), output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {info['missing_keys'][0]}; download it again")
+        return fill_transformer(transformer, read, config, device)
+
+
+def fill_transformer(transformer, read, config, device):
+    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}, and freezes it.
+
+    Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host: neither host nor
+    device ever holds the whole unquantized model. Returns the transformer.
+    """
+    check_precision(config, device)
+    dtype, names = compute_dtype(config, device), list(transformer.state_dict())
     transformer.requires_grad_(False).eval()
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    blocks = {f"{kind}.{i}.": block for kind in kinds for i, block in enumerate(getattr(transformer, kind))}
+
+    def fill(names):
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read(names).items()}
+        transformer.load_state_dict(state, strict=False, assign=True)
+
+    fill([name for name in names if not name.startswith(tuple(blocks))])
+    offload, together = GroupOffload(device), []
+    for prefix, block in tqdm(blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0):
+        fill([name for name in names if name.startswith(prefix)])
+        quantize(block, config.base_model_precision)
+        together.append(block)
+        if len(together) == config.group_offload_blocks_per_group or prefix == list(blocks)[-1]:
+            if config.enable_group_offload:
+                offload.add(together)
+            together = []
     for module in transformer.modules():
         # CUDA's autocast gives norms a float32 output; every Linear after them would keep a float32 input.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
             module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        quantize(block.to(device), config.base_model_precision)
-    return transformer.to(device)
+    return transformer
+
+
+def plain_tensors(tensor):
+    """The plain tensors that a tensor consists of (quanto's and torchao's wrap several, in layers), and a function that
+    makes one like it from an iterator of such tensors."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.detach()], next
+    names, meta = tensor.__tensor_flatten__()
+    inner = {name: plain_tensors(getattr(tensor, name)) for name in names}
+    kind, size, stride = type(tensor), tensor.size(), tensor.stride()
+    makers = {name: maker for name, (_, maker) in inner.items()}
+
+    def make(tensors):
+        return kind.__tensor_unflatten__({name: maker(tensors) for name, maker in makers.items()}, meta, size, stride)
+
+    return [plain for plains, _ in inner.values() for plain in plains], make
+
+
+class GroupOffload:
+    """Keeps the frozen weights of groups of blocks on the host. One group at a time is on the device; on CUDA the next one
+    is copied meanwhile.
+
+    A block asks for its group whenever it is called, in the forward pass and when checkpointing recomputes it in the
+    backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd still
+    needs of a group that has left lives as long as autograd holds it: one block, if all blocks are checkpointed. Only
+    frozen tensors move: LoRA, gradients and optimizer stay on the device.
+    """
+
+    def __init__(self, device):
+        self.device, self.groups, self.current, self.coming, self.reached = torch.device(device), [], None, {}, None
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def add(self, blocks):
+        """Puts the weights of these blocks on the host, as the next group."""
+        number, places, plains = len(self.groups), [], []
+        for module in (module for block in blocks for module in block.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                tensors, make = plain_tensors(parameter)
+                places.append((module, name, make))
+                plains += tensors
+        ends = np.cumsum([-(-plain.nbytes // 256) * 256 for plain in plains]).tolist()  # aligned for every dtype and kernel
+        layout = [(end_before, plain.nbytes, plain.dtype, plain.shape) for end_before, plain in zip([0, *ends], plains)]
+        host = torch.empty(ends[-1], dtype=torch.uint8)  # one buffer: one copy moves the whole group
+        if self.stream:
+            # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
+            torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+            weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
+        self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
+        for view, plain in zip(self.views(number, host), plains):
+            view.copy_(plain)
+        self.place(number, host)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda module, inputs: self.need(number))
+
+    def views(self, number, buffer):
+        """The group's plain tensors, as views of a buffer."""
+        for start, size, dtype, shape in self.groups[number].layout:
+            yield buffer[start : start + size].view(dtype).view(shape)
+
+    def place(self, number, buffer):
+        """Gives the group's modules the weights that lie in `buffer`."""
+        tensors = self.views(number, buffer)
+        for module, name, make in self.groups[number].places:
+            module._parameters[name] = torch.nn.Parameter(make(tensors), requires_grad=False)
+
+    def fetch(self, number):
+        """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
+        with torch.cuda.stream(self.stream):  # does nothing without a stream
+            return self.groups[number].host.to(self.device, non_blocking=True, copy=True)
+
+    def need(self, number):
+        """Brings a group to the device, in the place of the one that is there."""
+        if number == self.current:
+            return
+        if self.current is not None:
+            self.place(self.current, self.groups[self.current].host)
+        buffer = self.coming.pop(number, None)
+        buffer = self.fetch(number) if buffer is None else buffer
+        self.place(number, buffer)
+        before, self.current, self.coming = self.current, number, {}
+        if self.stream:
+            computing, last = torch.cuda.current_stream(self.device), len(self.groups) - 1
+            computing.wait_stream(self.stream)
+            buffer.record_stream(computing)
+            if self.reached:
+                self.reached.synchronize()  # else copies would run ahead of the computation, and fill the device
+            self.reached = computing.record_event()
+            if number == last:
+                following = last - 1 if torch.is_grad_enabled() else 0
+            else:
+                following = number + 1 if number == 0 or before is None or before < number else number - 1
+            if 0 <= following != number:
+                self.coming = {following: self.fetch(following)}
 
 
 def quantize(module, precision):
@@ -617,10 +821,9 @@ class StreamedTextEncoder(torch.nn.Module):
         self.precision, self.batch_size, self.seconds_waiting = config.text_encoder_precision, config.text_encoder_batch_size, 0.0
         with named_if_damaged(self.folder):
             self.config = AutoConfig.from_pretrained(self.folder).text_config
-            index = self.folder / "model.safetensors.index.json"
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {path.name for path in self.folder.glob("*.safetensors")}
-            shards = [safe_open(self.folder / name, "pt") for name in sorted(names)]
-        self.shard_of = {re.sub(r"^(model\.|language_model\.)+", "", name): (shard, name) for shard in shards for name in shard.keys()}
+            files = tensor_files(self.folder)
+            shards = {path: safe_open(path, "pt") for path in set(files.values())}
+        self.shard_of = {re.sub(r"^(model\.|language_model\.)+", "", name): (shards[path], name) for name, path in files.items()}
         small = copy.deepcopy(self.config)
         small.num_hidden_layers, small.layer_types, small.vocab_size, small.pad_token_id = 0, [], 1, None
         self.model = Qwen2_5_VLTextModel(small).requires_grad_(False).eval().to(device)
@@ -864,7 +1067,7 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden], weights [B] of the samples or None.
     Returns a float32 scalar.
     """
-    dtype = transformer.x_embedder.weight.dtype
+    dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
     text_ids, image_ids = position_ids(*latents.shape[2:])
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
     s = sigmas.float()[:, None, None]
@@ -878,6 +1081,26 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     )[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
     return (losses if weights is None else losses * weights).mean()
+
+
+@torch.no_grad()
+def mean_loss(config, transformer, entries, prompt_files, scheduler, device):
+    """The mean loss over pictures in a form that tells learning from chance: every picture (the posterior's mean, its first
+    caption) at the same four noise levels, with the same noise whenever this is called. Under torchrun the processes share
+    the work. Returns a float."""
+    total, training = 0.0, transformer.training
+    transformer.eval()
+    for entry in entries[process_rank() :: process_count()]:
+        latents = read_tensors(entry["latents_file"])["mean"][None]
+        prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
+        for normal in SCORED_NORMALS:
+            noise = torch.randn(latents.shape, generator=generator("score", entry["key"], normal))
+            sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler, config.flow_schedule_auto_shift)
+            tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
+            with autocast(config, device):
+                total += flow_matching_loss(transformer, *tensors).item()
+    transformer.train(training)
+    return sum_over_processes(total)[0] / (len(entries) * len(SCORED_NORMALS))
 
 
 # ---------------------------------------------------------------- LoRA
@@ -896,7 +1119,7 @@ def add_lora(transformer, config):
     )
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
     for name, parameter in parameters.items():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there
         if "lora_A" in name:  # PEFT's own choice, drawn on the CPU so that it is the same on every device
             start = torch.empty(parameter.shape)
             torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
@@ -950,6 +1173,9 @@ def load_lora(transformer, path):
         transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit this transformer ({str(error)[:200]!r})") from None
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(transformer.device)  # an offloaded block is not there
 
 
 # ---------------------------------------------------------------- pictures

@@ -1,41 +1,63 @@
 """Stage 3: the cache -> a LoRA.
 
     python train_lora.py configs/24gb.json
+    torchrun --nproc_per_node 8 train_lora.py configs/24gb.json       # on eight GPUs
+    python train_lora.py configs/24gb.json --benchmark 20             # will it fit, how long will it take?
 
 Runs the two stages before it first; they do only what is not there yet. Started again with the same config, it goes
 on from the newest checkpoint. Every random draw follows from (seed, purpose, step or epoch, sample), so on the CPU a
 resumed run ends with the same bytes as an uninterrupted one.
 """
 
+import collections
 import contextlib
-import functools
+import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import statistics
+import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import cache_latents
 from longcat_common import (
     FLAVOURS,
+    TEXT_TOKENS,
     VERSION,
+    FlowMatchEulerDiscreteScheduler,
+    LongCatImageTransformer2DModel,
     UserError,
     add_lora,
     autocast,
+    buckets,
+    check_precision,
     compute_dtype,
+    fill_transformer,
     flow_matching_loss,
     free_memory,
     generate,
     generator,
+    limit_memory,
     load_scheduler,
     load_transformer,
     load_vae,
     make_pipeline,
+    mean_loss,
+    model_identity,
+    peak_memory,
     pick_device,
     picture_grid,
     process_count,
+    process_rank,
+    prompt_file,
     read_json,
     read_lora,
     read_tensors,
@@ -43,6 +65,9 @@ from longcat_common import (
     sample_sigmas,
     save_lora,
     save_picture,
+    say,
+    sum_over_processes,
+    wait_for_all,
     write_file,
     write_tensors,
 )
@@ -50,15 +75,35 @@ from longcat_common import (
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from peft.helpers import disable_input_dtype_casting
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-LOG_EVERY = 10  # steps; reading the loss makes the device wait, so not at every one
-# What a run cannot change when it is resumed.
-FIXED_KEYS = ["pretrained_model_name_or_path", "model_flavour", "lora_rank", "lora_alpha", "lora_target_modules"]
+LOG_EVERY = 10  # steps
+SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring takes as long as about 20 steps
+BAD_STEPS = 3  # not finite, in a row: the run has failed
+# What a run cannot change when it is resumed, and what only says where and how it is run.
+FIXED_KEYS = ["lora_rank", "lora_alpha", "lora_target_modules"]
+SILENT_KEYS = ["pretrained_model_name_or_path", "data_dir", "output_dir", "cache_dir", "resume_from_checkpoint", "init_lora", "lora", "benchmark"]
 
 
 # ---------------------------------------------------------------- data
+
+
+def hold_out(config, entries, names=None):
+    """Divides the pictures into those to train on and those that are only scored: (entries, held-out entries).
+
+    `names`: content keys that a resumed run holds out; else `validation_split` of the pictures, one at least and
+    SCORED_PICTURES at most, chosen by their content. Raises UserError if nothing is left to train on.
+    """
+    if names is None:
+        keys = sorted({entry["key"] for entry in entries})
+        count = min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys)))) if config.validation_split else 0
+        names = keys[:count]
+    trained = [entry for entry in entries if entry["key"] not in names]
+    if not trained:
+        raise UserError("validation_split: leaves no picture to train on; lower it, or add pictures")
+    return trained, list({entry["key"]: entry for entry in entries if entry["key"] in names}.values())
 
 
 def epoch_batches(entries, batch_size, seed, epoch):
@@ -74,6 +119,63 @@ def epoch_batches(entries, batch_size, seed, epoch):
     batches = [group[i : i + batch_size] for _, group in sorted(by_bucket.items()) for i in range(0, len(group), batch_size)]
     order = torch.randperm(len(batches), generator=generator(seed, "batches", epoch)).tolist()
     return [batches[i] for i in order]
+
+
+class Batches:
+    """The run's batches, epoch after epoch, and the place in them. An epoch is finished with the pictures, the batch size
+    and the seed that it was begun with, even if the run is resumed with others."""
+
+    def __init__(self, config, entries):
+        self.config, self.entries, self.number = config, entries, 0
+        self.begin(0, entries, config.train_batch_size, config.seed)
+
+    def begin(self, epoch, pictures, batch_size, seed, position=0):
+        self.epoch, self.pictures, self.batch_size, self.seed, self.position = epoch, pictures, batch_size, seed, position
+        self.batches = epoch_batches(pictures, batch_size, seed, epoch)
+
+    def begin_next(self):
+        self.begin(self.epoch + 1, self.entries, self.config.train_batch_size, self.config.seed)
+
+    def take(self, count):
+        """The next `count` batches, as (epoch, number in the run, batch)."""
+        taken = []
+        while len(taken) < count:
+            if self.position == len(self.batches):
+                self.begin_next()
+            taken.append((self.epoch, self.number, self.batches[self.position]))
+            self.position += 1
+            self.number += 1
+        return taken
+
+    def place(self):
+        """(where the run is in its data, the pictures of this epoch), for a checkpoint."""
+        return {name: getattr(self, name) for name in ("number", "epoch", "position", "batch_size", "seed")}, self.pictures
+
+    def go_to(self, place, lines, prompt_files, device):
+        """Goes to the place of a checkpoint, whose epoch had the pictures in `lines`, and says what has changed since. Prompts
+        that only those pictures have are added to `prompt_files`; if a file is gone, the next epoch begins at once."""
+        was, now = collections.Counter(lines), collections.Counter(map(picture_line, self.entries))
+        added, removed = sum((now - was).values()), sum((was - now).values())
+        entries = [json.loads(line) for line in lines]
+        for entry in entries:
+            entry["latents_file"] = cache_latents.latents_file(self.config, entry)
+            for caption in ["", *entry["captions"]]:
+                prompt_files.setdefault(caption, prompt_file(self.config, caption, device))
+        self.number = place["number"]
+        self.begin(place["epoch"], entries, place["batch_size"], place["seed"], place["position"])
+        left = [entry for batch in self.batches[self.position :] for _, entry in batch]
+        needed = {path for entry in left for path in (entry["latents_file"], *(prompt_files[caption] for caption in entry["captions"]))}
+        if not all(path.exists() for path in needed):
+            say(f"data: files of epoch {self.epoch} are gone from {self.config.cache_dir}; the next epoch begins at once")
+            self.begin_next()
+        elif added or removed:
+            when = f"in {len(self.batches) - self.position} batches, with the next epoch"
+            say(f"data: {added} pictures are new or have changed, {removed} are no longer as they were: this comes in {when}")
+
+
+def picture_line(entry):
+    """A manifest's entry as the line of a checkpoint's pictures.jsonl."""
+    return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")}, ensure_ascii=False)
 
 
 def load_batch(config, batch, prompt_files, epoch, index):
@@ -96,6 +198,73 @@ def load_batch(config, batch, prompt_files, epoch, index):
     return torch.stack(latents), torch.stack(noise), torch.stack(normal), torch.stack(prompt_embeds), weights
 
 
+# ---------------------------------------------------------------- a step
+
+
+def set_up(config, transformer, scheduler, device, steps):
+    """Puts a LoRA on the transformer. Returns what a step needs: transformer, model (the same, under torchrun within DDP),
+    parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, whole (False while
+    the optimizer is at work)."""
+    parameters = add_lora(transformer, config)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=device.type == "cuda",
+    )
+    # The learning rate is a function of the step, so there is no scheduler state to save.
+    lr_of = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps).lr_lambdas[0]
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
+    model = transformer
+    if process_count() > 1:
+        frozen = [name for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()] if name not in parameters]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+        model = DistributedDataParallel(transformer)
+    transformer.train()
+    parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
+    return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, whole=True)
+
+
+def train_step(config, run, step, batches):
+    """One step over this process's `batches`, an iterator of (number in the run, load_batch's tensors).
+
+    Returns (loss, gradient norm before clipping, whether the step was sound). What is not finite is not learned from; if
+    only the fp16 scaler's factor was too large for the gradients, the step is left out, and yet sound.
+    """
+    total, count = 0.0, config.gradient_accumulation_steps
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.learning_rate * run.lr_of(step - 1)
+    for micro, (number, tensors) in enumerate(batches):
+        latents, noise, normal, prompt_embeds, weights = (tensor.to(run.device) for tensor in tensors)
+        token_count = latents.shape[2] * latents.shape[3] // 4
+        sigmas = sample_sigmas(normal, token_count, run.scheduler, config.flow_schedule_auto_shift)
+        torch.manual_seed(generator(config.seed, "lora_dropout", number).initial_seed())  # dropout alone is drawn on the device
+        # The processes' gradients are averaged once a step, with the last batch.
+        alone = run.model.no_sync() if process_count() > 1 and micro + 1 < count else contextlib.nullcontext()
+        # Autocast serves the LoRA its input in the base's dtype: no float32 copy of it in every layer.
+        with alone, disable_input_dtype_casting(run.transformer):
+            with autocast(config, run.device):
+                loss = flow_matching_loss(run.model, latents, noise, sigmas, prompt_embeds, weights)
+            run.scaler.scale(loss / count).backward()
+        total = total + loss.detach() / count
+
+    scale = run.scaler.get_scale()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
+    loss, grad_norm = torch.stack([total, grad_norm]).tolist()
+    loss = sum_over_processes(loss)[0] / process_count()
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        run.whole = False
+        run.scaler.step(run.optimizer)  # leaves out by itself what is not finite
+        run.whole = True
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, math.isfinite(loss) and (math.isfinite(grad_norm) or (run.scaler.is_enabled() and scale > 1))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -115,64 +284,132 @@ def lora_metadata(config, step):
     }
 
 
-def save_checkpoint(config, transformer, parameters, optimizer, scaler, step):
+def save_checkpoint(config, run, step, place, held_out):
     """Writes `checkpoints/step-N`: a ready-to-use LoRA and all that resuming needs; whole or not at all. Then deletes
-    the oldest ones over `checkpoints_total_limit`."""
+    the oldest ones over `checkpoints_total_limit`. `place`: what Batches.place() gave after that step."""
     folder = Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_lora(transformer, temporary, lora_metadata(config, step))
-    state = {f"lora.{name}": parameter for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        state |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
-    write_tensors(temporary / "state.safetensors", state)
-    fixed = {name: getattr(config, name) for name in FIXED_KEYS}
-    write_file(temporary / "state.json", json.dumps({"step": step, "config": fixed, "scaler": scaler.state_dict()}, indent=2))
-    temporary.rename(folder)
+    state = {f"lora.{name}": parameter for name, parameter in run.parameters.items()}
+    for name, parameter in run.parameters.items():
+        state |= {f"{moment}.{name}": value for moment, value in run.optimizer.state[parameter].items()}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_lora(run.transformer, temporary, lora_metadata(config, step))
+        write_tensors(temporary / "state.safetensors", state)
+        write_file(temporary / "pictures.jsonl", "".join(picture_line(entry) + "\n" for entry in place[1]))
+        values = {
+            "step": step,
+            "batches": place[0],
+            "held_out": [entry["key"] for entry in held_out],
+            "scaler": run.scaler.state_dict(),
+            "base_model": model_identity(config, "transformer"),
+            "config": vars(config),
+            "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
+        }
+        write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); free space or choose another output_dir") from None
+        raise
     for old in checkpoint_folders(config)[: -config.checkpoints_total_limit]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path):
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_state(folder):
+    """A checkpoint's state.json, after a look at every file. Raises UserError if it is damaged."""
+    state = read_json(folder / "state.json")
+    try:
+        wrong = [name for name, digest in state["sha256"].items() if sha256(folder / name) != digest]
+        missing = {"step", "batches", "held_out", "scaler", "base_model", "config"} - state.keys()
+    except (OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: is damaged ({type(error).__name__}: {error})") from None
+    if wrong or missing:
+        raise UserError(f"{folder}: is damaged ({', '.join([*wrong, *sorted(missing)])} not as it was written)")
+    return state
 
 
 def find_checkpoint(config):
-    """The checkpoint folder that `resume_from_checkpoint` asks for, or None to start anew.
+    """The checkpoint that `resume_from_checkpoint` asks for, as (folder, its state.json); (None, None) to start anew.
 
-    Raises UserError if it does not exist, was made with another base model or LoRA shape, or if `output_dir` holds
-    later checkpoints, which this run would come to overwrite.
+    With "latest" a damaged one is named and set aside, and the one before it taken. Raises UserError if the run must not
+    go on from there: it does not exist, has another base model or LoRA shape, or `output_dir` holds later ones, which this
+    run would come to overwrite.
     """
+    if process_rank() > 0:
+        wait_for_all()  # the first process sets aside what is damaged
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
-    if wanted == "latest":
-        folder = folders[-1] if folders else None
-    else:
-        folder = None if wanted == "none" else Path(wanted)
-    if folder and not (folder / "state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {folder} is no checkpoint folder: it holds no state.json")
+    folder = state = None
+    if wanted not in ("latest", "none"):
+        folder = Path(wanted)
+        try:
+            state = read_state(folder)
+        except UserError as error:
+            raise UserError(f"resume_from_checkpoint: {error}") from None
+    while wanted == "latest" and folders and not state:
+        folder = folders[-1]
+        try:
+            state = read_state(folder)
+        except UserError as error:
+            aside = folder.with_name(f"{folder.name}-damaged-{os.urandom(2).hex()}")
+            try:
+                folder.rename(aside)
+            except OSError:
+                raise UserError(f"{error}; move {folder} away to go on from the one before it") from None
+            folders.pop()
+            before = folders[-1].name if folders else "the start: there is none before it"
+            print(f"{error}; it is kept as {aside.name}, and training goes on from {before}", file=sys.stderr)
+            folder = None
     if folders and (folder is None or folder.name < folders[-1].name):
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there")
-    if folder:
-        for name, value in read_json(folder / "state.json")["config"].items():
-            if getattr(config, name) != value:
-                raise UserError(f"{name}: found {getattr(config, name)!r}, but {folder} was trained with {value!r}; choose another output_dir")
-    return folder
+    if state:
+        check_same_run(config, folder, state)
+    if process_rank() == 0:
+        wait_for_all()
+    return folder, state
 
 
-def load_checkpoint(folder, parameters, optimizer, scaler):
-    """Restores LoRA, optimizer and scaler from a checkpoint folder. Returns its step. Raises UserError if it is damaged."""
-    saved = read_json(folder / "state.json")
-    try:
-        state = read_tensors(folder / "state.safetensors")
-    except UserError as error:
-        raise UserError(f"{error}; move {folder} away to go on from the checkpoint before it") from None
-    if {f"lora.{name}" for name in parameters} - state.keys():
+def check_same_run(config, folder, state):
+    """Raises UserError, naming the key, if `config` cannot go on from a checkpoint; else prints what has changed."""
+    was = SimpleNamespace(**{**vars(config), **state["config"]})
+    for settings in (now := SimpleNamespace(**vars(config)), was):
+        settings.lora_alpha = settings.lora_alpha or float(settings.lora_rank)
+        settings.lora_target_modules = sorted(settings.lora_target_modules)
+    different = [name for name in FIXED_KEYS if getattr(now, name) != getattr(was, name)]
+    if state["base_model"] != model_identity(config, "transformer"):
+        different.append("model_flavour" if now.model_flavour != was.model_flavour else "pretrained_model_name_or_path")
+    for name in different:
+        raise UserError(f"{name}: found {getattr(now, name)!r}, but {folder} was trained with {getattr(was, name)!r}, or its files differ; choose another output_dir")
+    if now.validation_split != was.validation_split:
+        say(f"validation_split: stays {was.validation_split}, for the pictures held out must not change")
+        config.validation_split = now.validation_split = was.validation_split
+    changed = [name for name in vars(config) if name not in SILENT_KEYS and getattr(now, name) != getattr(was, name)]
+    later = {"train_batch_size": ", with the next epoch"}
+    for name in changed:
+        before, after = (json.dumps(getattr(settings, name), ensure_ascii=False) for settings in (was, now))
+        say(f"{name}: {before} -> {after}{later.get(name, '')}")
+
+
+def load_checkpoint(folder, state, run):
+    """Restores LoRA, optimizer and scaler from a checkpoint folder. Returns its step. Raises UserError if it does not fit."""
+    tensors = read_tensors(folder / "state.safetensors")
+    if {f"lora.{name}" for name in run.parameters} - tensors.keys():
         raise UserError(f"{folder}: does not hold the LoRA of this configuration; choose another output_dir")
     moments = {}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        parameter.data.copy_(state[f"lora.{name}"])
-        moments[i] = {moment: state[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    if saved["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(saved["scaler"])
-    print(f"resumed from {folder}")
-    return saved["step"]
+    for i, (name, parameter) in enumerate(run.parameters.items()):
+        parameter.data.copy_(tensors[f"lora.{name}"])
+        if f"step.{name}" in tensors:  # not if fp16 left out every step so far
+            moments[i] = {moment: tensors[f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    if state["scaler"] and run.scaler.is_enabled():
+        run.scaler.load_state_dict(state["scaler"])
+    return state["step"]
 
 
 # ---------------------------------------------------------------- what the user sees
@@ -180,7 +417,8 @@ def load_checkpoint(folder, parameters, optimizer, scaler):
 
 def preview(config, transformer, device, step):
     """Draws the validation prompts to `validation/step-N.png` (one column) and renews `validation/progress.png`, which
-    shows the previews so far side by side. A preview that fails is reported and never ends the training."""
+    shows the previews so far side by side. Returns the column, or None: a preview that fails is reported and never ends
+    the training."""
     try:
         transformer.eval()
         images = generate(make_pipeline(config, transformer, load_vae(config, device)), config, config.validation_prompts)
@@ -193,15 +431,16 @@ def preview(config, transformer, device, step):
 
         columns = {}
         for path in sorted(folder.glob("step-*.png")):
-            with Image.open(path) as column:
-                if column.size == (width, height * len(images)) and column.text.get("prompts") == prompts:
-                    columns[int(path.stem[5:])] = column.convert("RGB")
+            with Image.open(path) as earlier:
+                if earlier.size == column.size and earlier.text.get("prompts") == prompts:
+                    columns[int(path.stem[5:])] = earlier.convert("RGB")
         shown = sorted(columns)
         if len(shown) > 6:  # the first, the last and four between
             shown = [shown[round(i * (len(shown) - 1) / 5)] for i in range(6)]
         rows = [[columns[s].crop((0, i * height, width, (i + 1) * height)) for s in shown] for i in range(len(images))]
         labels = [f"step {s}" if s else "before (step 0)" for s in shown]
         save_picture(picture_grid(rows, config.validation_prompts, labels), folder / "progress.png", prompts=prompts)
+        return column
     except Exception as error:
         tqdm.write(f"preview at step {step} failed: {type(error).__name__}: {error}; training goes on")
     finally:
@@ -210,131 +449,319 @@ def preview(config, transformer, device, step):
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard, from `start` on; lines of steps that a resumed run does again are dropped."""
+    """`metrics.jsonl` and TensorBoard, from `start` on; lines of steps that a resumed run does again are dropped. Only the
+    first process writes."""
 
     def __init__(self, config, start):
-        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self.path, self.board = Path(config.output_dir) / "metrics.jsonl", None
+        if process_rank() > 0:
+            return
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
                 kept += [line + "\n"] if json.loads(line)["step"] <= start else []
         write_file(self.path, "".join(kept))
-        self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1) if config.report_to == "tensorboard" else None
+        if config.report_to == "tensorboard":
+            self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1)
 
-    def write(self, step, **values):
+    def write(self, step, group, **values):
+        """Writes a step's numbers; in TensorBoard they are `group`/name."""
+        if process_rank() > 0:
+            return
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"train/{name}", value, step)
+        try:
+            if values:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then start again") from None
+
+    def picture(self, step, image):
+        """Shows a preview in TensorBoard."""
+        if image and self.board:
+            self.board.add_image("validation/previews", np.asarray(image), step, dataformats="HWC")
 
     def close(self):
         if self.board:
             self.board.close()
 
 
+class StopSignals:
+    """Within it Ctrl-C and SIGTERM are only noted, in `number`; a second one raises KeyboardInterrupt. In a thread, which
+    gets no signals, it does nothing."""
+
+    def __enter__(self):
+        self.number, self.noted, self.at_once, self.again = 0, 0.0, False, False
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.number and process_count() > 1 and time.monotonic() - self.noted < 2:
+            return  # torchrun passes on what the terminal has sent already
+        self.again = self.number != 0
+        if not self.again:
+            self.number, self.noted = number, time.monotonic()
+            print("\nstopping, as soon as this step is finished and saved; the same signal again leaves at once", file=sys.stderr)
+        if self.again or self.at_once:
+            raise KeyboardInterrupt(number)
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """A block that the first signal ends at once."""
+        self.at_once = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.again or not self.number:
+                raise
+        finally:
+            self.at_once = False
+
+    def agreed(self):
+        """Whether a process has been told to stop."""
+        return sum_over_processes(bool(self.number))[0] > 0
+
+
+def memory_advice(config):
+    """What to change when memory runs out, in the order that costs least."""
+    advice = []
+    if config.train_batch_size > 1:
+        advice.append(f"train_batch_size 1 with gradient_accumulation_steps {config.train_batch_size * config.gradient_accumulation_steps}")
+    if config.base_model_precision == "no_change":
+        advice.append("base_model_precision int8-quanto")
+    if not config.gradient_checkpointing:
+        advice.append("gradient_checkpointing true")
+    if not config.enable_group_offload:
+        advice.append("enable_group_offload true")
+    if config.base_model_precision != "int4-quanto":
+        advice.append("base_model_precision int4-quanto")
+    return "out of memory; what to change, the cheapest first: " + "; ".join([*advice, f"a resolution under {config.resolution}"])
+
+
+@contextlib.contextmanager
+def memory_advised(config):
+    """Turns running out of memory into a UserError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:  # on MPS and CPU it has no class of its own
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(memory_advice(config)) from None
+
+
+# ---------------------------------------------------------------- will it fit?
+
+
+def benchmark(config, device):
+    """Runs `benchmark` steps of the configuration with random weights and data, at its largest bucket; nothing is read or
+    written. Prints and returns seconds a step, memory, and the share of this device's speed in matrix products."""
+    sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
+    if device.type == "cpu":
+        sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
+        print("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
+    dtype = compute_dtype(config, device)
+    with torch.device("meta"):
+        transformer = LongCatImageTransformer2DModel(**sizes)
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    weights = sum(map(math.prod, shapes.values()))
+    random_weights = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
+    transformer = fill_transformer(transformer, random_weights, config, device)
+    run = set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, config.max_train_steps)
+
+    batch = config.train_batch_size
+    latents, noise = torch.randn(2, batch, 16, height // 8, width // 8)
+    tensors = (latents, noise, torch.randn(batch), torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim), torch.ones(batch))
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    seconds = []
+    for step in tqdm(range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0):
+        start = time.perf_counter()
+        train_step(config, run, step, ((step, tensors) for _ in range(config.gradient_accumulation_steps)))
+        wait()
+        seconds.append(time.perf_counter() - start)
+    seconds_per_step = statistics.median(seconds[1:] or seconds)  # the first one warms up
+
+    # What a step must compute: forward and input gradients of the linears, 2 x 24 d^2 a token and block, and attention
+    # forward and backward, 14 tokens d a token and block; what checkpointing computes again is not counted.
+    d, tokens = transformer.inner_dim, TEXT_TOKENS + width * height // 256
+    blocks = sizes["num_layers"] + sizes["num_single_layers"]
+    flops = blocks * (48 * d * d * tokens + 14 * d * tokens * tokens) * batch * config.gradient_accumulation_steps
+    a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
+    for repeats in (3, 20):  # the first warms up
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        wait()
+        matmul_rate = repeats * 8 * d * d * tokens / (time.perf_counter() - start)
+    hours = seconds_per_step * config.max_train_steps / 3600
+    figures = {"seconds_per_step": seconds_per_step, "flops_per_second": flops / seconds_per_step, "matmul_flops_per_second": matmul_rate, "hours": hours}
+    if process_rank() == 0:
+        print(f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}")
+        print(f"{seconds_per_step:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds_per_step / 1e12:.3g} TFLOP/s, "
+              f"{flops / seconds_per_step / matmul_rate:.0%} of this device's {matmul_rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
+        on_device = "" if device.type == "cpu" else f"peak device memory {peak_memory(device):.1f} GiB, "
+        print(f"{on_device}peak host memory {peak_host_memory()}")
+        print(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
+    return figures
+
+
+def peak_host_memory():
+    """The most host memory that this process has used, as text."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown on Windows"
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{used / 2**30:.1f} GiB"
+
+
 # ---------------------------------------------------------------- training
 
 
-def main(config):
-    """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`.
+def train(config, run, batches, held_out, prompt_files, start, steps):
+    """The loop: from step `start` + 1 to `steps`, with checkpoints, previews and scores. Saves before it raises."""
+    per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
+    metrics, stop, scores = Metrics(config, start), StopSignals(), {}
+    saved = done = start
+    place, bad, skipped, losses, smoothed = batches.place(), 0, 0, [], None
 
-    Raises UserError for anything in the configuration or the data that the user has to mend.
+    def save():
+        nonlocal saved
+        if done > saved and first:
+            save_checkpoint(config, run, done, place, held_out)
+        saved = done
+
+    def score(name):  # the held-out pictures, and as many that are trained on
+        some = batches.entries[:: max(1, len(batches.entries) // SCORED_PICTURES)][: len(held_out)]
+        loss_of = lambda entries: mean_loss(config, run.transformer, entries, prompt_files, run.scheduler, run.device)
+        return {f"held_out_{name}": loss_of(held_out), f"trained_{name}": loss_of(some)}
+
+    def show():
+        with stop.interrupting() if process_count() == 1 else contextlib.nullcontext():
+            if held_out and "held_out_base" not in scores:
+                run.transformer.disable_adapters()
+                scores.update(score("base"))
+                run.transformer.enable_adapters()
+            scores.update(score("loss") if held_out else {})
+            metrics.write(done, "validation", **scores)
+        with stop.interrupting():
+            if first and config.validation_prompts and not stop.number:
+                metrics.picture(done, preview(config, run.transformer, run.device, done))
+
+    bar = tqdm(initial=start, total=steps, desc="training", unit="step", disable=not first)
+    with stop, memory_advised(config), bar:
+        try:
+            if config.validation_step_interval and start == 0:
+                show()
+            clock, stopping = time.perf_counter(), stop.agreed()
+            while done < steps and not stopping:
+                taken = batches.take(per_step)[process_rank() :: process_count()]
+                loaded = ((number, load_batch(config, batch, prompt_files, epoch, number)) for epoch, number, batch in taken)
+                loss, grad_norm, sound = train_step(config, run, done + 1, loaded)
+                done, place = done + 1, batches.place()
+
+                bad = 0 if sound else bad + 1
+                if sound:
+                    losses.append(loss)
+                    smoothed = loss if smoothed is None else 0.9 * smoothed + 0.1 * loss
+                else:
+                    skipped += 1
+                    say(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
+
+                if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
+                    now, since = time.perf_counter(), (done - start) % LOG_EVERY or LOG_EVERY
+                    metrics.write(
+                        done, "train", loss=statistics.fmean(losses or [math.nan]), lr=run.optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
+                        epoch=batches.epoch, seconds_per_step=(now - clock) / since, skipped_steps=skipped, peak_memory_gib=peak_memory(run.device),
+                    )  # fmt: skip
+                    losses, clock = [], now
+                if bad == BAD_STEPS:
+                    saved = done  # nothing more: what was learned last may be the cause
+                    good = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
+                    raise UserError(f"step {done}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
+                paused, stopping = time.perf_counter(), stop.agreed()
+                if (done % config.checkpoint_step_interval == 0 and not bad) or done == steps or stopping:
+                    save()
+                if config.validation_step_interval and not stopping and (done % config.validation_step_interval == 0 or done == steps):
+                    show()
+                    stopping = stop.agreed()
+                clock += time.perf_counter() - paused
+                figures = {"loss": f"{smoothed or math.nan:.4f}"}
+                if held_out and scores:
+                    figures["held_out"] = f"{scores['held_out_loss']:.4f} of {scores['held_out_base']:.4f}"
+                if run.device.type != "cpu":
+                    figures["memory"] = f"{peak_memory(run.device):.1f} GiB"
+                bar.set_postfix(figures, refresh=False)
+                bar.update()
+            if stopping:
+                raise KeyboardInterrupt(stop.number or signal.SIGTERM)
+        except BaseException:
+            if run.whole and not stop.again:
+                save()  # the last complete step, if it is not yet
+            raise
+        finally:
+            metrics.close()
+
+
+def main(config):
+    """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its figures.
+
+    Raises UserError for anything in the configuration or the data that the user has to mend; KeyboardInterrupt with the
+    signal's number after SIGINT or SIGTERM, when the step is finished and saved.
     """
     if config.prune:
         raise UserError("prune: is for cache_latents.py, which then does nothing else; leave it out to train")
-    if process_count() > 1:
-        raise UserError("training on several devices is not there yet; cache_latents.py can be run so")
     device, output = pick_device(), Path(config.output_dir)
-    checkpoint = find_checkpoint(config)
+    check_precision(config, device)
+    limit_memory(config, device)
+    if config.benchmark:
+        with memory_advised(config):
+            return benchmark(config, device)
+    checkpoint, state = find_checkpoint(config)
+    if checkpoint:
+        config.init_lora = None  # the checkpoint has gone on from there
     if config.init_lora:
         read_lora(config.init_lora)  # a wrong path is said now, not after an hour of caching
     entries, prompt_files = cache_latents.main(config)
+    entries, held_out = hold_out(config, entries, state and state["held_out"])
+    batches = Batches(config, entries)
 
-    batches_of = functools.lru_cache(maxsize=1)(lambda epoch: epoch_batches(entries, config.train_batch_size, config.seed, epoch))
-    batches_per_epoch = len(batches_of(0))
-    steps = config.max_train_steps
+    per_step, steps = config.gradient_accumulation_steps * process_count(), config.max_train_steps
     if config.num_train_epochs:
-        steps = math.ceil(config.num_train_epochs * batches_per_epoch / config.gradient_accumulation_steps)
-    seen = steps * config.gradient_accumulation_steps / batches_per_epoch
-    print(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}: each picture will be seen about {seen:.1f} times its repeats")
+        steps = math.ceil(config.num_train_epochs * len(batches.batches) / per_step)
+    processes = f" x {process_count()} processes" if process_count() > 1 else ""
+    seen = f"each picture will be seen about {steps * per_step / len(batches.batches):.1f} times its repeats"
+    say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
+    if held_out:
+        say(f"{len(held_out)} pictures are held out: never trained on, only scored")
 
-    transformer = load_transformer(config, device)
-    parameters = add_lora(transformer, config)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    scheduler = load_scheduler(config)
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=device.type == "cuda",
-    )
-    # The learning rate is a function of the step, so there is no scheduler state to save.
-    lr_of = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps).lr_lambdas[0]
-    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
-
-    start = load_checkpoint(checkpoint, parameters, optimizer, scaler) if checkpoint else 0
+    with memory_advised(config):
+        transformer = load_transformer(config, device)
+        run, start = set_up(config, transformer, load_scheduler(config), device, steps), 0
+    if checkpoint:
+        start = load_checkpoint(checkpoint, state, run)
+        batches.go_to(state["batches"], (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(), prompt_files, device)
+        say(f"resumed from {checkpoint}")
     if start >= steps:
-        print(f"nothing to train: {checkpoint} has {start} steps already; raise max_train_steps, or choose another output_dir for a new run")
-    write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
-    metrics = Metrics(config, start)
-    previews = config.validation_step_interval and config.validation_prompts
-    if previews and start == 0:
-        preview(config, transformer, device, 0)
+        say(f"nothing to train: {checkpoint} has {start} steps already; raise max_train_steps, or choose another output_dir for a new run")
+    if process_rank() == 0:
+        write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
+    train(config, run, batches, held_out, prompt_files, start, steps)
 
-    transformer.train()
-    losses, clock = [], time.perf_counter()
-    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, desc="training", unit="step")
-    for step in bar:
-        learning_rate = config.learning_rate * lr_of(step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        for micro in range(config.gradient_accumulation_steps):
-            index = (step - 1) * config.gradient_accumulation_steps + micro
-            epoch, position = divmod(index, batches_per_epoch)
-            batch = load_batch(config, batches_of(epoch)[position], prompt_files, epoch, index)
-            latents, noise, normal, prompt_embeds, weights = (tensor.to(device) for tensor in batch)
-            token_count = latents.shape[2] * latents.shape[3] // 4
-            sigmas = sample_sigmas(normal, token_count, scheduler, config.flow_schedule_auto_shift)
-            # Dropout alone is drawn on the device.
-            torch.manual_seed(generator(config.seed, "lora_dropout", index).initial_seed())
-            # Autocast serves the LoRA its input in the base's dtype: no float32 copy of it in every layer.
-            with disable_input_dtype_casting(transformer):
-                with autocast(config, device):
-                    loss = flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights)
-                scaler.scale(loss / config.gradient_accumulation_steps).backward()
-            losses.append(loss.detach())
-
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        if step % LOG_EVERY == 0 or step == steps:
-            mean_loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - clock
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.1e}")
-            seconds_per_step = seconds * config.gradient_accumulation_steps / len(losses)
-            metrics.write(step, loss=mean_loss, lr=learning_rate, grad_norm=grad_norm.item(), epoch=epoch, seconds_per_step=seconds_per_step)
-            losses, clock = [], time.perf_counter()
-        if step % config.checkpoint_step_interval == 0 or step == steps:
-            save_checkpoint(config, transformer, parameters, optimizer, scaler, step)
-        if previews and (step % config.validation_step_interval == 0 or step == steps):
-            paused = time.perf_counter()
-            preview(config, transformer, device, step)
-            clock += time.perf_counter() - paused
-
-    metrics.close()
-    save_lora(transformer, output, lora_metadata(config, max(start, steps)))
-    if device.type == "cuda":
-        print(f"peak device memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"LoRA: {output / 'pytorch_lora_weights.safetensors'}")
-    if previews:
-        print(f"before and after: {output / 'validation' / 'progress.png'}")
+    if process_rank() == 0:
+        save_lora(transformer, output, lora_metadata(config, max(start, steps)))
+        if device.type != "cpu":
+            print(f"peak device memory: {peak_memory(device):.1f} GiB")
+        print(f"LoRA: {output / 'pytorch_lora_weights.safetensors'}")
+        if config.validation_step_interval and config.validation_prompts:
+            print(f"before and after: {output / 'validation' / 'progress.png'}")
     return output / "pytorch_lora_weights.safetensors"
 
 

@@ -10,14 +10,14 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from longcat_common import (
     UserError,
     cache_prompts,
     generate,
+    limit_memory,
     load_lora,
     load_pipeline,
+    peak_memory,
     pick_device,
     picture_grid,
     read_lora,
@@ -40,6 +40,7 @@ def find_lora(config):
 def main(config):
     """Draws every validation prompt with the same noise, without and with the LoRA. Returns the grid's path."""
     device, lora = pick_device(), find_lora(config)
+    limit_memory(config, device)
     read_lora(lora)  # a wrong file is said now, not after the base's pictures
     prompts = config.validation_prompts
     if not prompts:
@@ -61,7 +62,7 @@ def main(config):
             save_picture(image, folder / f"{i:02d}-{name}.png", **text)
     grid = picture_grid([list(pair) for pair in zip(base, tuned)], prompts, ["base", "with LoRA"])
     save_picture(grid, folder / "comparison.png", lora=str(lora))
-    memory = f", peak device memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
     print(f"{seconds:.1f} s a picture{memory}")
     print(f"base beside LoRA: {folder / 'comparison.png'}")
     return folder / "comparison.png"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_script
+from conftest import MODEL, ROOT, run_script, run_together
 from diffusers import LongCatImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -248,9 +248,9 @@ def test_two_processes_under_torchrun_divide_the_work(tiny_config, tmp_path):
     alone = tiny_config()
     cache_latents.main(alone)
     both = tiny_config(output_dir=str(tmp_path / "both"), cache_dir=str(tmp_path / "both_cache"))
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "cache_latents.py", *flags(both), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    printed = run_together("cache_latents.py", 2, tmp_path, *flags(both))
     assert cached_files(both).keys() == cached_files(alone).keys()
-    shares = [int(line.split("of them ")[1].split()[0]) for line in done.stdout.splitlines() if "to do here" in line]
+    shares = [int(line.split("of them ")[1].split()[0]) for text in printed for line in text.splitlines() if "to do here" in line]
     assert len(shares) == 2 and sum(shares) == 40 and min(shares) > 10
     for path in cached_files(alone):
         ours, theirs = (load_file(Path(config.cache_dir) / path) for config in (both, alone))

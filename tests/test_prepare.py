@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, TINY, run_script
+from conftest import MODEL, ROOT, TINY, run_python, run_script
 from PIL import Image, ImageCms, ImageOps, features
 
 import cache_latents
@@ -587,7 +587,7 @@ def test_a_full_disk_leaves_the_manifest_as_it_was(tiny_config, data):
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
     flags = ["--data_dir", data, "--instance_prompt", "x", "--output_dir", output, "--cache_dir", data.parent / "cache", "--resolution", "128"]
-    done = run_script("prepare_data.py", *flags, "--pretrained_model_name_or_path", MODEL, check=False, preexec_fn=small_files)
+    done = run_python("prepare_data.py", *flags, "--pretrained_model_name_or_path", MODEL, check=False, preexec_fn=small_files)
     assert done.returncode == 2 and "manifest.jsonl: cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 

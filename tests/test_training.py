@@ -2,18 +2,15 @@
 
 import json
 import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import make_pictures
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_script
+from conftest import MODEL, run_script
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 
@@ -23,7 +20,6 @@ import train_lora
 import validate
 from longcat_common import (
     add_lora,
-    config_from_flags,
     flow_matching_loss,
     generate,
     load_config,
@@ -40,24 +36,23 @@ NEON_PROMPTS = ["a red circle in neonix style", "neonix风格，一个蓝色的�
 PLAIN_PROMPTS = ["a purple star on a white background", "白色背景上的一个红色圆形"]
 
 
+def run_demo(output, *arguments):
+    """The README's main job with its own output folder. Returns its configuration, the folder and what it printed."""
+    paths = ["--output_dir", output, "--cache_dir", output / "cache", "--pretrained_model_name_or_path", MODEL]
+    printed = run_script("train_lora.py", "configs/tiny.json", *paths, *arguments).stdout
+    return load_config(output / "config.json"), output, printed
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The README's main job, once, with its own output folder."""
-    output = tmp_path_factory.mktemp("demo")
-    arguments = ["--output_dir", output, "--cache_dir", output / "cache", "--pretrained_model_name_or_path", MODEL]
-    printed = run_script("train_lora.py", "configs/tiny.json", *arguments).stdout
-    config = load_config(output / "config.json")
-    return config, output, printed
+    """A third of the demo: enough to learn, not enough to draw well."""
+    third = ["--max_train_steps", 160, "--checkpoint_step_interval", 80, "--validation_step_interval", 80]
+    return run_demo(tmp_path_factory.mktemp("demo"), *third)
 
 
-def short(tiny_config, **overrides):
-    """A configuration for a few quick steps."""
-    quick = dict(max_train_steps=4, validation_step_interval=0, report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, lr_warmup_steps=2)
-    return tiny_config(**{**quick, **overrides})
-
-
-def lora_bytes(config):
-    return (Path(config.output_dir) / "pytorch_lora_weights.safetensors").read_bytes()
+@pytest.fixture(scope="session")
+def whole_demo(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("whole"))
 
 
 # ---------------------------------------------------------------- it learns
@@ -77,8 +72,8 @@ def held_out_loss(transformer, entries, prompt_files, scheduler):
     return torch.stack(losses).mean().item()
 
 
-def test_the_held_out_loss_halves(trained, tmp_path):
-    config, output, _ = trained
+def held_out_ratio(config, output, tmp_path):
+    """The loss on twelve pictures that the demo has not seen, relative to the base's."""
     make_pictures.make_neon(tmp_path / "held_out", seed=99, count=12)
     theirs = load_config(output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output"))
     entries, prompt_files = cache_latents.main(theirs)
@@ -87,7 +82,16 @@ def test_the_held_out_loss_halves(trained, tmp_path):
     load_lora(transformer, output)
     tuned = held_out_loss(transformer, entries, prompt_files, scheduler)
     print(f"held-out loss: base {base:.4f}, LoRA {tuned:.4f}, ratio {tuned / base:.2f}")
-    assert tuned <= 0.5 * base
+    return tuned / base
+
+
+def test_the_held_out_loss_halves(trained, tmp_path):
+    assert held_out_ratio(*trained[:2], tmp_path) <= 0.5
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_of_the_whole_demo(whole_demo, tmp_path):
+    assert held_out_ratio(*whole_demo[:2], tmp_path) <= 0.35
 
 
 def night(image):
@@ -101,8 +105,9 @@ def shape_pixels(image, colour):
     return np.abs(np.asarray(image).astype(int) - make_pictures.COLOURS[colour][1]).max(axis=-1) < 60
 
 
-def test_pictures_move_to_the_concept_and_only_with_its_word(trained):
-    config, output, _ = trained
+@pytest.mark.slow
+def test_pictures_move_to_the_concept_and_only_with_its_word(whole_demo):
+    config, output, _ = whole_demo
     pipe = load_pipeline(config, "cpu")
     base, plain = generate(pipe, config, NEON_PROMPTS), generate(pipe, config, PLAIN_PROMPTS)
     load_lora(pipe.transformer, output)
@@ -129,17 +134,17 @@ def test_an_untrained_lora_moves_nothing(tiny_config, tmp_path):
 
 def test_what_the_main_job_leaves(trained):
     config, output, printed = trained
-    assert "each picture will be seen about 22.9 times" in printed
+    assert "each picture will be seen about 7.6 times" in printed
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, config.max_train_steps + 1, 10))
     assert np.mean([line["loss"] for line in lines[-5:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
     assert {"loss", "lr", "grad_norm", "seconds_per_step", "epoch"} <= lines[0].keys()
     assert list((output / "logs").glob("events*"))
-    for step in (0, 240, 480):
+    for step in (0, 80, 160):
         with Image.open(output / "validation" / f"step-{step:06d}.png") as column:
             assert column.size == (128, 128 * len(config.validation_prompts))
     assert (output / "validation" / "progress.png").exists()
-    assert [p.name for p in train_lora.checkpoint_folders(config)] == ["step-000240", "step-000480"]
+    assert [p.name for p in train_lora.checkpoint_folders(config)] == ["step-000080", "step-000160"]
     assert not [p for p in output.rglob("*") if ".tmp" in p.name]
 
 
@@ -152,7 +157,7 @@ def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
         assert image.width > 2 * 128 and image.height > 2 * 128
     with Image.open(grid.parent / "00-lora.png") as tuned, Image.open(grid.parent / "00-base.png") as base:
         assert tuned.text["prompt"] == NEON_PROMPTS[0] and json.loads(tuned.text["settings"])["validation_seed"] == 42
-        assert night(tuned.convert("RGB")) > night(base.convert("RGB")) + 0.2
+        assert np.abs(np.asarray(tuned, dtype=int) - np.asarray(base)).mean() > 5
 
 
 # ---------------------------------------------------------------- files that open elsewhere
@@ -192,7 +197,7 @@ def test_the_lora_opens_without_our_code(trained, tmp_path):
     for form in ("file", "folder", "peft"):
         theirs = pixels(tmp_path / f"{form}.png")
         assert np.abs(pixels(grid.parent / "00-lora.png") - theirs).max() <= 2, form
-        assert night(theirs) > 0.2
+        assert np.abs(pixels(grid.parent / "00-base.png") - theirs).mean() > 5
 
 
 def test_alpha_is_folded_in(tiny_config, tmp_path):
@@ -222,70 +227,6 @@ def test_alpha_is_folded_in(tiny_config, tmp_path):
         add_lora(load_transformer(config, "cpu"), tiny_config(lora_rank=8, init_lora=str(tmp_path)))
     with pytest.raises(ValueError, match="attn.to_x"):
         add_lora(load_transformer(config, "cpu"), tiny_config(lora_target_modules=["attn.to_x"]))
-
-
-# ---------------------------------------------------------------- interrupted and resumed
-
-
-def test_resumed_from_any_step_it_ends_with_the_same_bytes(tiny_config, tmp_path):
-    settings = dict(gradient_accumulation_steps=2, lora_dropout=0.1, train_batch_size=3, gradient_checkpointing=True)
-    config = short(tiny_config, **settings)
-    train_lora.main(config)
-    expected = lora_bytes(config)
-    assert not torch.equal(*(load_file(Path(config.output_dir) / f"checkpoints/step-00000{n}/adapter_model.safetensors")["base_model.model.transformer_blocks.0.attn.to_q.lora_B.weight"] for n in (3, 4)))
-    for done in range(4):
-        other = short(tiny_config, **settings, output_dir=str(tmp_path / f"resumed-{done}"))
-        shutil.copytree(config.output_dir, other.output_dir)
-        (Path(other.output_dir) / "pytorch_lora_weights.safetensors").unlink()
-        for folder in train_lora.checkpoint_folders(other)[done:]:
-            shutil.rmtree(folder)
-        train_lora.main(other)
-        assert lora_bytes(other) == expected, f"resumed from step {done}"
-        lines = [json.loads(line)["step"] for line in (Path(other.output_dir) / "metrics.jsonl").read_text().splitlines()]
-        assert lines == [4]
-    # Another seed is another LoRA: the comparison can fail.
-    other = short(tiny_config, **settings, output_dir=str(tmp_path / "other"), seed=43)
-    train_lora.main(other)
-    assert lora_bytes(other) != expected
-
-
-def test_killed_and_started_again(tiny_config, tmp_path):
-    arguments = ["configs/tiny.json", "--pretrained_model_name_or_path", MODEL, "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "6"]
-    arguments += ["--checkpoint_step_interval", "2", "--validation_step_interval", "0", "--report_to", "none"]
-    train_lora.main(config_from_flags("", [*arguments, "--output_dir", str(tmp_path / "whole")]))
-    process = subprocess.Popen([sys.executable, "train_lora.py", *arguments, "--output_dir", tmp_path / "killed"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoints" / "step-000002").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "pytorch_lora_weights.safetensors").exists()
-    assert "resumed from" in run_script("train_lora.py", *arguments, "--output_dir", tmp_path / "killed").stdout
-    names = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-
-
-def test_what_must_not_change_on_resume_is_refused(tiny_config, capsys):
-    train_lora.main(short(tiny_config, max_train_steps=1))
-    with pytest.raises(ValueError, match="lora_rank: found 8.*16"):
-        train_lora.main(short(tiny_config, lora_rank=8))
-    with pytest.raises(ValueError, match="holds later checkpoints, up to step-000001"):
-        train_lora.main(short(tiny_config, resume_from_checkpoint="none"))
-    with pytest.raises(ValueError, match="there is no such LoRA file"):
-        train_lora.main(short(tiny_config, init_lora="nowhere.safetensors"))
-    with open(Path(short(tiny_config).output_dir) / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1, "lo')  # cut off by a kill
-    own = Path(short(tiny_config).output_dir) / "checkpoints" / "step-000001-keep"
-    shutil.copytree(own.with_name("step-000001"), own)
-    done = train_lora.main(short(tiny_config, max_train_steps=2, checkpoints_total_limit=1))
-    assert [p.name for p in (done.parent / "checkpoints").glob("step-??????")] == ["step-000002"] and own.is_dir()
-    capsys.readouterr()
-    train_lora.main(short(tiny_config, max_train_steps=2))
-    assert "nothing to train" in capsys.readouterr().out
-    (done.parent / "checkpoints" / "step-000002" / "state.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="state.safetensors.*move .*step-000002 away"):
-        train_lora.main(short(tiny_config, max_train_steps=3))
 
 
 # ---------------------------------------------------------------- the rest of the loop
@@ -319,23 +260,23 @@ def test_draws_are_as_configured(tiny_config):
     assert all(torch.equal(a, b) for a, b in zip(again, drawn[7]))
 
 
-def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(tiny_config, monkeypatch, capsys):
+def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config, monkeypatch, capsys):
     def fail(*arguments):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(train_lora, "generate", fail)
-    config = short(tiny_config, num_train_epochs=1, train_batch_size=16, validation_step_interval=2)
+    config = quick_config(num_train_epochs=1, train_batch_size=2, gradient_accumulation_steps=2, validation_step_interval=2)
     assert train_lora.main(config).exists()
     printed = capsys.readouterr()
     assert "preview at step 0 failed: RuntimeError: no memory" in printed.out + printed.err
-    assert len(train_lora.epoch_batches(cache_latents.main(config)[0], 16, 42, 0)) == len(train_lora.checkpoint_folders(config))
+    assert len(train_lora.epoch_batches(cache_latents.main(config)[0], 2, 42, 0)) == 4 == 2 * len(train_lora.checkpoint_folders(config))
 
 
 # int4 compiles quanto's extension first, which takes a minute and a half.
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao", pytest.param("int4-quanto", marks=pytest.mark.slow)])
-def test_quantized_bases_train_and_draw(tiny_config, precision):
+def test_quantized_bases_train_and_draw(tiny_config, quick_config, precision):
     plain = load_transformer(tiny_config(), "cpu")
-    config = short(tiny_config, base_model_precision=precision, gradient_checkpointing=True, max_train_steps=2, validation_prompts=NEON_PROMPTS[:1], validation_num_inference_steps=2)
+    config = quick_config(base_model_precision=precision, gradient_checkpointing=True, max_train_steps=2)
     quantized = load_transformer(config, "cpu")
     name = "single_transformer_blocks.0.proj_out"
     inputs = torch.randn(4, quantized.get_submodule(name).in_features)

@@ -1,0 +1,388 @@
+"""Training that is killed, stopped, starved or given other data goes on, and nothing is lost."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, ROOT, start_script
+from safetensors.torch import load_file, save_file
+
+import train_lora
+from longcat_common import load_config
+
+NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+
+
+def lora_bytes(config):
+    return [(Path(config.output_dir) / name).read_bytes() for name in NAMES]
+
+
+def checkpoints(config):
+    return [folder.name for folder in train_lora.checkpoint_folders(config)]
+
+
+def metrics(config):
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def flags(config):
+    """The command line that says the same."""
+    words = []
+    for name, value in vars(config).items():
+        if value != getattr(load_config(), name):
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.is_alive(), "it ended before it could be disturbed"
+        time.sleep(0.002)
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, tmp_path):
+    # Six pictures in batches of two or one: the first epoch ends within step 2.
+    settings = dict(max_train_steps=3, gradient_accumulation_steps=3, lora_dropout=0.1, train_batch_size=2, gradient_checkpointing=True, validation_split=0.2)
+    config = quick_config(**settings)
+    train_lora.main(config)
+    expected = lora_bytes(config)
+    states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(config)]
+    assert [state["batches"]["number"] for state in states] == [3, 6, 9] and [state["batches"]["epoch"] for state in states] == [0, 1, 2]
+    assert len(states[0]["held_out"]) == 1
+    for done in (0, 2):
+        other = quick_config(**settings, output_dir=str(tmp_path / f"resumed-{done}"))
+        shutil.copytree(config.output_dir, other.output_dir)
+        (Path(other.output_dir) / "pytorch_lora_weights.safetensors").unlink()
+        for folder in train_lora.checkpoint_folders(other)[done:]:
+            shutil.rmtree(folder)
+        train_lora.main(other)
+        assert lora_bytes(other) == expected, f"resumed from step {done}"
+        assert [line["step"] for line in metrics(other)] == [3]
+    # Another seed is another LoRA: the comparison can fail.
+    other = quick_config(**{**settings, "max_train_steps": 1}, output_dir=str(tmp_path / "other"), seed=43)
+    train_lora.main(other)
+    assert lora_bytes(other)[0] != (Path(config.output_dir) / "checkpoints/step-000001" / NAMES[0]).read_bytes()
+
+
+def test_killed_in_every_stage(quick_config, tmp_path):
+    config = quick_config(cache_dir=str(tmp_path / "whole_cache"))
+    train_lora.main(config)
+    other = quick_config(output_dir=str(tmp_path / "killed"), cache_dir=str(tmp_path / "killed_cache"))
+    output, cache, log = Path(other.output_dir), Path(other.cache_dir), tmp_path / "log"
+    for reached in (
+        lambda: any(output.glob(".*.tmp")) or (output / "preview.jpg").exists(),  # while data are prepared
+        lambda: len(list((cache / "latents").rglob("*.safetensors"))) >= 3,  # while latents are cached
+        lambda: (output / "checkpoints" / "step-000002").exists(),  # while it trains
+    ):
+        process = start_script(log, "train_lora.py", *flags(other))
+        wait_for(process, reached)
+        process.kill()
+        process.join()
+        assert not (output / NAMES[0]).exists()
+    process = start_script(log, "train_lora.py", *flags(other))
+    process.join()
+    assert process.exitcode == 0 and "resumed from" in log.read_text()
+    assert lora_bytes(other) == lora_bytes(config)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(quick_config, tmp_path):
+    settings = dict(max_train_steps=12, gradient_accumulation_steps=2, validation_split=0.2, validation_step_interval=5, lora_dropout=0.1)
+    whole = quick_config(**settings, cache_dir=str(tmp_path / "whole_cache"))
+    start = time.monotonic()
+    train_lora.main(whole)
+    duration, kills, rng, log, places = time.monotonic() - start, 0, random.Random(5), tmp_path / "log", set()
+    for round_number in range(20):
+        other = quick_config(**settings, output_dir=str(tmp_path / f"killed-{round_number}"), cache_dir=str(tmp_path / f"killed_cache-{round_number}"))
+        while True:
+            process = start_script(log, "train_lora.py", *flags(other))
+            process.join(0.5 + rng.random() * duration * 0.4)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            places.add(((Path(other.output_dir) / "manifest.jsonl").exists(), len(checkpoints(other))))
+        assert process.exitcode == 0, log.read_text()[-3000:]
+        assert lora_bytes(other) == lora_bytes(whole)
+        for folder in ("checkpoints/step-000012", "validation"):
+            for path in (Path(whole.output_dir) / folder).iterdir():
+                if path.name != "state.json":  # it holds the folders' names
+                    same = path.read_bytes() == (Path(other.output_dir) / folder / path.name).read_bytes()
+                    assert same or load_file(path).keys() == load_file(Path(other.output_dir) / folder / path.name).keys(), path
+        caches = [{path.relative_to(c.cache_dir): path.read_bytes() for path in Path(c.cache_dir).rglob("*.safetensors")} for c in (whole, other)]
+        assert caches[0] == caches[1]
+        if kills >= 20:
+            break
+    print(f"{kills} kills in {round_number + 1} runs, after {len(places)} different amounts of work")
+    assert kills >= 20 and len(places) > 4
+
+
+# ---------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(quick_config, tmp_path, number, code):
+    config = quick_config(checkpoint_step_interval=1000, max_train_steps=1000)
+    process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
+    wait_for(process, lambda: (Path(config.output_dir) / "metrics.jsonl").exists() and metrics(config))  # after ten steps
+    assert not checkpoints(config)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code
+    printed = (tmp_path / "log").read_text()
+    assert "stopping" in printed and "the same command goes on" in printed and "Traceback" not in printed
+    (name,) = checkpoints(config)
+    config.max_train_steps = int(name[5:]) + 1
+    train_lora.main(config)
+    assert checkpoints(config)[-1] == f"step-{config.max_train_steps:06d}"
+
+
+def test_a_signal_ends_a_preview(quick_config, tmp_path):
+    config = quick_config(checkpoint_step_interval=1000, validation_step_interval=3, validation_num_inference_steps=500)
+    process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
+    wait_for(process, lambda: "sampling" in (tmp_path / "log").read_text(errors="replace"))
+    process.terminate()  # the preview before the first step: nothing to save
+    process.join()
+    assert process.exitcode == 143 and not checkpoints(config)
+    assert "Traceback" not in (tmp_path / "log").read_text(errors="replace")
+
+
+def test_what_a_signal_does_in_the_loop(quick_config, monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def disturbed(*arguments):
+        calls.append(arguments)
+        if len(calls) in when:
+            signal.raise_signal(signal.SIGTERM)
+            if twice:
+                signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    step, handler = train_lora.train_step, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train_lora, "train_step", disturbed)
+    config, when, twice = quick_config(checkpoint_step_interval=3), [2], False
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_lora.main(config)
+    assert stopped.value.args == (signal.SIGTERM,) and checkpoints(config) == ["step-000002"]
+    when, twice = [5], True  # the third call of this start, in step 5: step 4 is done and not saved
+    config.checkpoint_step_interval, config.max_train_steps = 1000, 9
+    with pytest.raises(KeyboardInterrupt):
+        train_lora.main(config)
+    assert checkpoints(config) == ["step-000002"], "a second signal leaves at once"
+    when = []
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert train_lora.main(config).exists() and checkpoints(config) == ["step-000002", "step-000009"]
+
+
+# ---------------------------------------------------------------- damaged and changed checkpoints
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:1000]),
+        lambda folder: flip(folder / "state.safetensors"),
+        lambda folder: (folder / "pictures.jsonl").unlink(),
+        lambda folder: (folder / "state.json").write_text('{"step": 3'),
+        lambda folder: (folder / "state.json").write_text('{"step": 3, "sha256": []}'),
+        lambda folder: (folder / "state.json").unlink(),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, damage, capsys):
+    config = quick_config(max_train_steps=3, checkpoints_total_limit=2)
+    train_lora.main(config)
+    expected = lora_bytes(config)
+    newest = Path(config.output_dir) / "checkpoints" / "step-000003"
+    damage(newest)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .*step-000003"):
+        train_lora.main(quick_config(max_train_steps=3, resume_from_checkpoint=str(newest)))
+    capsys.readouterr()
+    train_lora.main(config)
+    printed = capsys.readouterr()
+    assert "step-000003" in printed.err and "training goes on from step-000002" in printed.err and "resumed from" in printed.out
+    assert lora_bytes(config) == expected and checkpoints(config) == ["step-000002", "step-000003"]
+    assert len(list(newest.parent.glob("step-000003-damaged-*"))) == 1, "nothing is thrown away"
+
+
+def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_config, tmp_path, capsys):
+    config = quick_config(max_train_steps=2)
+    train_lora.main(config)
+    for name, value in (("lora_rank", 8), ("lora_alpha", 3.0), ("lora_target_modules", ["attn.to_q"])):
+        with pytest.raises(ValueError, match=f"^{name}: found .*was trained with"):
+            train_lora.main(quick_config(**{name: value}))
+    shutil.copytree(MODEL, tmp_path / "model")
+    train_lora.main(quick_config(max_train_steps=2, pretrained_model_name_or_path=str(tmp_path / "model")))  # moved, and the same
+    path = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
+    train_lora.model_identity.__globals__["folder_identity"].cache_clear()
+    with pytest.raises(ValueError, match="^pretrained_model_name_or_path: .*was trained with"):
+        train_lora.main(quick_config(pretrained_model_name_or_path=str(tmp_path / "model")))
+    with pytest.raises(ValueError, match="holds later checkpoints, up to step-000002"):
+        train_lora.main(quick_config(resume_from_checkpoint="none"))
+    with pytest.raises(ValueError, match="there is no such LoRA file"):
+        train_lora.main(quick_config(init_lora="nowhere.safetensors", output_dir=str(tmp_path / "new")))
+
+    with open(Path(config.output_dir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')  # cut off by a kill
+    own = Path(config.output_dir) / "checkpoints" / "step-000001-keep"
+    shutil.copytree(own.with_name("step-000001"), own)
+    capsys.readouterr()
+    train_lora.main(quick_config(max_train_steps=3, checkpoints_total_limit=1, learning_rate=2e-4, train_batch_size=2, lora_alpha=16))
+    printed = capsys.readouterr().out
+    assert "learning_rate: 0.004 -> 0.0002" in printed and "max_train_steps: 2 -> 3" in printed and "train_batch_size: 1 -> 2, with the next epoch" in printed
+    assert "lora_alpha" not in printed
+    assert checkpoints(config) == ["step-000003"] and own.is_dir()
+    assert metrics(config)[-1]["lr"] == pytest.approx(2e-4 * config_factor(2, 3))
+    train_lora.main(quick_config(max_train_steps=3))
+    assert "nothing to train" in capsys.readouterr().out
+
+
+def config_factor(step, steps, warmup=2):
+    """The cosine schedule's factor of the learning rate."""
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(few_pictures, data)
+    config = quick_config(data_dir=str(data), max_train_steps=3)
+    seen = []
+    load_batch = train_lora.load_batch
+
+    def noted(config, batch, prompt_files, epoch, index):
+        seen.extend((epoch, name.split(":")[0], entry["captions"]) for name, entry in batch)
+        return load_batch(config, batch, prompt_files, epoch, index)
+
+    monkeypatch.setattr(train_lora, "load_batch", noted)
+    train_lora.main(config)
+    first_epoch = {name for _, name, _ in seen}
+    assert len(first_epoch) == len(seen) == 3
+    for path in data.glob("neonix-00.*"):
+        path.unlink()
+    for path in (ROOT / "tests/tiny_longcat/pictures").glob("neonix-2[01].*"):
+        shutil.copy(path, data)
+    (data / "neonix-01.json").write_text(json.dumps({"caption": "a new caption"}))
+    capsys.readouterr()
+    train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
+    printed = capsys.readouterr().out
+    assert "data: 3 pictures are new or have changed, 2 are no longer as they were: this comes in 4 batches" in printed.replace("in in", "in")
+    epochs = [[(name, captions) for epoch, name, captions in seen if epoch == n] for n in (0, 1)]
+    assert len(epochs[0]) == 7 and len({name for name, _ in epochs[0]}) == 7, "the epoch is finished with its own pictures, each once"
+    assert len(epochs[1]) == 8 == len({name for name, _ in epochs[1]})
+    assert len({name for name, _ in epochs[1]} - {name for name, _ in epochs[0]}) == 2
+    assert not any("a new caption" in captions for _, captions in epochs[0]) and sum("a new caption" in captions for _, captions in epochs[1]) == 1
+
+
+# ---------------------------------------------------------------- what is not finite
+
+
+def disturb_loss(monkeypatch, factor_of):
+    """Multiplies the n-th loss by factor_of(n), and with it every gradient."""
+    original, calls = train_lora.flow_matching_loss, []
+
+    def disturbed(*arguments):
+        calls.append(1)
+        return original(*arguments) * factor_of(len(calls))
+
+    monkeypatch.setattr(train_lora, "flow_matching_loss", disturbed)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_config, monkeypatch, capsys):
+    config = quick_config(max_train_steps=12, checkpoint_step_interval=4)
+    bad = {2: math.nan, 3: math.inf, 5: math.nan, 8: math.nan, 9: math.nan, 10: math.nan}
+    disturb_loss(monkeypatch, lambda n: bad.get(n, 1.0))
+    with pytest.raises(ValueError, match="step 10: .* 3 times in a row; the last good checkpoint is step-000004"):
+        train_lora.main(config)
+    printed = capsys.readouterr().out
+    assert printed.count("not learned from") == 6 and "step 3: loss inf" in printed
+    assert checkpoints(config) == ["step-000004"], "not at step 8, which was bad, and not at the end"
+    assert metrics(config)[0]["skipped_steps"] == 6
+    monkeypatch.undo()
+    assert train_lora.main(config).exists()
+    assert all(tensor.isfinite().all() for tensor in load_file(Path(config.output_dir) / NAMES[0]).values())
+
+
+def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, capsys):
+    unscale, limit = torch.amp.GradScaler.unscale_, 2.0**13
+
+    def overflowing(scaler, optimizer):
+        if scaler.get_scale() > limit:  # it is 2^16 at first
+            optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
+        return unscale(scaler, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflowing)
+    config = quick_config(mixed_precision="fp16", max_train_steps=4, gradient_checkpointing=True)
+    train_lora.main(config)
+    folder_of = lambda step: Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
+    state_of = lambda step: json.loads((folder_of(step) / "state.json").read_text())
+    assert [state_of(step)["scaler"]["scale"] for step in (1, 2, 3, 4)] == [2.0**15, 2.0**14, 2.0**13, 2.0**13]
+    assert "not learned from" not in capsys.readouterr().out
+    learned = [any(tensor.any() for name, tensor in load_file(folder_of(step) / NAMES[0]).items() if "lora_B" in name) for step in (3, 4)]
+    assert learned == [False, True]
+    shutil.rmtree(folder_of(4))  # a checkpoint without any optimizer state is gone on from, too
+    state = state_of(3)
+    state["scaler"]["scale"] = 2.0
+    (folder_of(3) / "state.json").write_text(json.dumps(state))
+    limit = 0.0  # at a scale of 1 the gradients themselves are to blame
+    with pytest.raises(ValueError, match="step 7: .*not finite 3 times in a row"):
+        train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40, gradient_checkpointing=True))
+
+
+# ---------------------------------------------------------------- starved
+
+
+def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp_path):
+    config = quick_config(max_train_steps=2)
+    train_lora.main(config)
+    config.max_train_steps = 4
+    size = (Path(config.output_dir) / "checkpoints/step-000002/state.safetensors").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    process.join()
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 2 and "error: " in printed and "cannot be written (File too large); free space" in printed and "Traceback" not in printed
+    assert checkpoints(config) == ["step-000001", "step-000002"] and not list(Path(config.output_dir).rglob("*.tmp"))
+    train_lora.main(config)
+    assert checkpoints(config)[-1] == "step-000004"
+
+
+def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick_config, tmp_path, monkeypatch):
+    config = quick_config(output_dir=str(tmp_path / "taken"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match="checkpoints.*cannot be written"):
+        train_lora.main(config)
+
+    config, load_batch = quick_config(cache_dir=str(tmp_path / "cache"), checkpoint_step_interval=1000), train_lora.load_batch
+
+    def vanishing(config, batch, prompt_files, epoch, index):
+        if index == 2:
+            batch[0][1]["latents_file"].unlink()
+        return load_batch(config, batch, prompt_files, epoch, index)
+
+    monkeypatch.setattr(train_lora, "load_batch", vanishing)
+    with pytest.raises(ValueError, match="latents.*is missing or damaged"):
+        train_lora.main(config)
+    assert checkpoints(config) == ["step-000002"], "the last complete step is saved"
+    monkeypatch.undo()
+    train_lora.main(config)
+    assert checkpoints(config) == ["step-000002", "step-000004"]
