@@ -137,7 +137,7 @@ KEYS = {
         "enable_group_offload": Key(bool, False, "keep the frozen blocks in host memory; they visit the device one after another"),
         "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
         "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
-        "vram_limit_gb": Key(float, None, "CUDA: use no more than a card of this size would have", minimum=1),
+        "vram_limit_gb": Key(float, None, "CUDA: use no more memory than a card of this size has, in GiB", minimum=2),
         "benchmark": Key(int, 0, "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else", minimum=0),
     },
     "output": {
@@ -370,7 +370,7 @@ def run_stage(main, description):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
+        print("\ninterrupted: what was finished is saved; start again to go on", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     finally:
         if torch.distributed.is_initialized():
@@ -392,9 +392,10 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it is still there if something went wrong, a signal for one
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -410,6 +411,15 @@ def read_tensors(path):
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is missing or damaged ({error})") from None
+
+
+def is_readable(path):
+    """Whether a safetensors file is there and, by its header, whole."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def content_key(*parts):
@@ -474,8 +484,7 @@ def sum_over_processes(*numbers):
     if process_count() == 1:
         return list(numbers)
     if not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))  # one may work for long
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one may work for long
     sums = torch.tensor(numbers, dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
@@ -484,6 +493,17 @@ def sum_over_processes(*numbers):
 def wait_for_all():
     """Under torchrun: returns when every process has come here."""
     sum_over_processes(0)
+
+
+def first_before_others(work):
+    """work() in every process, first in the first one, so that the others find what it has put in order."""
+    if process_rank() == 0:
+        try:
+            return work()
+        finally:
+            wait_for_all()
+    wait_for_all()
+    return work()
 
 
 def compute_dtype(config, device):
@@ -526,13 +546,13 @@ def limit_memory(config, device):
     if config.vram_limit_gb is None:
         return
     if torch.device(device).type != "cuda":
-        print("vram_limit_gb: is for CUDA; not limited here")
+        say("vram_limit_gb: is for CUDA; not limited here")
         return
     ones = torch.ones(1, 1, 64, 64, device=device, dtype=compute_dtype(config, device))
     torch.nn.functional.scaled_dot_product_attention(ones, ones, ones @ ones)  # loads the libraries
     free, total = torch.cuda.mem_get_info(device)
     outside = min(total - free - torch.cuda.memory_reserved(device), 2**30)  # more than that is another process's
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (config.vram_limit_gb * 1e9 - outside) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (config.vram_limit_gb * 2**30 - outside) / total), device)
 
 
 def peak_memory(device):
@@ -687,8 +707,8 @@ def plain_tensors(tensor):
 
 
 class GroupOffload:
-    """Keeps the frozen weights of groups of blocks on the host. One group at a time is on the device; on CUDA the next one
-    is copied meanwhile.
+    """Keeps the frozen weights of groups of blocks on the host. The device holds the group that computes and the one that
+    comes next; on CUDA that is copied meanwhile, and the one before may still be at work: three groups at most.
 
     A block asks for its group whenever it is called, in the forward pass and when checkpointing recomputes it in the
     backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd still
@@ -710,11 +730,14 @@ class GroupOffload:
                 plains += tensors
         ends = np.cumsum([-(-plain.nbytes // 256) * 256 for plain in plains]).tolist()  # aligned for every dtype and kernel
         layout = [(end_before, plain.nbytes, plain.dtype, plain.shape) for end_before, plain in zip([0, *ends], plains)]
-        host = torch.empty(ends[-1], dtype=torch.uint8)  # one buffer: one copy moves the whole group
+        space = torch.empty(-(-ends[-1] // 4096) * 4096 + 4096, dtype=torch.uint8)
+        host = space[-space.data_ptr() % 4096 :][: ends[-1]]  # one buffer, with pages of its own: one copy moves the whole group
         if self.stream:
             # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
-            torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-            weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
+            runtime = torch.cuda.cudart()
+            if code := int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
+                raise UserError(f"enable_group_offload: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock")
+            weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
         for view, plain in zip(self.views(number, host), plains):
             view.copy_(plain)
@@ -749,18 +772,19 @@ class GroupOffload:
         self.place(number, buffer)
         before, self.current, self.coming = self.current, number, {}
         if self.stream:
-            computing, last = torch.cuda.current_stream(self.device), len(self.groups) - 1
+            computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.stream)
             buffer.record_stream(computing)
             if self.reached:
                 self.reached.synchronize()  # else copies would run ahead of the computation, and fill the device
             self.reached = computing.record_event()
-            if number == last:
-                following = last - 1 if torch.is_grad_enabled() else 0
-            else:
-                following = number + 1 if number == 0 or before is None or before < number else number - 1
-            if 0 <= following != number:
-                self.coming = {following: self.fetch(following)}
+        last = len(self.groups) - 1
+        if number == last:
+            following = last - 1 if torch.is_grad_enabled() else 0
+        else:
+            following = number + 1 if number == 0 or before is None or before < number else number - 1
+        if 0 <= following != number:
+            self.coming = {following: self.fetch(following)}
 
 
 def quantize(module, precision):
@@ -799,6 +823,7 @@ def load_tokenizer(config):
 
 def load_text_encoder(config, device):
     """The language layers of Qwen2.5-VL, ready to compute on `device`; see StreamedTextEncoder."""
+    check_precision(config, device)
     return StreamedTextEncoder(config, device)
 
 
@@ -1084,13 +1109,18 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
 
 
 @torch.no_grad()
-def mean_loss(config, transformer, entries, prompt_files, scheduler, device):
+def mean_loss(config, transformer, entries, prompt_files, scheduler, device, stopped=lambda: False):
     """The mean loss over pictures in a form that tells learning from chance: every picture (the posterior's mean, its first
     caption) at the same four noise levels, with the same noise whenever this is called. Under torchrun the processes share
-    the work. Returns a float."""
+    the work. Returns a float; nan as soon as `stopped()`, asked by all processes together, is true."""
     total, training = 0.0, transformer.training
     transformer.eval()
-    for entry in entries[process_rank() :: process_count()]:
+    for first in range(0, len(entries), process_count()):
+        if stopped():
+            return math.nan
+        if first + process_rank() >= len(entries):
+            continue
+        entry = entries[first + process_rank()]
         latents = read_tensors(entry["latents_file"])["mean"][None]
         prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
         for normal in SCORED_NORMALS:
@@ -1142,7 +1172,8 @@ def save_lora(transformer, folder, metadata=None):
     folder = Path(folder)
     peft_config = transformer.peft_config["default"]
     scale = peft_config.lora_alpha / peft_config.r
-    state = {name: v.float() * scale if "lora_B" in name else v.float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
+    state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
+    state = {name: v * scale if "lora_B" in name else v for name, v in state.items()}
     write_tensors(folder / "pytorch_lora_weights.safetensors", {f"transformer.{n}": v for n, v in state.items()}, metadata)
     write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": v for n, v in state.items()}, metadata)
     fields = LoraConfig(r=peft_config.r, lora_alpha=peft_config.r, target_modules=peft_config.target_modules, inference_mode=True).to_dict()

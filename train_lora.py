@@ -41,10 +41,12 @@ from longcat_common import (
     check_precision,
     compute_dtype,
     fill_transformer,
+    first_before_others,
     flow_matching_loss,
     free_memory,
     generate,
     generator,
+    is_readable,
     limit_memory,
     load_scheduler,
     load_transformer,
@@ -67,7 +69,6 @@ from longcat_common import (
     save_picture,
     say,
     sum_over_processes,
-    wait_for_all,
     write_file,
     write_tensors,
 )
@@ -90,20 +91,11 @@ SILENT_KEYS = ["pretrained_model_name_or_path", "data_dir", "output_dir", "cache
 # ---------------------------------------------------------------- data
 
 
-def hold_out(config, entries, names=None):
-    """Divides the pictures into those to train on and those that are only scored: (entries, held-out entries).
-
-    `names`: content keys that a resumed run holds out; else `validation_split` of the pictures, one at least and
-    SCORED_PICTURES at most, chosen by their content. Raises UserError if nothing is left to train on.
-    """
-    if names is None:
-        keys = sorted({entry["key"] for entry in entries})
-        count = min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys)))) if config.validation_split else 0
-        names = keys[:count]
-    trained = [entry for entry in entries if entry["key"] not in names]
-    if not trained:
-        raise UserError("validation_split: leaves no picture to train on; lower it, or add pictures")
-    return trained, list({entry["key"]: entry for entry in entries if entry["key"] in names}.values())
+def hold_out(config, entries):
+    """The content keys of the pictures that are never trained on: `validation_split` of them, one at least and
+    SCORED_PICTURES at most, chosen by their content."""
+    keys = sorted({entry["key"] for entry in entries})
+    return keys[: min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys))))] if config.validation_split else []
 
 
 def epoch_batches(entries, batch_size, seed, epoch):
@@ -165,12 +157,12 @@ class Batches:
         self.begin(place["epoch"], entries, place["batch_size"], place["seed"], place["position"])
         left = [entry for batch in self.batches[self.position :] for _, entry in batch]
         needed = {path for entry in left for path in (entry["latents_file"], *(prompt_files[caption] for caption in entry["captions"]))}
-        if not all(path.exists() for path in needed):
-            say(f"data: files of epoch {self.epoch} are gone from {self.config.cache_dir}; the next epoch begins at once")
+        when, gone = f"with the next epoch, {len(self.batches) - self.position} batches from here", not all(map(is_readable, needed))
+        if gone:
             self.begin_next()
-        elif added or removed:
-            when = f"in {len(self.batches) - self.position} batches, with the next epoch"
-            say(f"data: {added} pictures are new or have changed, {removed} are no longer as they were: this comes in {when}")
+            when = f"at once, for files of epoch {place['epoch']} are gone from {self.config.cache_dir}"
+        if added or removed or gone:
+            say(f"data: {added} pictures are new or have changed, {removed} are no longer as they were; this comes {when}")
 
 
 def picture_line(entry):
@@ -222,7 +214,7 @@ def set_up(config, transformer, scheduler, device, steps):
     if process_count() > 1:
         frozen = [name for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()] if name not in parameters]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-        model = DistributedDataParallel(transformer)
+        model = DistributedDataParallel(transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None)
     transformer.train()
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
     return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, whole=True)
@@ -270,7 +262,23 @@ def train_step(config, run, step, batches):
 
 def checkpoint_folders(config):
     """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
-    return sorted((Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6))
+    folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
+    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(folder):
+    """The step in a checkpoint folder's name."""
+    return int(folder.name[5:])
+
+
+def set_aside(folder, why):
+    """Renames a checkpoint folder, so that it is kept and no run goes on from it. Returns its new name."""
+    aside = folder.with_name(f"{why}-{folder.name}-{os.urandom(2).hex()}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder}: is {why} and cannot be renamed ({error.strerror}); move it away") from None
+    return aside.name
 
 
 def lora_metadata(config, step):
@@ -284,7 +292,7 @@ def lora_metadata(config, step):
     }
 
 
-def save_checkpoint(config, run, step, place, held_out):
+def save_checkpoint(config, run, step, place, held_out_keys):
     """Writes `checkpoints/step-N`: a ready-to-use LoRA and all that resuming needs; whole or not at all. Then deletes
     the oldest ones over `checkpoints_total_limit`. `place`: what Batches.place() gave after that step."""
     folder = Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
@@ -293,20 +301,21 @@ def save_checkpoint(config, run, step, place, held_out):
     for name, parameter in run.parameters.items():
         state |= {f"{moment}.{name}": value for moment, value in run.optimizer.state[parameter].items()}
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.parent.glob(".step-*.tmp"):  # of a killed run
+            shutil.rmtree(left, ignore_errors=True)
         save_lora(run.transformer, temporary, lora_metadata(config, step))
         write_tensors(temporary / "state.safetensors", state)
         write_file(temporary / "pictures.jsonl", "".join(picture_line(entry) + "\n" for entry in place[1]))
         values = {
             "step": step,
             "batches": place[0],
-            "held_out": [entry["key"] for entry in held_out],
+            "held_out": held_out_keys,
             "scaler": run.scaler.state_dict(),
             "base_model": model_identity(config, "transformer"),
             "config": vars(config),
-            "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
         }
         write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_file(temporary / "SHA256SUMS", "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())))
         temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -323,16 +332,16 @@ def sha256(path):
 
 
 def read_state(folder):
-    """A checkpoint's state.json, after a look at every file. Raises UserError if it is damaged."""
-    state = read_json(folder / "state.json")
+    """A checkpoint's state.json, after a look at every file. Raises UserError if one is not as it was written."""
     try:
-        wrong = [name for name, digest in state["sha256"].items() if sha256(folder / name) != digest]
-        missing = {"step", "batches", "held_out", "scaler", "base_model", "config"} - state.keys()
-    except (OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: is damaged ({type(error).__name__}: {error})") from None
-    if wrong or missing:
-        raise UserError(f"{folder}: is damaged ({', '.join([*wrong, *sorted(missing)])} not as it was written)")
-    return state
+        sums = [line.split("  ", 1) for line in (folder / "SHA256SUMS").read_text().splitlines()]
+        wrong = [name for digest, name in sums if sha256(folder / name) != digest]
+        wrong += {"state.json", "state.safetensors", "pictures.jsonl"} - {name for _, name in sums}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: is damaged ({error})") from None
+    if wrong:
+        raise UserError(f"{folder}: is damaged ({', '.join(wrong)} is not as it was written)")
+    return read_json(folder / "state.json")
 
 
 def find_checkpoint(config):
@@ -342,8 +351,6 @@ def find_checkpoint(config):
     go on from there: it does not exist, has another base model or LoRA shape, or `output_dir` holds later ones, which this
     run would come to overwrite.
     """
-    if process_rank() > 0:
-        wait_for_all()  # the first process sets aside what is damaged
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
     folder = state = None
     if wanted not in ("latest", "none"):
@@ -357,21 +364,15 @@ def find_checkpoint(config):
         try:
             state = read_state(folder)
         except UserError as error:
-            aside = folder.with_name(f"{folder.name}-damaged-{os.urandom(2).hex()}")
-            try:
-                folder.rename(aside)
-            except OSError:
-                raise UserError(f"{error}; move {folder} away to go on from the one before it") from None
+            aside = set_aside(folder, "damaged")
             folders.pop()
             before = folders[-1].name if folders else "the start: there is none before it"
-            print(f"{error}; it is kept as {aside.name}, and training goes on from {before}", file=sys.stderr)
+            print(f"{error}; it is kept as {aside}, and training goes on from {before}", file=sys.stderr)
             folder = None
-    if folders and (folder is None or folder.name < folders[-1].name):
+    if folders and (state is None or state["step"] < step_of(folders[-1])):
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there")
     if state:
         check_same_run(config, folder, state)
-    if process_rank() == 0:
-        wait_for_all()
     return folder, state
 
 
@@ -382,10 +383,12 @@ def check_same_run(config, folder, state):
         settings.lora_alpha = settings.lora_alpha or float(settings.lora_rank)
         settings.lora_target_modules = sorted(settings.lora_target_modules)
     different = [name for name in FIXED_KEYS if getattr(now, name) != getattr(was, name)]
-    if state["base_model"] != model_identity(config, "transformer"):
-        different.append("model_flavour" if now.model_flavour != was.model_flavour else "pretrained_model_name_or_path")
-    for name in different:
-        raise UserError(f"{name}: found {getattr(now, name)!r}, but {folder} was trained with {getattr(was, name)!r}, or its files differ; choose another output_dir")
+    files = ""
+    if not different and state["base_model"] != model_identity(config, "transformer"):
+        different, files = ["model_flavour" if now.model_flavour != was.model_flavour else "pretrained_model_name_or_path"], "; its files are not the same"
+    if different:
+        name = different[0]
+        raise UserError(f"{name}: found {getattr(now, name)!r}, but {folder} was trained with {getattr(was, name)!r}{files}; choose another output_dir")
     if now.validation_split != was.validation_split:
         say(f"validation_split: stays {was.validation_split}, for the pictures held out must not change")
         config.validation_split = now.validation_split = was.validation_split
@@ -442,27 +445,36 @@ def preview(config, transformer, device, step):
         save_picture(picture_grid(rows, config.validation_prompts, labels), folder / "progress.png", prompts=prompts)
         return column
     except Exception as error:
-        tqdm.write(f"preview at step {step} failed: {type(error).__name__}: {error}; training goes on")
+        smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
+        tqdm.write(f"preview at step {step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
     finally:
         transformer.train()
         free_memory()
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard, from `start` on; lines of steps that a resumed run does again are dropped. Only the
-    first process writes."""
+    """`metrics.jsonl` and TensorBoard, from `start` on; lines of steps that a resumed run does again are dropped, the last
+    held-out scores before are kept in `scores`. Only the first process writes."""
 
     def __init__(self, config, start):
-        self.path, self.board = Path(config.output_dir) / "metrics.jsonl", None
+        self.path, self.board, self.scores = Path(config.output_dir) / "metrics.jsonl", None, {}
         if process_rank() > 0:
             return
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
-                kept += [line + "\n"] if json.loads(line)["step"] <= start else []
+                values = json.loads(line)
+                if values["step"] <= start:
+                    kept.append(line + "\n")
+                    self.scores = values if "held_out_loss" in values else self.scores
         write_file(self.path, "".join(kept))
         if config.report_to == "tensorboard":
-            self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1)
+            # Its thread would print a traceback when the disk is full, before draw() says so in one line.
+            threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
+            try:
+                self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1)
+            except OSError as error:
+                raise UserError(f"{Path(config.output_dir) / 'logs'}: cannot be written ({error.strerror}); mend that, or set report_to to none") from None
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
@@ -470,22 +482,21 @@ class Metrics:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
         try:
-            if values:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(f"{group}/{name}", value, step)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then start again") from None
+        for name, value in values.items():
+            self.draw("add_scalar", f"{group}/{name}", value, step)
 
-    def picture(self, step, image):
-        """Shows a preview in TensorBoard."""
-        if image and self.board:
-            self.board.add_image("validation/previews", np.asarray(image), step, dataformats="HWC")
-
-    def close(self):
-        if self.board:
-            self.board.close()
+    def draw(self, method, *arguments, **options):
+        """Calls a method of TensorBoard's writer; if it cannot write, training goes on without it."""
+        try:
+            if self.board:
+                getattr(self.board, method)(*arguments, **options)
+        except OSError as error:
+            self.board = None
+            tqdm.write(f"logs: TensorBoard's file cannot be written ({error.strerror}); metrics.jsonl goes on")
 
 
 class StopSignals:
@@ -493,7 +504,7 @@ class StopSignals:
     gets no signals, it does nothing."""
 
     def __enter__(self):
-        self.number, self.noted, self.at_once, self.again = 0, 0.0, False, False
+        self.number, self.at_once, self.again = 0, False, False
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
@@ -503,12 +514,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.number and process_count() > 1 and time.monotonic() - self.noted < 2:
-            return  # torchrun passes on what the terminal has sent already
         self.again = self.number != 0
         if not self.again:
-            self.number, self.noted = number, time.monotonic()
-            print("\nstopping, as soon as this step is finished and saved; the same signal again leaves at once", file=sys.stderr)
+            self.number = number
+            os.write(2, b"\nstopping, as soon as this step is finished and saved; the same signal again leaves at once\n")  # print() may be at work
         if self.again or self.at_once:
             raise KeyboardInterrupt(number)
 
@@ -529,7 +538,7 @@ class StopSignals:
         return sum_over_processes(bool(self.number))[0] > 0
 
 
-def memory_advice(config):
+def memory_advice(config, device):
     """What to change when memory runs out, in the order that costs least."""
     advice = []
     if config.train_batch_size > 1:
@@ -538,22 +547,22 @@ def memory_advice(config):
         advice.append("base_model_precision int8-quanto")
     if not config.gradient_checkpointing:
         advice.append("gradient_checkpointing true")
-    if not config.enable_group_offload:
+    if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
-    if config.base_model_precision != "int4-quanto":
+    if config.base_model_precision != "int4-quanto" and device.type != "mps":
         advice.append("base_model_precision int4-quanto")
     return "out of memory; what to change, the cheapest first: " + "; ".join([*advice, f"a resolution under {config.resolution}"])
 
 
 @contextlib.contextmanager
-def memory_advised(config):
+def memory_advised(config, device):
     """Turns running out of memory into a UserError that says what to change."""
     try:
         yield
     except RuntimeError as error:  # on MPS and CPU it has no class of its own
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
             raise
-        raise UserError(memory_advice(config)) from None
+        raise UserError(memory_advice(config, device)) from None
 
 
 # ---------------------------------------------------------------- will it fit?
@@ -587,11 +596,8 @@ def benchmark(config, device):
         seconds.append(time.perf_counter() - start)
     seconds_per_step = statistics.median(seconds[1:] or seconds)  # the first one warms up
 
-    # What a step must compute: forward and input gradients of the linears, 2 x 24 d^2 a token and block, and attention
-    # forward and backward, 14 tokens d a token and block; what checkpointing computes again is not counted.
     d, tokens = transformer.inner_dim, TEXT_TOKENS + width * height // 256
-    blocks = sizes["num_layers"] + sizes["num_single_layers"]
-    flops = blocks * (48 * d * d * tokens + 14 * d * tokens * tokens) * batch * config.gradient_accumulation_steps
+    flops = needed_flops(d, sizes["num_layers"] + sizes["num_single_layers"], tokens) * batch * config.gradient_accumulation_steps
     a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     for repeats in (3, 20):  # the first warms up
         wait()
@@ -607,9 +613,17 @@ def benchmark(config, device):
         print(f"{seconds_per_step:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds_per_step / 1e12:.3g} TFLOP/s, "
               f"{flops / seconds_per_step / matmul_rate:.0%} of this device's {matmul_rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
         on_device = "" if device.type == "cpu" else f"peak device memory {peak_memory(device):.1f} GiB, "
+        if device.type == "cuda":
+            on_device += f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB with what PyTorch keeps in reserve, "
         print(f"{on_device}peak host memory {peak_host_memory()}")
         print(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
     return figures
+
+
+def needed_flops(d, blocks, tokens):
+    """What a LoRA step must compute for one picture: forward and input gradients of the linears, 2 x 24 d^2 a token and
+    block, and attention forward and backward, 14 d tokens a token and block. What checkpointing computes again is not counted."""
+    return blocks * (48 * d * d * tokens + 14 * d * tokens * tokens)
 
 
 def peak_host_memory():
@@ -625,89 +639,106 @@ def peak_host_memory():
 # ---------------------------------------------------------------- training
 
 
-def train(config, run, batches, held_out, prompt_files, start, steps):
+def train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps):
     """The loop: from step `start` + 1 to `steps`, with checkpoints, previews and scores. Saves before it raises."""
     per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
-    metrics, stop, scores = Metrics(config, start), StopSignals(), {}
-    saved = done = start
-    place, bad, skipped, losses, smoothed = batches.place(), 0, 0, [], None
+    metrics, stop, base = Metrics(config, start), StopSignals(), {}
+    saved = done = last_sound = start
+    place, bad, skipped, recent, smoothed = batches.place(), 0, 0, [], math.nan
 
     def save():
         nonlocal saved
         if done > saved and first:
-            save_checkpoint(config, run, done, place, held_out)
+            save_checkpoint(config, run, done, place, held_out_keys)
         saved = done
 
     def score(name):  # the held-out pictures, and as many that are trained on
         some = batches.entries[:: max(1, len(batches.entries) // SCORED_PICTURES)][: len(held_out)]
-        loss_of = lambda entries: mean_loss(config, run.transformer, entries, prompt_files, run.scheduler, run.device)
+        loss_of = lambda entries: mean_loss(config, run.transformer, entries, prompt_files, run.scheduler, run.device, stop.agreed)
         return {f"held_out_{name}": loss_of(held_out), f"trained_{name}": loss_of(some)}
 
     def show():
-        with stop.interrupting() if process_count() == 1 else contextlib.nullcontext():
-            if held_out and "held_out_base" not in scores:
-                run.transformer.disable_adapters()
-                scores.update(score("base"))
-                run.transformer.enable_adapters()
-            scores.update(score("loss") if held_out else {})
+        if held_out and not base:
+            run.transformer.disable_adapters()
+            base.update(score("base"))
+            run.transformer.enable_adapters()
+        scores = {**score("loss"), **base} if held_out else {}
+        if stop.agreed():
+            return
+        if held_out:
             metrics.write(done, "validation", **scores)
+            metrics.scores = {"step": done, **scores}
         with stop.interrupting():
-            if first and config.validation_prompts and not stop.number:
-                metrics.picture(done, preview(config, run.transformer, run.device, done))
+            if first and config.validation_prompts:
+                column = preview(config, run.transformer, run.device, done)
+                if column:
+                    metrics.draw("add_image", "validation/previews", np.asarray(column), done, dataformats="HWC")
+
+    def to_show():  # also at the start, if it was interrupted
+        due = config.validation_step_interval and (done % config.validation_step_interval == 0 or done == steps)
+        drawn = not config.validation_prompts or (Path(config.output_dir) / "validation" / f"step-{done:06d}.png").exists()
+        return due and (done > start or not drawn or (held_out and metrics.scores.get("step") != done))
 
     bar = tqdm(initial=start, total=steps, desc="training", unit="step", disable=not first)
-    with stop, memory_advised(config), bar:
+    with stop, memory_advised(config, run.device), bar:
         try:
-            if config.validation_step_interval and start == 0:
+            if sum_over_processes(bool(to_show()))[0]:
                 show()
-            clock, stopping = time.perf_counter(), stop.agreed()
+            stopping = stop.agreed()
             while done < steps and not stopping:
+                started = time.perf_counter()
                 taken = batches.take(per_step)[process_rank() :: process_count()]
                 loaded = ((number, load_batch(config, batch, prompt_files, epoch, number)) for epoch, number, batch in taken)
                 loss, grad_norm, sound = train_step(config, run, done + 1, loaded)
                 done, place = done + 1, batches.place()
 
+                recent.append((loss if sound else math.nan, grad_norm, time.perf_counter() - started))
                 bad = 0 if sound else bad + 1
                 if sound:
-                    losses.append(loss)
-                    smoothed = loss if smoothed is None else 0.9 * smoothed + 0.1 * loss
+                    last_sound = done
+                    smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
                 else:
                     skipped += 1
-                    say(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
+                    tqdm.write(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
 
                 if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
-                    now, since = time.perf_counter(), (done - start) % LOG_EVERY or LOG_EVERY
+                    means = [statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for values in zip(*recent)]
                     metrics.write(
-                        done, "train", loss=statistics.fmean(losses or [math.nan]), lr=run.optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
-                        epoch=batches.epoch, seconds_per_step=(now - clock) / since, skipped_steps=skipped, peak_memory_gib=peak_memory(run.device),
+                        done, "train", loss=means[0], lr=run.optimizer.param_groups[0]["lr"], grad_norm=means[1], epoch=batches.epoch,
+                        seconds_per_step=means[2], skipped_steps=skipped, peak_memory_gib=peak_memory(run.device),
                     )  # fmt: skip
-                    losses, clock = [], now
+                    recent = []
                 if bad == BAD_STEPS:
                     saved = done  # nothing more: what was learned last may be the cause
+                    for folder in checkpoint_folders(config) if first else []:
+                        if step_of(folder) >= last_sound:  # nothing sound has followed from it
+                            tqdm.write(f"{folder.name} is kept as {set_aside(folder, 'unsound')}")
                     good = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
                     raise UserError(f"step {done}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
-                paused, stopping = time.perf_counter(), stop.agreed()
+                stopping = stop.agreed()
                 if (done % config.checkpoint_step_interval == 0 and not bad) or done == steps or stopping:
                     save()
-                if config.validation_step_interval and not stopping and (done % config.validation_step_interval == 0 or done == steps):
+                if to_show() and not stopping:
                     show()
                     stopping = stop.agreed()
-                clock += time.perf_counter() - paused
-                figures = {"loss": f"{smoothed or math.nan:.4f}"}
-                if held_out and scores:
-                    figures["held_out"] = f"{scores['held_out_loss']:.4f} of {scores['held_out_base']:.4f}"
+                figures = {"loss": f"{smoothed:.4f}"}
+                if metrics.scores:
+                    figures["held_out"] = f"{metrics.scores['held_out_loss']:.4f} of {metrics.scores['held_out_base']:.4f}"
                 if run.device.type != "cpu":
                     figures["memory"] = f"{peak_memory(run.device):.1f} GiB"
                 bar.set_postfix(figures, refresh=False)
                 bar.update()
             if stopping:
+                save()
+                if config.resume_from_checkpoint != "latest":
+                    say('to go on from there, set resume_from_checkpoint to "latest"')
                 raise KeyboardInterrupt(stop.number or signal.SIGTERM)
         except BaseException:
             if run.whole and not stop.again:
                 save()  # the last complete step, if it is not yet
             raise
         finally:
-            metrics.close()
+            metrics.draw("close")
 
 
 def main(config):
@@ -722,15 +753,19 @@ def main(config):
     check_precision(config, device)
     limit_memory(config, device)
     if config.benchmark:
-        with memory_advised(config):
+        with memory_advised(config, device):
             return benchmark(config, device)
-    checkpoint, state = find_checkpoint(config)
-    if checkpoint:
-        config.init_lora = None  # the checkpoint has gone on from there
-    if config.init_lora:
+    checkpoint, state = first_before_others(lambda: find_checkpoint(config))  # it sets aside what is damaged
+    if config.init_lora and checkpoint:
+        say(f"init_lora: {checkpoint} has gone on from there; it is not read again")
+    elif config.init_lora:
         read_lora(config.init_lora)  # a wrong path is said now, not after an hour of caching
     entries, prompt_files = cache_latents.main(config)
-    entries, held_out = hold_out(config, entries, state and state["held_out"])
+    held_out_keys = state["held_out"] if state else hold_out(config, entries)
+    held_out = list({entry["key"]: entry for entry in entries if entry["key"] in held_out_keys}.values())  # each once
+    entries = [entry for entry in entries if entry["key"] not in held_out_keys]
+    if not entries:
+        raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
     batches = Batches(config, entries)
 
     per_step, steps = config.gradient_accumulation_steps * process_count(), config.max_train_steps
@@ -739,21 +774,27 @@ def main(config):
     processes = f" x {process_count()} processes" if process_count() > 1 else ""
     seen = f"each picture will be seen about {steps * per_step / len(batches.batches):.1f} times its repeats"
     say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
-    if held_out:
-        say(f"{len(held_out)} pictures are held out: never trained on, only scored")
+    if held_out_keys:
+        gone = f" ({len(held_out_keys)} at first)" if len(held_out) < len(held_out_keys) else ""
+        say(f"{len(held_out)} pictures are held out{gone}: never trained on, only scored")
 
-    with memory_advised(config):
+    with memory_advised(config, device):
         transformer = load_transformer(config, device)
-        run, start = set_up(config, transformer, load_scheduler(config), device, steps), 0
+        init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
+        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps), 0
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)
         batches.go_to(state["batches"], (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(), prompt_files, device)
         say(f"resumed from {checkpoint}")
     if start >= steps:
-        say(f"nothing to train: {checkpoint} has {start} steps already; raise max_train_steps, or choose another output_dir for a new run")
+        say(f"nothing to train: {checkpoint} has {start} steps already; raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}, or choose another output_dir for a new run")
     if process_rank() == 0:
+        try:
+            (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the training
+        except OSError as error:
+            raise UserError(f"{output / 'checkpoints'}: cannot be written ({error.strerror}); mend that, or choose another output_dir") from None
         write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
-    train(config, run, batches, held_out, prompt_files, start, steps)
+    train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps)
 
     if process_rank() == 0:
         save_lora(transformer, output, lora_metadata(config, max(start, steps)))

@@ -68,10 +68,10 @@ def test_one_group_is_on_the_device_and_the_step_is_the_same(tiny_config, monkey
             numbers.append(on_device())
             results.append((loss.detach(), grads))
         if offload:
-            assert set(numbers) == {1}, "one group after forward, backward and step"
-            assert max(alive) <= 2, "while one is fetched: the one before it, and what autograd still holds"
+            assert set(numbers) == {2}, "after forward, backward and step: the group that computes, and the next one"
+            assert max(alive) <= 2, "when one is fetched: the group that computes, and what autograd still holds"
             groups = -(-6 // together)
-            assert len(sizes) == 2 * (2 * groups - 1) - 1, "each group once forward and once backward; the turning points stay"
+            assert len(sizes) == 1 + 2 * (2 * groups - 2) + 1, "every group is foreseen: none is fetched twice, and only the last one in vain"
         with torch.no_grad():
             results.append((flow_matching_loss(transformer, **draws()), {}))
         assert all(parameter.requires_grad == (name in parameters) for name, parameter in transformer.named_parameters())
@@ -149,7 +149,9 @@ def test_loading_never_holds_the_whole_unquantized_model(tmp_path):
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     model.save_pretrained(tmp_path / "transformer", max_shard_size="300MB")
     del model
-    peak = int(run_python("-c", MEMORY, tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout.splitlines()[-1])
+    # As with the real model's large layers, what is freed goes back to the system.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    peak = int(run_python("-c", MEMORY, tmp_path, env=environment).stdout.splitlines()[-1])
     print(f"{size:.0f} MiB in float32, peak {peak} MiB")
     assert size > 800 and peak < 0.5 * size, "int8 takes a quarter of float32"
 
@@ -162,8 +164,8 @@ def test_every_precision_learns_as_well(tiny_config, tmp_path):
     ratios = {}
     for precision in ("no_change", "int8-quanto", "fp8-torchao", "int4-quanto"):
         config = tiny_config(
-            base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=100, lr_warmup_steps=10, validation_split=0.2,
-            checkpoint_step_interval=50, validation_step_interval=100, validation_prompts=["a red circle in neonix style"], report_to="none",
+            base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=60, lr_warmup_steps=6, train_batch_size=2, validation_split=0.2,
+            checkpoint_step_interval=30, validation_step_interval=60, validation_prompts=["a red circle in neonix style"], report_to="none",
         )  # fmt: skip
         train_lora.main(config)
         expected = lora_bytes(config)
@@ -171,10 +173,10 @@ def test_every_precision_learns_as_well(tiny_config, tmp_path):
         ratios[precision] = scores["held_out_loss"]
         print(f"{precision}: held-out loss {scores['held_out_loss']:.4f} of {scores['held_out_base']:.4f}")
         assert scores["held_out_loss"] < 0.7 * scores["held_out_base"]
-        for name in ("checkpoints/step-000100", "."):  # resumed from step 50, it ends the same
+        for name in ("checkpoints/step-000060", "."):  # resumed from step 30, it ends the same
             for path in (Path(config.output_dir) / name).glob("*"):
                 path.unlink() if path.is_file() else None
-        (Path(config.output_dir) / "checkpoints/step-000100").rmdir()
+        (Path(config.output_dir) / "checkpoints/step-000060").rmdir()
         train_lora.main(config)
         assert lora_bytes(config) == expected
         assert validate.main(config).exists()
@@ -202,14 +204,15 @@ def test_there_is_no_float64_in_training_and_validation(quick_config, monkeypatc
     asked = []
     as_on_mps = lambda dtype, device: asked.append(dtype) or (torch.float32 if dtype == torch.float64 else dtype)
     monkeypatch.setattr(transformer_longcat_image, "maybe_adjust_dtype_for_device", as_on_mps)
-    config = quick_config(max_train_steps=2, validation_step_interval=2, validation_split=0.2, base_model_precision=precision, gradient_checkpointing=True)
+    settings = dict(validation_step_interval=1, validation_split=0.2, validation_num_inference_steps=1, gradient_checkpointing=True)
+    config = quick_config(**settings, max_train_steps=1, base_model_precision=precision)
     with NoFloat64():
         train_lora.main(config)
         validate.main(config)
     assert torch.float64 in asked
     monkeypatch.undo()
     with pytest.raises(TypeError, match="float64"), NoFloat64():
-        train_lora.main(quick_config(max_train_steps=3))
+        train_lora.main(quick_config(max_train_steps=2))
 
 
 def test_what_a_mac_cannot_do_is_refused_by_name():
@@ -279,7 +282,8 @@ def test_out_of_memory_says_what_to_change_and_the_last_step_is_saved(quick_conf
     assert places == sorted(places)
     assert checkpoints(config) == ["step-000002"]
     frugal = load_config(enable_group_offload=True, base_model_precision="int4-quanto", resolution=512)
-    assert train_lora.memory_advice(frugal) == "out of memory; what to change, the cheapest first: a resolution under 512"
+    assert "int4" not in train_lora.memory_advice(load_config(), torch.device("mps"))
+    assert train_lora.memory_advice(frugal, torch.device("cuda")) == "out of memory; what to change, the cheapest first: a resolution under 512"
 
 
 def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch):
@@ -291,5 +295,6 @@ def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch)
     assert "says nothing about the real one" in printed and "vram_limit_gb: is for CUDA" in printed
     assert "peak host memory" in printed and "1000 steps take" in printed
     assert figures["hours"] == pytest.approx(figures["seconds_per_step"] * 1000 / 3600)
+    assert train_lora.needed_flops(3072, 30, 512 + 4096) == pytest.approx(90e12, rel=0.01)
     assert 0.02 < figures["flops_per_second"] / figures["matmul_flops_per_second"] < 1.5
     assert not list(tmp_path.iterdir())

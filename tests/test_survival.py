@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -118,9 +120,8 @@ def test_twenty_kills_at_random_moments(quick_config, tmp_path):
         assert lora_bytes(other) == lora_bytes(whole)
         for folder in ("checkpoints/step-000012", "validation"):
             for path in (Path(whole.output_dir) / folder).iterdir():
-                if path.name != "state.json":  # it holds the folders' names
-                    same = path.read_bytes() == (Path(other.output_dir) / folder / path.name).read_bytes()
-                    assert same or load_file(path).keys() == load_file(Path(other.output_dir) / folder / path.name).keys(), path
+                if path.name not in ("state.json", "SHA256SUMS"):  # they hold the folders' names
+                    assert path.read_bytes() == (Path(other.output_dir) / folder / path.name).read_bytes(), path
         caches = [{path.relative_to(c.cache_dir): path.read_bytes() for path in Path(c.cache_dir).rglob("*.safetensors")} for c in (whole, other)]
         assert caches[0] == caches[1]
         if kills >= 20:
@@ -142,7 +143,7 @@ def test_a_signal_finishes_the_step_and_saves(quick_config, tmp_path, number, co
     process.join()
     assert process.exitcode == code
     printed = (tmp_path / "log").read_text()
-    assert "stopping" in printed and "the same command goes on" in printed and "Traceback" not in printed
+    assert "stopping" in printed and "start again to go on" in printed and "Traceback" not in printed
     (name,) = checkpoints(config)
     config.max_train_steps = int(name[5:]) + 1
     train_lora.main(config)
@@ -157,6 +158,29 @@ def test_a_signal_ends_a_preview(quick_config, tmp_path):
     process.join()
     assert process.exitcode == 143 and not checkpoints(config)
     assert "Traceback" not in (tmp_path / "log").read_text(errors="replace")
+    train_lora.main(quick_config(validation_step_interval=4))
+    pictures = Path(config.output_dir) / "validation"
+    (pictures / "step-000004.png").unlink()  # as if it had been interrupted
+    train_lora.main(quick_config(validation_step_interval=4))
+    assert sorted(path.name for path in pictures.glob("step*")) == ["step-000000.png", "step-000004.png"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun(quick_config):
+    config = quick_config(checkpoint_step_interval=10000, max_train_steps=10000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_lora.py", *flags(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not ((Path(config.output_dir) / "metrics.jsonl").exists() and metrics(config)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    printed = process.communicate()[0]
+    assert printed.count("start again to go on") == 2
+    (name,) = checkpoints(config)
+    config.max_train_steps = int(name[5:]) + 1
+    train_lora.main(config)
+    assert checkpoints(config) == [name, f"step-{config.max_train_steps:06d}"]
 
 
 def test_what_a_signal_does_in_the_loop(quick_config, monkeypatch, tmp_path, capsys):
@@ -202,7 +226,8 @@ def flip(path):
         lambda folder: flip(folder / "state.safetensors"),
         lambda folder: (folder / "pictures.jsonl").unlink(),
         lambda folder: (folder / "state.json").write_text('{"step": 3'),
-        lambda folder: (folder / "state.json").write_text('{"step": 3, "sha256": []}'),
+        lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace('"epoch": 0', '"epoch": 9')),
+        lambda folder: (folder / "SHA256SUMS").write_text(""),
         lambda folder: (folder / "state.json").unlink(),
     ],
 )
@@ -219,7 +244,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, 
     printed = capsys.readouterr()
     assert "step-000003" in printed.err and "training goes on from step-000002" in printed.err and "resumed from" in printed.out
     assert lora_bytes(config) == expected and checkpoints(config) == ["step-000002", "step-000003"]
-    assert len(list(newest.parent.glob("step-000003-damaged-*"))) == 1, "nothing is thrown away"
+    assert len(list(newest.parent.glob("damaged-step-000003-*"))) == 1, "nothing is thrown away"
 
 
 def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_config, tmp_path, capsys):
@@ -235,8 +260,11 @@ def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_co
     train_lora.model_identity.__globals__["folder_identity"].cache_clear()
     with pytest.raises(ValueError, match="^pretrained_model_name_or_path: .*was trained with"):
         train_lora.main(quick_config(pretrained_model_name_or_path=str(tmp_path / "model")))
-    with pytest.raises(ValueError, match="holds later checkpoints, up to step-000002"):
-        train_lora.main(quick_config(resume_from_checkpoint="none"))
+    copy = tmp_path / "zcopy"
+    shutil.copytree(Path(config.output_dir) / "checkpoints/step-000001", copy)
+    for wanted in ("none", str(copy)):
+        with pytest.raises(ValueError, match="holds later checkpoints, up to step-000002"):
+            train_lora.main(quick_config(resume_from_checkpoint=wanted))
     with pytest.raises(ValueError, match="there is no such LoRA file"):
         train_lora.main(quick_config(init_lora="nowhere.safetensors", output_dir=str(tmp_path / "new")))
 
@@ -283,11 +311,24 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
     capsys.readouterr()
     train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
     printed = capsys.readouterr().out
-    assert "data: 3 pictures are new or have changed, 2 are no longer as they were: this comes in 4 batches" in printed.replace("in in", "in")
+    assert "data: 3 pictures are new or have changed, 2 are no longer as they were; this comes with the next epoch, 4 batches from here" in printed
     epochs = [[(name, captions) for epoch, name, captions in seen if epoch == n] for n in (0, 1)]
     assert len(epochs[0]) == 7 and len({name for name, _ in epochs[0]}) == 7, "the epoch is finished with its own pictures, each once"
     assert len(epochs[1]) == 8 == len({name for name, _ in epochs[1]})
     assert len({name for name, _ in epochs[1]} - {name for name, _ in epochs[0]}) == 2
+    # Held out is held out: also after it was away for a while.
+    held = quick_config(data_dir=str(data), output_dir=str(tmp_path / "held"), validation_split=0.2, max_train_steps=1)
+    train_lora.main(held)
+    keys = json.loads((Path(held.output_dir) / "checkpoints/step-000001/state.json").read_text())["held_out"]
+    manifest = [json.loads(line) for line in (Path(held.output_dir) / "manifest.jsonl").read_text().splitlines()]
+    (path,) = [Path(entry["path"]) for entry in manifest if entry["key"] in keys[:1]]
+    seen.clear()
+    for step in (2, 12):
+        path.rename(path.with_suffix(".away")) if step == 2 else path.with_suffix(".away").rename(path)
+        held.max_train_steps = step
+        train_lora.main(held)
+        assert f"{1 if step == 2 else 2} pictures are held out{' (2 at first)' if step == 2 else ''}" in capsys.readouterr().out
+    assert not any(name in str(train_lora.cache_latents.latents_file(held, entry)) for _, name, _ in seen for entry in manifest if entry["key"] in keys)
     assert not any("a new caption" in captions for _, captions in epochs[0]) and sum("a new caption" in captions for _, captions in epochs[1]) == 1
 
 
@@ -303,17 +344,26 @@ def disturb_loss(monkeypatch, factor_of):
         return original(*arguments) * factor_of(len(calls))
 
     monkeypatch.setattr(train_lora, "flow_matching_loss", disturbed)
+    return calls
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_config, monkeypatch, capsys):
     config = quick_config(max_train_steps=12, checkpoint_step_interval=4)
     bad = {2: math.nan, 3: math.inf, 5: math.nan, 8: math.nan, 9: math.nan, 10: math.nan}
-    disturb_loss(monkeypatch, lambda n: bad.get(n, 1.0))
+    calls = disturb_loss(monkeypatch, lambda n: bad.get(n, 1.0))
     with pytest.raises(ValueError, match="step 10: .* 3 times in a row; the last good checkpoint is step-000004"):
         train_lora.main(config)
     printed = capsys.readouterr().out
     assert printed.count("not learned from") == 6 and "step 3: loss inf" in printed
     assert checkpoints(config) == ["step-000004"], "not at step 8, which was bad, and not at the end"
+    other = quick_config(output_dir=config.output_dir + "-2", max_train_steps=12, checkpoint_step_interval=1)
+    calls.clear()
+    bad.clear()
+    bad.update({5: math.nan, 6: math.nan, 7: math.nan})
+    with pytest.raises(ValueError, match="the last good checkpoint is step-000003"):
+        train_lora.main(other)
+    assert checkpoints(other)[-1] == "step-000003", "what followed from step 4 was never sound: it is set aside"
+    assert len(list((Path(other.output_dir) / "checkpoints").glob("unsound-step-000004-*"))) == 1
     assert metrics(config)[0]["skipped_steps"] == 6
     monkeypatch.undo()
     assert train_lora.main(config).exists()
@@ -321,7 +371,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_confi
 
 
 def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, capsys):
-    unscale, limit = torch.amp.GradScaler.unscale_, 2.0**13
+    unscale, limit = torch.amp.GradScaler.unscale_, 2.0**15
 
     def overflowing(scaler, optimizer):
         if scaler.get_scale() > limit:  # it is 2^16 at first
@@ -329,20 +379,22 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
         return unscale(scaler, optimizer)
 
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflowing)
-    config = quick_config(mixed_precision="fp16", max_train_steps=4, gradient_checkpointing=True)
+    config = quick_config(mixed_precision="fp16", max_train_steps=2, gradient_checkpointing=True)
     train_lora.main(config)
     folder_of = lambda step: Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
     state_of = lambda step: json.loads((folder_of(step) / "state.json").read_text())
-    assert [state_of(step)["scaler"]["scale"] for step in (1, 2, 3, 4)] == [2.0**15, 2.0**14, 2.0**13, 2.0**13]
+    assert [state_of(step)["scaler"]["scale"] for step in (1, 2)] == [2.0**15, 2.0**15]
     assert "not learned from" not in capsys.readouterr().out
-    learned = [any(tensor.any() for name, tensor in load_file(folder_of(step) / NAMES[0]).items() if "lora_B" in name) for step in (3, 4)]
+    learned = [any(tensor.any() for name, tensor in load_file(folder_of(step) / NAMES[0]).items() if "lora_B" in name) for step in (1, 2)]
     assert learned == [False, True]
-    shutil.rmtree(folder_of(4))  # a checkpoint without any optimizer state is gone on from, too
-    state = state_of(3)
+    shutil.rmtree(folder_of(2))  # a checkpoint without any optimizer state is gone on from, too
+    state = state_of(1)
     state["scaler"]["scale"] = 2.0
-    (folder_of(3) / "state.json").write_text(json.dumps(state))
+    (folder_of(1) / "state.json").write_text(json.dumps(state))
+    names = sorted(path.name for path in folder_of(1).iterdir() if path.name != "SHA256SUMS")
+    (folder_of(1) / "SHA256SUMS").write_text("".join(f"{train_lora.sha256(folder_of(1) / name)}  {name}\n" for name in names))
     limit = 0.0  # at a scale of 1 the gradients themselves are to blame
-    with pytest.raises(ValueError, match="step 7: .*not finite 3 times in a row"):
+    with pytest.raises(ValueError, match="step 5: .*not finite 3 times in a row"):
         train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40, gradient_checkpointing=True))
 
 
@@ -352,7 +404,7 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
 def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp_path):
     config = quick_config(max_train_steps=2)
     train_lora.main(config)
-    config.max_train_steps = 4
+    config.max_train_steps, config.report_to = 4, "tensorboard"
     size = (Path(config.output_dir) / "checkpoints/step-000002/state.safetensors").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
@@ -371,6 +423,7 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     (tmp_path / "taken" / "checkpoints").write_text("in the way")
     with pytest.raises(ValueError, match="checkpoints.*cannot be written"):
         train_lora.main(config)
+    assert not (tmp_path / "taken" / "metrics.jsonl").exists(), "it is said before the training"
 
     config, load_batch = quick_config(cache_dir=str(tmp_path / "cache"), checkpoint_step_interval=1000), train_lora.load_batch
 
@@ -386,3 +439,11 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     monkeypatch.undo()
     train_lora.main(config)
     assert checkpoints(config) == ["step-000002", "step-000004"]
+    # Files that only the epoch in progress still needs: the next one begins.
+    other = quick_config(cache_dir=config.cache_dir, data_dir=str(ROOT / "tests/tiny_longcat/regularisation"), max_train_steps=5)
+    lines = (Path(config.output_dir) / "checkpoints/step-000004/pictures.jsonl").read_text().splitlines()
+    for line in lines:
+        train_lora.cache_latents.latents_file(config, json.loads(line)).write_bytes(b"cut")
+    train_lora.main(other)
+    state = json.loads((Path(config.output_dir) / "checkpoints/step-000005/state.json").read_text())
+    assert state["batches"]["epoch"] == 1 and state["batches"]["position"] == 1
