@@ -474,9 +474,9 @@ def process_count():
 
 
 def say(text):
-    """Prints a line; under torchrun in the first process only."""
+    """Prints a line, past any progress bar; under torchrun in the first process only."""
     if process_rank() == 0:
-        print(text)
+        tqdm.write(text)
 
 
 def sum_over_processes(*numbers):

@@ -166,8 +166,8 @@ class Batches:
 
 
 def picture_line(entry):
-    """A manifest's entry as the line of a checkpoint's pictures.jsonl."""
-    return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")}, ensure_ascii=False)
+    """A manifest's entry as the line of a checkpoint's pictures.jsonl, in ASCII: no caption ends a line."""
+    return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")})
 
 
 def load_batch(config, batch, prompt_files, epoch, index):
@@ -496,7 +496,7 @@ class Metrics:
                 getattr(self.board, method)(*arguments, **options)
         except OSError as error:
             self.board = None
-            tqdm.write(f"logs: TensorBoard's file cannot be written ({error.strerror}); metrics.jsonl goes on")
+            say(f"logs: TensorBoard's file cannot be written ({error.strerror}); metrics.jsonl goes on")
 
 
 class StopSignals:
@@ -699,7 +699,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                     smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
                 else:
                     skipped += 1
-                    tqdm.write(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
+                    say(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
 
                 if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
                     means = [statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for values in zip(*recent)]
@@ -712,7 +712,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                     saved = done  # nothing more: what was learned last may be the cause
                     for folder in checkpoint_folders(config) if first else []:
                         if step_of(folder) >= last_sound:  # nothing sound has followed from it
-                            tqdm.write(f"{folder.name} is kept as {set_aside(folder, 'unsound')}")
+                            say(f"{folder.name} is kept as {set_aside(folder, 'unsound')}")
                     good = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
                     raise UserError(f"step {done}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
                 stopping = stop.agreed()

@@ -305,9 +305,10 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
     assert len(first_epoch) == len(seen) == 3
     for path in data.glob("neonix-00.*"):
         path.unlink()
+    new = "a new\u2028caption"  # with what Python takes for the end of a line
     for path in (ROOT / "tests/tiny_longcat/pictures").glob("neonix-2[01].*"):
         shutil.copy(path, data)
-    (data / "neonix-01.json").write_text(json.dumps({"caption": "a new caption"}))
+    (data / "neonix-01.json").write_text(json.dumps({"caption": new}))
     capsys.readouterr()
     train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
     printed = capsys.readouterr().out
@@ -329,7 +330,7 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
         train_lora.main(held)
         assert f"{1 if step == 2 else 2} pictures are held out{' (2 at first)' if step == 2 else ''}" in capsys.readouterr().out
     assert not any(name in str(train_lora.cache_latents.latents_file(held, entry)) for _, name, _ in seen for entry in manifest if entry["key"] in keys)
-    assert not any("a new caption" in captions for _, captions in epochs[0]) and sum("a new caption" in captions for _, captions in epochs[1]) == 1
+    assert not any(new in captions for _, captions in epochs[0]) and sum(new in captions for _, captions in epochs[1]) == 1
 
 
 # ---------------------------------------------------------------- what is not finite
