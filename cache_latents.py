@@ -218,9 +218,10 @@ def read_manifest(config):
     manifest that is there is used. Under torchrun the first process does it for all."""
     path = Path(config.output_dir) / "manifest.jsonl"
     if process_rank() == 0 and (config.data_dir is not None or not path.exists()):
-        entries = prepare_data.main(config)
-        wait_for_all()
-        return entries
+        try:
+            return prepare_data.main(config)
+        finally:
+            wait_for_all()  # also if it fails: the others would wait for ever
     wait_for_all()
     try:
         with open(path, encoding="utf-8") as lines:

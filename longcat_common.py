@@ -44,6 +44,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
+# MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a coarser
+# kernel that time (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
+torch.zeros(1).exp()
+
 VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
@@ -342,14 +346,15 @@ def config_from_flags(description, arguments):
             raise UserError(f"--{name} means nothing here: {IGNORED_KEYS[name]}")
         if name and name != "help" and name not in ALL_KEYS:
             load_config(**{name: None})  # names it and the nearest key
-        bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool and arguments[i + 1 : i + 2] not in (["true"], ["false"])
+        bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool
+        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (["true"], ["false"])
         words.append(f"{word}=true" if bare else word)
     given = vars(parser.parse_args(words))
     path = given.pop("config")
     for name in given:
         if ALL_KEYS[name].types is not str or given[name] == "null":
             with contextlib.suppress(json.JSONDecodeError):
-                value = json.loads(given[name])
+                value = json.loads(given[name].lower() if ALL_KEYS[name].types is bool else given[name])  # Python's True, too
                 if str not in types_of(name) or type(value) in types_of(name) or value is None:
                     given[name] = value
     return load_config(path, **given)

@@ -473,6 +473,7 @@ class Metrics:
             threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
             try:
                 self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1)
+                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})  # in one chart
             except OSError as error:
                 raise UserError(f"{Path(config.output_dir) / 'logs'}: cannot be written ({error.strerror}); mend that, or set report_to to none") from None
 

@@ -28,7 +28,8 @@ def test_file_flags_and_defaults(tmp_path):
     config = config_from_flags("", flags)
     assert (config.lora_rank, config.output_dir, config.gradient_checkpointing) == (4, "a//b", True)
     assert config.validation_prompts == ["a", "b"]
-    assert config_from_flags("", ["--gradient_checkpointing", "false"]).gradient_checkpointing is False
+    for word in ("false", "False"):
+        assert config_from_flags("", ["--gradient_checkpointing", word]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
     assert config_from_flags("", ["--validation_prompts", "42"]).validation_prompts == ["42"]
     config.lora_target_modules.append("x")

@@ -13,6 +13,7 @@ import torch
 from conftest import MODEL, run_script
 from PIL import Image
 from safetensors.torch import load_file, safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cache_latents
 import longcat_common
@@ -139,7 +140,10 @@ def test_what_the_main_job_leaves(trained):
     assert [line["step"] for line in lines] == list(range(10, config.max_train_steps + 1, 10))
     assert np.mean([line["loss"] for line in lines[-5:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
     assert {"loss", "lr", "grad_norm", "seconds_per_step", "epoch"} <= lines[0].keys()
-    assert list((output / "logs").glob("events*"))
+    events = EventAccumulator(str(output / "logs"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/seconds_per_step"} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("validation/previews")] == [0, 60, 120]
     for step in (0, 60, 120):
         with Image.open(output / "validation" / f"step-{step:06d}.png") as column:
             assert column.size == (128, 128 * len(config.validation_prompts))
