@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, start_script
 from safetensors.torch import load_file, save_file
+from test_cache import cached_files
 
 import train_lora
 from longcat_common import load_config
@@ -24,7 +25,8 @@ NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapt
 
 
 def lora_bytes(config):
-    return [(Path(config.output_dir) / name).read_bytes() for name in NAMES]
+    """A hash of the bytes of each of the run's LoRA files."""
+    return [train_lora.sha256(Path(config.output_dir) / name) for name in NAMES]
 
 
 def checkpoints(config):
@@ -74,7 +76,7 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, tmp_pat
     # Another seed is another LoRA: the comparison can fail.
     other = quick_config(**{**settings, "max_train_steps": 1}, output_dir=str(tmp_path / "other"), seed=43)
     train_lora.main(other)
-    assert lora_bytes(other)[0] != (Path(config.output_dir) / "checkpoints/step-000001" / NAMES[0]).read_bytes()
+    assert lora_bytes(other)[0] != train_lora.sha256(Path(config.output_dir) / "checkpoints/step-000001" / NAMES[0])
 
 
 def test_killed_in_every_stage(quick_config, tmp_path):
@@ -121,9 +123,8 @@ def test_twenty_kills_at_random_moments(quick_config, tmp_path):
         for folder in ("checkpoints/step-000012", "validation"):
             for path in (Path(whole.output_dir) / folder).iterdir():
                 if path.name not in ("state.json", "SHA256SUMS"):  # they hold the folders' names
-                    assert path.read_bytes() == (Path(other.output_dir) / folder / path.name).read_bytes(), path
-        caches = [{path.relative_to(c.cache_dir): path.read_bytes() for path in Path(c.cache_dir).rglob("*.safetensors")} for c in (whole, other)]
-        assert caches[0] == caches[1]
+                    assert train_lora.sha256(path) == train_lora.sha256(Path(other.output_dir) / folder / path.name), path
+        assert cached_files(other) == cached_files(whole)
         if kills >= 20:
             break
     print(f"{kills} kills in {round_number + 1} runs, after {len(places)} different amounts of work")
