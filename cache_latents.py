@@ -30,6 +30,7 @@ from longcat_common import (
     free_memory,
     in_batches,
     in_parallel,
+    leaves_nothing,
     load_vae,
     model_folder,
     model_identity,
@@ -235,6 +236,7 @@ def read_manifest(config):
         raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
 
 
+@leaves_nothing
 def main(config):
     """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file}). With `prune` it
     only deletes what is not needed."""

@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 import weakref
 from pathlib import Path
@@ -36,6 +37,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatIma
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
@@ -115,6 +117,8 @@ KEYS = {
         "lora_dropout": Key(float, 0.0, "dropout on the LoRA's input", minimum=0),
         "init_lora": Key(str, None, "LoRA file or folder to start from"),
         "lora_target_modules": Key(list, TARGET_MODULES, "ends of the names of the layers that get a LoRA"),
+        "trigger_words": Key((list, str), [], "words that call up what was learned; noted in the LoRA's file"),
+        "license": Key(str, None, "licence of the LoRA; noted in its file"),
     },
     "training": {
         "train_batch_size": Key(int, 1, "pictures a batch", minimum=1),
@@ -153,13 +157,16 @@ KEYS = {
         "validation_step_interval": Key(int, 500, "steps between preview pictures and held-out scores; 0: none", minimum=0),
     },
     "validation": {
-        "validation_prompts": Key((list, str), [], "prompts of previews and of validate.py"),
+        "validation_prompts": Key((list, str), [], "prompts of previews and of validate.py: a list, one, or a .txt file with one a line"),
         "validation_negative_prompt": Key(str, "", "negative prompt"),
-        "validation_resolution": Key(str, "1024x1024", "width x height of the pictures, multiples of 16"),
+        "validation_resolution": Key(str, "1024x1024", 'width x height of the pictures, multiples of 16; validate.py takes several, "1024x1024,1344x768"'),
         "validation_guidance": Key(float, 4.5, "guidance scale", minimum=0),
         "validation_num_inference_steps": Key(int, 30, "sampling steps", minimum=1),
-        "validation_seed": Key(int, 42, "seed of every picture's first noise", minimum=0),
-        "lora": Key(str, None, "the LoRA that validate.py shows, a file or folder; null: the newest of output_dir"),
+        "validation_seed": Key((int, list), 42, "seed of every picture's first noise; validate.py takes a list, too", minimum=0),
+        "validation_cfg_renorm": Key(bool, True, "the pipeline's CFG-renorm: guidance does not raise the prediction's norm"),
+        "validation_lora_strength": Key((float, list), 1.0, "validate.py: strength of the LoRA; a list gives a column each"),
+        "lora": Key(str, None, 'validate.py: a LoRA file, a folder, "latest" of output_dir, or "none"; null: latest, if there is one'),
+        "compare_checkpoints": Key(bool, False, "validate.py: a column for each checkpoint of output_dir"),
     },
 }
 ALL_KEYS = {name: key for group in KEYS.values() for name, key in group.items()}
@@ -178,6 +185,23 @@ IGNORED_KEYS = {
     "tracker_project_name": "curves are in output_dir/logs",
     "tracker_run_name": "curves are in output_dir/logs",
     "disable_benchmark": "nothing is measured unless benchmark is set",
+    "validation_prompt": "use validation_prompts",
+    "user_prompt_library": "use validation_prompts, which may name a .txt file",
+    "validation_guidance_rescale": "see validation_cfg_renorm",
+    "validation_torch_compile": "nothing is compiled",
+    "checkpointing_steps": "use checkpoint_step_interval",
+    "validation_steps": "use validation_step_interval",
+    "num_validation_images": "use validation_seed with a list",
+    "base_model_default_dtype": "use mixed_precision",
+    "aspect_bucket_rounding": "see aspect_bucket_alignment",
+    "instance_data_dir": "use data_dir",
+    "hub_model_id": "upload the LoRA file yourself",
+    "push_checkpoints_to_hub": "upload the LoRA file yourself",
+    "ema_decay": "there is no EMA",
+    "use_ema": "there is no EMA",
+    "snr_gamma": "the loss is flow matching, unweighted",
+    "quantize_via": "each block is quantized on the device",
+    "attention_mechanism": "PyTorch chooses the attention kernel",
 }
 
 
@@ -229,8 +253,8 @@ def load_config(path=None, **overrides):
             raise UserError(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"))
         else:
             setattr(config, name, checked(name, value))
-    config.validation_prompts = [config.validation_prompts] if isinstance(config.validation_prompts, str) else config.validation_prompts
-    parse_size("validation_resolution", config.validation_resolution, 16)
+    config.validation_prompts, config.trigger_words = read_prompts(config.validation_prompts), as_list(config.trigger_words)
+    validation_sizes(config)
     buckets(config)
     sources(config)
     if config.enable_group_offload and not config.gradient_checkpointing:
@@ -240,6 +264,29 @@ def load_config(path=None, **overrides):
             limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
             raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 {limit}")
     return config
+
+
+def as_list(value):
+    """A value that may be a list or a single one, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def read_prompts(prompts):
+    """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
+    if isinstance(prompts, list) or not prompts.endswith(".txt"):
+        return as_list(prompts)
+    try:
+        lines = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"validation_prompts: {prompts}: cannot be read as a UTF-8 text file ({error})") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"validation_prompts: {prompts}: holds no prompt; write one a line")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def validation_sizes(config):
+    """The sizes (width, height) in `validation_resolution`."""
+    return [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
 
 
 def types_of(name):
@@ -253,7 +300,7 @@ def checked(name, value):
     key, types = ALL_KEYS[name], types_of(name)
     if value is None and key.default is None:
         return None
-    if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt"):
+    if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt", "trigger_words"):
         raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
@@ -264,14 +311,17 @@ def checked(name, value):
     if type(value) not in types:
         wanted = " or ".join({str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[t] for t in types)
         raise UserError(f"{name}: found {value!r}, allowed is {wanted}")
+    if type(value) is list and name != "data_dir":
+        wanted, allowed = {int: ("whole numbers", [int]), float: ("numbers", [int, float])}.get(types[0], ("texts", [str]))
+        if not all(type(v) in allowed for v in value):
+            raise UserError(f"{name}: found {value!r}, allowed is a list of {wanted}")
     if key.choices and value not in key.choices:
         raise UserError(f"{name}: found {value!r}, allowed: {', '.join(json.dumps(c) for c in key.choices)}")
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f"{name}: found {value!r}, allowed is a finite number")
-    if key.minimum is not None and value < key.minimum:
-        raise UserError(f"{name}: found {value!r}, allowed is {key.minimum} or more")
-    if list in types and type(value) is list and name != "data_dir" and not all(isinstance(v, str) for v in value):
-        raise UserError(f"{name}: found {value!r}, allowed is a list of texts")
+    for number in as_list(value) if {int, float} & set(types) else []:
+        if type(number) is float and not math.isfinite(number):
+            raise UserError(f"{name}: found {value!r}, allowed is a finite number")
+        if key.minimum is not None and type(number) in (int, float) and number < key.minimum:
+            raise UserError(f"{name}: found {value!r}, allowed is {key.minimum} or more")
     return value
 
 
@@ -418,6 +468,15 @@ def read_tensors(path):
         raise UserError(f"{path}: is missing or damaged ({error})") from None
 
 
+def read_header(path):
+    """The metadata in a safetensors file's header, as a dictionary. Raises UserError if the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is missing or damaged ({error})") from None
+
+
 def is_readable(path):
     """Whether a safetensors file is there and, by its header, whole."""
     try:
@@ -425,6 +484,17 @@ def is_readable(path):
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def checkpoint_folders(config):
+    """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
+    folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
+    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(folder):
+    """The step in a checkpoint folder's name."""
+    return int(folder.name[5:])
 
 
 def content_key(*parts):
@@ -482,6 +552,9 @@ def say(text):
     """Prints a line, past any progress bar; under torchrun in the first process only."""
     if process_rank() == 0:
         tqdm.write(text)
+
+
+say_once = functools.cache(say)  # the same line only once
 
 
 def sum_over_processes(*numbers):
@@ -575,6 +648,25 @@ def free_memory():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def leaves_nothing(main):
+    """A stage's `main` that leaves in a notebook what it found: the configuration as it was, and no model in memory, not even
+    after an error, whose traceback the notebook keeps, and with it all that the functions held."""
+
+    @functools.wraps(main)
+    def stage(config):
+        try:
+            return main(copy.deepcopy(config))
+        except BaseException as error:
+            while error:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__context__
+            raise
+        finally:
+            free_memory()
+
+    return stage
 
 
 # ---------------------------------------------------------------- models
@@ -798,6 +890,8 @@ def quantize(module, precision):
     if precision in ("int8-quanto", "int4-quanto"):
         from optimum import quanto
 
+        for lock in Path(quanto.__file__).parent.glob("library/extensions/*/build/lock") if precision == "int4-quanto" else []:
+            say_once(f"int4-quanto: waiting for another process that compiles its extension; if there is none (one was killed), delete {lock}")
         quanto.quantize(module, weights=quanto.qint8 if precision == "int8-quanto" else quanto.qint4)
         quanto.freeze(module)
     elif precision == "fp8-torchao":
@@ -1164,7 +1258,12 @@ def add_lora(transformer, config):
         own = get_peft_model_state_dict(transformer)
         wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
         if wrong:
-            raise UserError(f"init_lora: {config.init_lora} does not fit lora_rank {config.lora_rank} and lora_target_modules (first: {wrong[0]})")
+            ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
+            ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
+            raise UserError(
+                f"init_lora: {config.init_lora} does not fit lora_rank {config.lora_rank} and lora_target_modules (first: {wrong[0]}); "
+                f"it has rank {' and '.join(map(str, ranks))} on {json.dumps(ends)}"
+            )
         scale = config.lora_rank / alpha
         set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
     return parameters
@@ -1186,40 +1285,81 @@ def save_lora(transformer, folder, metadata=None):
     write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def read_lora(path):
-    """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder. Raises UserError."""
+def lora_file(path):
+    """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises UserError."""
     path = Path(path)
-    if path.is_dir():
-        path = path / "pytorch_lora_weights.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such LoRA file")
-    state = {name.removeprefix("transformer."): tensor for name, tensor in read_tensors(path).items()}
-    if not state or not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in state):
-        raise UserError(f"{path}: is no LoRA of this trainer: keys such as {next(iter(state), 'none at all')!r}")
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    file = next((path / name for name in names if (path / name).is_file()), path / names[0]) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such LoRA file")
+    return file
+
+
+def read_lora(path):
+    """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
+
+    Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT (`base_model.model.`) or
+    none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA), is folded
+    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. Raises UserError.
+    """
+    path, state, alphas = lora_file(path), {}, {}
+    header, config = read_header(path), path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and config.is_file():
+        settings = read_json(config)
+    else:
+        with named_if_damaged(path):
+            settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+    for name, tensor in read_tensors(path).items():
+        name = re.sub(r"^(transformer\.|base_model\.model\.)+", "", name)
+        name = name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = tensor.item()
+        else:
+            state[name] = tensor.float()
+    modules = {name.rsplit(".lora_", 1)[0] for name in state}
+    if not state or state.keys() != {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}:
+        unknown = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
+        raise UserError(f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}")
+    for module in modules:
+        B = state[f"{module}.lora_B.weight"]
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1])))
+        state[f"{module}.lora_B.weight"] = B * (alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1]))
     return state
 
 
-def load_lora(transformer, path):
-    """Puts a LoRA file, or the one in a folder, on the transformer, ready to draw. Raises UserError if it does not fit."""
+def load_lora(transformer, path, strength=1.0):
+    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it does
+    not fit."""
     state, layers = read_lora(path), {name for name, _ in transformer.named_modules()}
     for name in state:
         if name.rsplit(".lora_", 1)[0] not in layers:
             raise UserError(f"{path}: was made for another model: this one has no layer {name.rsplit('.lora_', 1)[0]}")
+    remove_lora(transformer)
     try:
         transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit this transformer ({str(error)[:200]!r})") from None
+    transformer.set_adapters(next(iter(transformer.peft_config)), strength)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(transformer.device)  # an offloaded block is not there
 
 
+def remove_lora(transformer):
+    """Takes a loaded LoRA off the transformer, which is the base again."""
+    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
+
+
 # ---------------------------------------------------------------- pictures
 
 
-def generate(pipe, config, prompts):
-    """One picture a prompt, with the validation settings and the same seed for each."""
-    width, height = parse_size("validation_resolution", config.validation_resolution, 16)
+def generate(pipe, config, prompts, size=None, seed=None):
+    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and `seed`:
+    the first ones of the configuration, if not given."""
+    width, height = size or validation_sizes(config)[0]
+    seed = as_list(config.validation_seed)[0] if seed is None else seed
     pipe.set_progress_bar_config(leave=False, desc="sampling")
     images = []
     for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
@@ -1230,10 +1370,19 @@ def generate(pipe, config, prompts):
             height=height,
             num_inference_steps=config.validation_num_inference_steps,
             guidance_scale=config.validation_guidance,
-            generator=torch.Generator().manual_seed(config.validation_seed),
+            generator=torch.Generator().manual_seed(seed),
+            enable_cfg_renorm=config.validation_cfg_renorm,
             enable_prompt_rewrite=False,
         ).images
     return images
+
+
+CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc")
+
+
+def is_chinese(text):
+    """Whether a text has characters that Pillow's own font lacks."""
+    return any(ord(letter) > 0x2E7F for letter in text)
 
 
 @functools.cache
@@ -1242,7 +1391,7 @@ def label_font(size, chinese):
     Chinese is needed and no known font is installed."""
     if not chinese:
         return ImageFont.load_default(size)
-    for name in ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc"):
+    for name in CHINESE_FONTS:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
     return None
@@ -1251,28 +1400,36 @@ def label_font(size, chinese):
 def label(text, size, instead="(no font for Chinese text)"):
     """A label on one line and its font; `instead` if the text is Chinese and no font for it is installed."""
     text = " ".join(text.split())
-    font = label_font(size, any(ord(letter) > 0x2E7F for letter in text))
+    font = label_font(size, is_chinese(text))
     return (text, font) if font else (instead, label_font(size, False))
 
 
-def picture_grid(rows, row_labels, column_labels):
-    """A labelled PNG-ready grid. `rows`: lists of equally sized pictures, one list a row label."""
-    cell = max(192, min(512, rows[0][0].width))
-    cell_height = round(rows[0][0].height * cell / rows[0][0].width)
-    size, gap = max(13, cell // 16), 8
+def picture_grid(rows, row_labels, column_labels, title=None):
+    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size."""
+    cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
+    size = max(13, cell // 16)
     line = size + 2 * gap
-    grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, line + len(rows) * (line + cell_height) + gap), "white")
+    heights = [round(images[0].height * cell / images[0].width) for images in rows]
+    head = line * (2 if title else 1)
+    grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white")
     draw = ImageDraw.Draw(grid)
-    for x, text in enumerate(column_labels):
-        draw.text((gap + x * (cell + gap) + cell / 2, line / 2), text, "black", font=label_font(size, False), anchor="mm")
-    for y, (images, text) in enumerate(zip(rows, row_labels)):
-        top = line + y * (line + cell_height)
-        text, font = label(text, size, f"prompt {y + 1} (Chinese; no Chinese font found)")
-        while draw.textlength(text, font=font) > grid.width - 2 * gap:
+
+    def write(text, x, y, width, anchor, colour, instead):
+        text, font = label(text, size, instead)
+        while draw.textlength(text, font=font) > width:
             text = text.rstrip("…")[:-1] + "…"
-        draw.text((gap, top + line / 2), text, "#444444", font=font, anchor="lm")
+        draw.text((x, y), text, colour, font=font, anchor=anchor)
+
+    if title:
+        write(title, gap, line / 2, grid.width - 2 * gap, "lm", "#444444", "(the title is Chinese; no Chinese font found)")
+    for x, text in enumerate(column_labels):
+        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black", f"column {x + 1} (Chinese; no Chinese font found)")
+    top = head
+    for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
+        write(text, gap, top + line / 2, grid.width - 2 * gap, "lm", "#444444", f"row {y + 1} (its prompt is Chinese; no Chinese font found)")
         for x, image in enumerate(images):
-            grid.paste(image.resize((cell, cell_height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
+            grid.paste(image.resize((cell, height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
+        top += line + height
     return grid
 
 

@@ -39,6 +39,7 @@ from longcat_common import (
     autocast,
     buckets,
     check_precision,
+    checkpoint_folders,
     compute_dtype,
     fill_transformer,
     first_before_others,
@@ -47,6 +48,7 @@ from longcat_common import (
     generate,
     generator,
     is_readable,
+    leaves_nothing,
     limit_memory,
     load_scheduler,
     load_transformer,
@@ -68,6 +70,7 @@ from longcat_common import (
     save_lora,
     save_picture,
     say,
+    step_of,
     sum_over_processes,
     write_file,
     write_tensors,
@@ -260,17 +263,6 @@ def train_step(config, run, step, batches):
 # ---------------------------------------------------------------- checkpoints
 
 
-def checkpoint_folders(config):
-    """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
-    folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
-    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
-
-
-def step_of(folder):
-    """The step in a checkpoint folder's name."""
-    return int(folder.name[5:])
-
-
 def set_aside(folder, why):
     """Renames a checkpoint folder, so that it is kept and no run goes on from it. Returns its new name."""
     aside = folder.with_name(f"{why}-{folder.name}-{os.urandom(2).hex()}")
@@ -288,6 +280,8 @@ def lora_metadata(config, step):
         "lora_rank": config.lora_rank,
         "resolution": str(config.resolution),
         "steps": step,
+        "trigger_words": config.trigger_words,
+        "license": config.license,
         "trained_with": f"longcat-image LoRA scripts {VERSION}",
     }
 
@@ -347,13 +341,17 @@ def read_state(folder):
 def find_checkpoint(config):
     """The checkpoint that `resume_from_checkpoint` asks for, as (folder, its state.json); (None, None) to start anew.
 
-    With "latest" a damaged one is named and set aside, and the one before it taken. Raises UserError if the run must not
-    go on from there: it does not exist, has another base model or LoRA shape, or `output_dir` holds later ones, which this
-    run would come to overwrite.
+    With "latest" a damaged one is named and set aside, and the one before it taken. Another trainer's LoRA, which has no
+    state of ours, becomes `init_lora`. Raises UserError if the run must not go on from there: it does not exist, has another
+    base model or LoRA shape, or `output_dir` holds later ones, which this run would come to overwrite.
     """
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
     folder = state = None
-    if wanted not in ("latest", "none"):
+    if wanted not in ("latest", "none") and Path(wanted).exists() and not (Path(wanted) / "SHA256SUMS").exists():
+        read_lora(wanted)
+        say(f"resume_from_checkpoint: {wanted} is a LoRA without a state of ours; training begins with its weights, at step 0")
+        config.init_lora = wanted
+    elif wanted not in ("latest", "none"):
         folder = Path(wanted)
         try:
             state = read_state(folder)
@@ -742,6 +740,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             metrics.draw("close")
 
 
+@leaves_nothing
 def main(config):
     """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its figures.
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import MODEL, ROOT, TINY, run_script
 
 import prepare_data
-from longcat_common import ALL_KEYS, KEYS, buckets, config_from_flags, load_config
+from longcat_common import ALL_KEYS, KEYS, buckets, check_precision, config_from_flags, load_config
 
 
 def message(path=None, **overrides):
@@ -58,6 +58,10 @@ def test_file_flags_and_defaults(tmp_path):
         ({"data_dir": ""}, ["data_dir", "empty"]),
         ({"enable_group_offload": True, "gradient_checkpointing": False}, ["gradient_checkpointing", "enable_group_offload"]),
         ({"validation_split": 1.0}, ["validation_split", "1.0", "below 1"]),
+        ({"validation_seed": [1, "2"]}, ["validation_seed", "list of whole numbers"]),
+        ({"validation_seed": [1, -2]}, ["validation_seed", "[1, -2]", "0 or more"]),
+        ({"validation_lora_strength": [1, "x"]}, ["validation_lora_strength", "list of numbers"]),
+        ({"validation_resolution": "1024x1024,100"}, ["validation_resolution", "'100'", "1024x1024"]),
     ],
 )
 def test_mistakes_are_named(overrides, words):
@@ -81,6 +85,37 @@ def test_keys_of_other_trainers_are_named_and_ignored(capsys):
     assert "data_backend_config" in capsys.readouterr().err
 
 
+GUIDE = """{
+  "model_type": "lora",
+  "model_family": "longcat_image",
+  "model_flavour": "final",                // or dev
+  "pretrained_model_name_or_path": null,   // by flavour, or a local path
+  "base_model_precision": "int8-quanto",   // fp8-torchao as well
+  "train_batch_size": 1,
+  "gradient_checkpointing": true,
+  "lora_rank": 16,
+  "learning_rate": 1e-4,
+  "validation_resolution": "1024x1024",
+  "validation_guidance": 4.5,
+  "validation_num_inference_steps": 30,
+  "lora_type": "standard",
+  "data_backend_config": "config/multidatabackend.json",
+  "push_to_hub": false,
+  "optimizer": "adamw_bf16"
+}
+"""
+
+
+def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(GUIDE)
+    flags = "--enable_group_offload --group_offload_type block_level --group_offload_blocks_per_group 1".split()
+    config = config_from_flags("", [str(tmp_path / "config.json"), *flags])
+    assert (config.learning_rate, config.validation_guidance, config.enable_group_offload, config.pretrained_model_name_or_path) == (1e-4, 4.5, True, None)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["lora_type", "data_backend_config", "push_to_hub", "optimizer"]
+    assert "ignored: data_backend_config (use data_dir)" in said
+
+
 def test_script_prints_one_line_and_exits_with_2():
     done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
     assert done.returncode == 2
@@ -101,8 +136,12 @@ def test_buckets():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_configs_load(path):
-    load_config(path)
+def test_shipped_configs_load_and_fit_their_device(path):
+    config = load_config(path)
+    check_precision(config, "mps" if path.stem == "mps" else "cpu")
+    if path.stem != "tiny":
+        assert config.output_dir == f"output/{path.stem}" and config.validation_split and config.checkpoint_step_interval <= 250
+        assert f"`{path.name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_table_is_the_keys():

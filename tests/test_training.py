@@ -159,8 +159,7 @@ def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
     assert "s a picture" in capsys.readouterr().out
     with Image.open(grid) as image:
         assert image.width > 2 * 128 and image.height > 2 * 128
-    with Image.open(grid.parent / "00-lora.png") as tuned, Image.open(grid.parent / "00-base.png") as base:
-        assert tuned.text["prompt"] == NEON_PROMPTS[0] and json.loads(tuned.text["settings"])["validation_seed"] == 42
+    with Image.open(grid.parent / "00-128x128-seed42-lora.png") as tuned, Image.open(grid.parent / "00-128x128-seed42-base.png") as base:
         assert np.abs(np.asarray(tuned, dtype=int) - np.asarray(base)).mean() > 5
 
 
@@ -200,8 +199,8 @@ def test_the_lora_opens_without_our_code(trained, tmp_path):
     pixels = lambda path: np.asarray(Image.open(path).convert("RGB")).astype(int)
     for form in ("file", "folder", "peft"):
         theirs = pixels(tmp_path / f"{form}.png")
-        assert np.abs(pixels(grid.parent / "00-lora.png") - theirs).max() <= 2, form
-        assert np.abs(pixels(grid.parent / "00-base.png") - theirs).mean() > 5
+        assert np.abs(pixels(grid.parent / "00-128x128-seed42-lora.png") - theirs).max() <= 2, form
+        assert np.abs(pixels(grid.parent / "00-128x128-seed42-base.png") - theirs).mean() > 5
 
 
 def test_alpha_is_folded_in(tiny_config, tmp_path):

@@ -1,0 +1,132 @@
+"""Stage 4 as people use it: which LoRA is shown, what is drawn, what the pictures say about themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODEL, run_script
+from PIL import Image
+from test_survival import metrics
+
+import longcat_common
+import train_lora
+import validate
+from longcat_common import generate, load_config, load_pipeline
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def run(quick_config):
+    """A short run with two checkpoints and a held-out loss for each."""
+    config = quick_config(max_train_steps=4, checkpoint_step_interval=2, validation_step_interval=2, validation_split=0.2, validation_prompts=[])
+    train_lora.main(config)
+    config.validation_prompts = ["a red circle in neonix style", "一个蓝色的五角星"]
+    return config
+
+
+def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run, capsys):
+    run.validation_resolution, run.validation_seed, run.validation_lora_strength = "128x128,192x128", [1, 2], [0.0, 1.0]
+    grid = validate.main(run)
+    printed = capsys.readouterr().out
+    losses = [line["held_out_loss"] for line in metrics(run) if "held_out_loss" in line]
+    assert f"held-out loss {losses[-1]:.4f}, the base's " in printed and "s a picture" in printed
+    names = sorted(path.name for path in grid.parent.glob("*.png"))
+    shots = [f"{i:02d}-{size}-seed{seed}-{what}.png" for i in (0, 1) for size in ("128x128", "192x128") for seed in (1, 2) for what in ("base", "lora-x0", "lora-x1")]
+    assert names == sorted(["comparison.png", *shots])
+    with Image.open(grid) as image, Image.open(grid.parent / "01-192x128-seed2-lora-x1.png") as one:
+        assert image.width > 3 * 192 and image.height > 8 * 128 and one.size == (192, 128)
+        settings = json.loads(one.text["settings"])
+        assert one.text["prompt"] == "一个蓝色的五角星" and one.text["base_model"] == MODEL and one.text["lora"].endswith("pytorch_lora_weights.safetensors")
+        assert (settings["validation_seed"], settings["validation_resolution"], settings["validation_lora_strength"]) == (2, "192x128", 1.0)
+    for shot in shots[::3]:
+        base, none, tuned = (pixels(grid.parent / shot.replace("base", what)) for what in ("base", "lora-x0", "lora-x1"))
+        assert np.abs(base - none).max() <= 1 < np.abs(base - tuned).max()
+    assert np.abs(pixels(grid.parent / shots[0]) - pixels(grid.parent / shots[3])).mean() > 1, "another seed, another picture"
+
+
+def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
+    run.compare_checkpoints, run.validation_prompts = True, run.validation_prompts[:1]
+    first = validate.main(run)
+    names = {path.name for path in first.parent.glob("00-*.png")}
+    assert names == {f"00-128x128-seed42-{what}.png" for what in ("base", "step-000002", "step-000004")}
+    assert capsys.readouterr().out.count("held-out loss") == 2
+    assert validate.main(run).parent == first.parent.with_name("compare-002") != first.parent
+    run.compare_checkpoints, run.lora = False, f"{run.output_dir}/checkpoints/step-000002"
+    alone = validate.main(run).parent / "00-128x128-seed42-lora.png"
+    assert np.abs(pixels(alone) - pixels(first.parent / "00-128x128-seed42-step-000002.png")).max() <= 1
+    run.compare_checkpoints = True
+    with pytest.raises(ValueError, match="compare_checkpoints: shows every checkpoint, and lora names one"):
+        validate.main(run)
+    run.lora, run.output_dir = None, "no/such/run"
+    with pytest.raises(ValueError, match="compare_checkpoints: no/such/run holds no checkpoint yet"):
+        validate.main(run)
+
+
+def test_which_lora_is_shown(run, tmp_path):
+    output = Path(run.output_dir)
+    last, checkpoint = output / "pytorch_lora_weights.safetensors", output / "checkpoints/step-000002/pytorch_lora_weights.safetensors"
+    (tmp_path / "peft").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(output / name, tmp_path / "peft")
+    wanted = {None: last, "latest": last, str(output): last, str(last): last, str(checkpoint.parent): checkpoint, str(tmp_path / "peft"): tmp_path / "peft/adapter_model.safetensors"}
+    for run.lora, expected in wanted.items():
+        assert validate.find_loras(run) == [expected]
+    run.lora = "none"
+    assert validate.find_loras(run) == []
+    last.unlink()
+    run.lora = None
+    assert validate.find_loras(run) == [output / "checkpoints/step-000004/pytorch_lora_weights.safetensors"]
+    run.output_dir = str(tmp_path / "new")
+    assert validate.find_loras(run) == []
+    for run.lora in ("latest", "nowhere.safetensors", str(tmp_path)):
+        with pytest.raises(ValueError, match="holds no LoRA yet|there is no such LoRA file"):
+            validate.main(run)
+
+
+def test_without_a_config_the_base_is_drawn(tmp_path):
+    words = "--model_family longcat_image --model_flavour final --validation_resolution 128x128 --validation_num_inference_steps 2 --validation_guidance 4.5"
+    paths = ["--output_dir", tmp_path / "output", "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", MODEL, "--base_model_precision", "no_change"]
+    printed = run_script("validate.py", *words.split(), *paths).stdout
+    assert "none given; these are drawn: a cat" in printed and "the base is drawn alone" in printed
+    assert len(list((tmp_path / "output/validation/compare-001").glob("0?-128x128-seed42-base.png"))) == 2
+
+
+def test_prompts_from_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa red fox\n\n  一只猫 \n", encoding="utf-8")
+    assert load_config(validation_prompts=str(file)).validation_prompts == ["a red fox", "一只猫"]
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
+        load_config(validation_prompts=str(file))
+    with pytest.raises(ValueError, match="validation_prompts: .*missing.txt: cannot be read"):
+        load_config(validation_prompts=str(tmp_path / "missing.txt"))
+
+
+def test_cfg_renorm_can_be_turned_off(tiny_config):
+    config = tiny_config(validation_num_inference_steps=3, validation_guidance=6.0)
+    pipe = load_pipeline(config, "cpu")
+    drawn = {}
+    for config.validation_cfg_renorm in (True, False):
+        drawn[config.validation_cfg_renorm] = np.asarray(generate(pipe, config, ["a red circle"])[0]).astype(int)
+        expected = pipe(
+            "a red circle", height=128, width=128, num_inference_steps=3, guidance_scale=6.0, enable_cfg_renorm=config.validation_cfg_renorm,
+            generator=longcat_common.torch.Generator().manual_seed(42), enable_prompt_rewrite=False,
+        ).images[0]  # fmt: skip
+        assert np.abs(drawn[config.validation_cfg_renorm] - np.asarray(expected)).max() == 0
+    assert np.abs(drawn[True] - drawn[False]).mean() > 1
+
+
+def test_labels_say_so_where_no_chinese_font_is(run, monkeypatch, capsys):
+    longcat_common.label_font.cache_clear()
+    monkeypatch.setattr(longcat_common, "CHINESE_FONTS", ("no-such-font.ttc",))
+    run.lora = "none"
+    assert validate.main(run).exists()
+    assert "labels in Chinese: no font found; install one of" in capsys.readouterr().out
+    assert longcat_common.label("中文", 16, "row 2")[0] == "row 2"
+    longcat_common.label_font.cache_clear()
