@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 import warnings
 import weakref
 from pathlib import Path
@@ -200,6 +201,7 @@ IGNORED_KEYS = {
     "ema_decay": "there is no EMA",
     "use_ema": "there is no EMA",
     "snr_gamma": "the loss is flow matching, unweighted",
+    "lycoris_config": "it is a standard LoRA",
     "quantize_via": "each block is quantized on the device",
     "attention_mechanism": "PyTorch chooses the attention kernel",
 }
@@ -243,7 +245,9 @@ def load_config(path=None, **overrides):
     `path`: a JSON file (`//` comments allowed) or None; `overrides` win over the file, defaults fill the rest.
     Raises UserError (a ValueError), in one line, for an unknown key, a wrong type or an impossible value.
     """
-    values = {**(read_json(path) if path else {}), **overrides}
+    given = read_json(path) if path else {}
+    # Some trainers' files hold flags: "--learning_rate": "1e-4".
+    values = {name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value for name, value in given.items()} | overrides
     config = SimpleNamespace(**{name: copy.deepcopy(key.default) for name, key in ALL_KEYS.items()})
     for name, value in values.items():
         if name in IGNORED_KEYS:
@@ -255,6 +259,8 @@ def load_config(path=None, **overrides):
             setattr(config, name, checked(name, value))
     config.validation_prompts, config.trigger_words = read_prompts(config.validation_prompts), as_list(config.trigger_words)
     validation_sizes(config)
+    if max(as_list(config.validation_seed)) >= 2**63:
+        raise UserError(f"validation_seed: found {config.validation_seed}, allowed is less than 2^63")
     buckets(config)
     sources(config)
     if config.enable_group_offload and not config.gradient_checkpointing:
@@ -273,10 +279,10 @@ def as_list(value):
 
 def read_prompts(prompts):
     """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
-    if isinstance(prompts, list) or not prompts.endswith(".txt"):
+    if isinstance(prompts, list) or not (re.fullmatch(r"\S+\.txt", prompts, re.IGNORECASE) or Path(prompts[:200]).is_file()):
         return as_list(prompts)
     try:
-        lines = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"validation_prompts: {prompts}: cannot be read as a UTF-8 text file ({error})") from None
     if not any(map(str.strip, lines)):
@@ -300,6 +306,9 @@ def checked(name, value):
     key, types = ALL_KEYS[name], types_of(name)
     if value is None and key.default is None:
         return None
+    if name == "report_to" and value in ("wandb", "comet_ml", "all", "swanlab"):
+        print(f"report_to: {value} is not here; curves go to TensorBoard and metrics.jsonl", file=sys.stderr)
+        return "tensorboard"
     if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt", "trigger_words"):
         raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
     try:
@@ -389,11 +398,17 @@ def config_from_flags(description, arguments):
             choices = f"; one of {', '.join(key.choices)}" if key.choices and key.types is str else ""
             text = f"{key.help}{choices} [{json.dumps(key.default)}]"
             section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    words = []
+    words, skip = [], False
     for i, word in enumerate(arguments):
         name = word[2:].split("=")[0] if word.startswith("--") else None
         if name in IGNORED_KEYS:
-            raise UserError(f"--{name} means nothing here: {IGNORED_KEYS[name]}")
+            load_config(**{name: None})  # says so
+            skip = "=" not in word
+            continue
+        if skip and not name:
+            skip = False
+            continue
+        skip = False
         if name and name != "help" and name not in ALL_KEYS:
             load_config(**{name: None})  # names it and the nearest key
         bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool
@@ -401,13 +416,21 @@ def config_from_flags(description, arguments):
         words.append(f"{word}=true" if bare else word)
     given = vars(parser.parse_args(words))
     path = given.pop("config")
-    for name in given:
-        if ALL_KEYS[name].types is not str or given[name] == "null":
-            with contextlib.suppress(json.JSONDecodeError):
-                value = json.loads(given[name].lower() if ALL_KEYS[name].types is bool else given[name])  # Python's True, too
-                if str not in types_of(name) or type(value) in types_of(name) or value is None:
-                    given[name] = value
-    return load_config(path, **given)
+    return load_config(path, **{name: flag_value(name, text) for name, text in given.items()})
+
+
+def flag_value(name, text):
+    """The value that a flag's text stands for, or the text itself if it stands for none that the key may have."""
+    if name not in ALL_KEYS or type(text) is not str or (ALL_KEYS[name].types is str and text != "null"):
+        return text
+    types = types_of(name)
+    if list in types and str not in types and re.fullmatch(r"[\d.\s-]+(,[\d.\s-]+)+", text):
+        text = f"[{text}]"  # several numbers
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(text.lower() if types == (bool,) else text)  # Python's True, too
+        if str not in types or type(value) in types or value is None:
+            return value
+    return text
 
 
 def run_stage(main, description):
@@ -641,6 +664,17 @@ def peak_memory(device):
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()) / 2**30
 
 
+@contextlib.contextmanager
+def memory_advised(advice):
+    """Turns running out of memory into a UserError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:  # on MPS and CPU it has no class of its own
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
+            raise
+        raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
+
+
 def free_memory():
     """Hands memory of deleted models back to the device."""
     gc.collect()
@@ -652,19 +686,21 @@ def free_memory():
 
 def leaves_nothing(main):
     """A stage's `main` that leaves in a notebook what it found: the configuration as it was, and no model in memory, not even
-    after an error, whose traceback the notebook keeps, and with it all that the functions held."""
+    after an error, whose traceback the notebook keeps, and with it all that the functions held (a debugger then finds nothing)."""
 
     @functools.wraps(main)
     def stage(config):
+        outside = sys.exc_info()[1]  # what the caller is dealing with stays as it is
         try:
             return main(copy.deepcopy(config))
         except BaseException as error:
-            while error:
+            while error and error is not outside:
                 traceback.clear_frames(error.__traceback__)
-                error = error.__context__
+                error = error.__cause__ or error.__context__
             raise
         finally:
-            free_memory()
+            with contextlib.suppress(RuntimeError):  # a broken device must not hide what broke it
+                free_memory()
 
     return stage
 
@@ -1254,19 +1290,25 @@ def add_lora(transformer, config):
             torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
             parameter.data.copy_(start)
     if config.init_lora:
-        state = read_lora(config.init_lora)
+        state = read_init_lora(config)
         own = get_peft_model_state_dict(transformer)
         wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
         if wrong:
-            ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
-            ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
-            raise UserError(
-                f"init_lora: {config.init_lora} does not fit lora_rank {config.lora_rank} and lora_target_modules (first: {wrong[0]}); "
-                f"it has rank {' and '.join(map(str, ranks))} on {json.dumps(ends)}"
-            )
+            raise UserError(f"init_lora: {config.init_lora} cannot be trained on: it has not one rank and the same layers in every block (first: {wrong[0]})")
         scale = config.lora_rank / alpha
         set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
     return parameters
+
+
+def read_init_lora(config):
+    """The state of `init_lora`. Raises UserError if its rank and layers are not those that are to be trained."""
+    state = read_lora(config.init_lora)
+    ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
+    ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
+    if ranks != [config.lora_rank] or ends != sorted(config.lora_target_modules):
+        has = f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
+        raise UserError(f"init_lora: {config.init_lora} has {has}; set these to train on from it")
+    return state
 
 
 def save_lora(transformer, folder, metadata=None):
@@ -1289,7 +1331,9 @@ def lora_file(path):
     """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises UserError."""
     path = Path(path)
     names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    file = next((path / name for name in names if (path / name).is_file()), path / names[0]) if path.is_dir() else path
+    file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None:
+        raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
     if not file.is_file():
         raise UserError(f"{file}: there is no such LoRA file")
     return file
@@ -1300,25 +1344,31 @@ def read_lora(path):
 
     Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT (`base_model.model.`) or
     none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA), is folded
-    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. Raises UserError.
+    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. A text encoder's part is left
+    out, and said. Raises UserError.
     """
     path, state, alphas = lora_file(path), {}, {}
-    header, config = read_header(path), path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and config.is_file():
-        settings = read_json(config)
-    else:
+    tensors, settings = read_tensors(path), {}
+    if any(name.startswith("base_model.model.") for name in tensors):
+        if not path.with_name("adapter_config.json").is_file():
+            raise UserError(f"{path}: is PEFT's, and adapter_config.json is not beside it; without that its strength is unknown")
+        settings = read_json(path.with_name("adapter_config.json"))
+    elif "lora_adapter_metadata" in (header := read_header(path)):
         with named_if_damaged(path):
-            settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-        settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
-    for name, tensor in read_tensors(path).items():
-        name = re.sub(r"^(transformer\.|base_model\.model\.)+", "", name)
+            settings = {name.removeprefix("transformer."): value for name, value in dict(json.loads(header["lora_adapter_metadata"])).items()}
+    for name, tensor in tensors.items():
+        if name.startswith(("text_encoder", "lora_te")):
+            say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
+            continue
+        name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
         name = name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
         if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = tensor.item()
+            alphas[name.removesuffix(".alpha")] = tensor.flatten()[0].item()
         else:
             state[name] = tensor.float()
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
-    if not state or state.keys() != {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}:
+    complete = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    if not state or not complete or any(tensor.ndim != 2 for tensor in state.values()):
         unknown = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
         raise UserError(f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}")
     for module in modules:
@@ -1335,7 +1385,7 @@ def load_lora(transformer, path, strength=1.0):
     state, layers = read_lora(path), {name for name, _ in transformer.named_modules()}
     for name in state:
         if name.rsplit(".lora_", 1)[0] not in layers:
-            raise UserError(f"{path}: was made for another model: this one has no layer {name.rsplit('.lora_', 1)[0]}")
+            raise UserError(f"{path}: this transformer has no layer {name.rsplit('.lora_', 1)[0]!r}: it was made for another model, or names its layers in another way")
     remove_lora(transformer)
     try:
         transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
@@ -1378,30 +1428,32 @@ def generate(pipe, config, prompts, size=None, seed=None):
 
 
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc")
+OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
 
 
 def is_chinese(text):
-    """Whether a text has characters that Pillow's own font lacks."""
+    """Whether a text has characters that only a Chinese, Japanese or Korean font has."""
     return any(ord(letter) > 0x2E7F for letter in text)
 
 
 @functools.cache
-def label_font(size, chinese):
-    """A font for labels: a system font with Chinese characters if they are needed, else Pillow's own. None if
-    Chinese is needed and no known font is installed."""
-    if not chinese:
-        return ImageFont.load_default(size)
-    for name in CHINESE_FONTS:
+def system_font(names, size):
+    """The first of these fonts that is installed, or None."""
+    for name in names:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
-    return None
 
 
 def label(text, size, instead="(no font for Chinese text)"):
-    """A label on one line and its font; `instead` if the text is Chinese and no font for it is installed."""
+    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one accents are
+    left out, and a Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
-    font = label_font(size, is_chinese(text))
-    return (text, font) if font else (instead, label_font(size, False))
+    font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
+    if font is None and is_chinese(text):
+        text = instead
+    elif font is None:
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return text, font or ImageFont.load_default(size)
 
 
 def picture_grid(rows, row_labels, column_labels, title=None):
@@ -1414,16 +1466,16 @@ def picture_grid(rows, row_labels, column_labels, title=None):
     grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white")
     draw = ImageDraw.Draw(grid)
 
-    def write(text, x, y, width, anchor, colour, instead):
+    def write(text, x, y, width, anchor, colour, instead=None):
         text, font = label(text, size, instead)
         while draw.textlength(text, font=font) > width:
             text = text.rstrip("…")[:-1] + "…"
         draw.text((x, y), text, colour, font=font, anchor=anchor)
 
     if title:
-        write(title, gap, line / 2, grid.width - 2 * gap, "lm", "#444444", "(the title is Chinese; no Chinese font found)")
+        write(title, gap, line / 2, grid.width - 2 * gap, "lm", "#444444", title.encode("ascii", "replace").decode())
     for x, text in enumerate(column_labels):
-        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black", f"column {x + 1} (Chinese; no Chinese font found)")
+        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
     top = head
     for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
         write(text, gap, top + line / 2, grid.width - 2 * gap, "lm", "#444444", f"row {y + 1} (its prompt is Chinese; no Chinese font found)")

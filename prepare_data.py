@@ -34,7 +34,6 @@ from longcat_common import (
     buckets,
     in_parallel,
     label,
-    label_font,
     load_tokenizer,
     run_stage,
     sources,
@@ -512,7 +511,7 @@ def contact_sheet(entries):
     pictures = iter(tqdm(in_parallel(picture, cells), desc="preview", total=len(cells), unit="picture", leave=False))
     for bucket, size, columns, count, shown in groups:
         title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (f", {len(shown)} of them shown" if len(shown) < count else "")
-        draw.text((gap, top + gap), title, "black", font=label_font(15, False))
+        draw.text((gap, top + gap), title, "black", font=label(title, 15)[1])
         top += line + 2 * gap
         for i, entry in enumerate(shown):
             x, y = gap + i % columns * (size[0] + gap), top + i // columns * (SHEET_ROW + 2 * line + gap)

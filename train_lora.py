@@ -55,6 +55,7 @@ from longcat_common import (
     load_vae,
     make_pipeline,
     mean_loss,
+    memory_advised,
     model_identity,
     peak_memory,
     pick_device,
@@ -62,6 +63,7 @@ from longcat_common import (
     process_count,
     process_rank,
     prompt_file,
+    read_init_lora,
     read_json,
     read_lora,
     read_tensors,
@@ -347,7 +349,10 @@ def find_checkpoint(config):
     """
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
     folder = state = None
-    if wanted not in ("latest", "none") and Path(wanted).exists() and not (Path(wanted) / "SHA256SUMS").exists():
+    if (Path(wanted) / "checkpoints").is_dir():
+        raise UserError(f"resume_from_checkpoint: {wanted} is a run's folder; name one of its checkpoints, or make it output_dir to go on there")
+    ours = any((Path(wanted) / name).exists() for name in ("SHA256SUMS", "state.json", "state.safetensors"))
+    if wanted not in ("latest", "none") and Path(wanted).exists() and not ours:
         read_lora(wanted)
         say(f"resume_from_checkpoint: {wanted} is a LoRA without a state of ours; training begins with its weights, at step 0")
         config.init_lora = wanted
@@ -550,18 +555,7 @@ def memory_advice(config, device):
         advice.append("enable_group_offload true")
     if config.base_model_precision != "int4-quanto" and device.type != "mps":
         advice.append("base_model_precision int4-quanto")
-    return "out of memory; what to change, the cheapest first: " + "; ".join([*advice, f"a resolution under {config.resolution}"])
-
-
-@contextlib.contextmanager
-def memory_advised(config, device):
-    """Turns running out of memory into a UserError that says what to change."""
-    try:
-        yield
-    except RuntimeError as error:  # on MPS and CPU it has no class of its own
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
-            raise
-        raise UserError(memory_advice(config, device)) from None
+    return "; ".join([*advice, f"a resolution under {config.resolution}"])
 
 
 # ---------------------------------------------------------------- will it fit?
@@ -679,7 +673,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         return due and (done > start or not drawn or (held_out and metrics.scores.get("step") != done))
 
     bar = tqdm(initial=start, total=steps, desc="training", unit="step", disable=not first)
-    with stop, memory_advised(config, run.device), bar:
+    with stop, memory_advised(memory_advice(config, run.device)), bar:
         try:
             if sum_over_processes(bool(to_show()))[0]:
                 show()
@@ -753,13 +747,13 @@ def main(config):
     check_precision(config, device)
     limit_memory(config, device)
     if config.benchmark:
-        with memory_advised(config, device):
+        with memory_advised(memory_advice(config, device)):
             return benchmark(config, device)
     checkpoint, state = first_before_others(lambda: find_checkpoint(config))  # it sets aside what is damaged
     if config.init_lora and checkpoint:
         say(f"init_lora: {checkpoint} has gone on from there; it is not read again")
     elif config.init_lora:
-        read_lora(config.init_lora)  # a wrong path is said now, not after an hour of caching
+        read_init_lora(config)  # a wrong one is said now, not after an hour of caching
     entries, prompt_files = cache_latents.main(config)
     held_out_keys = state["held_out"] if state else hold_out(config, entries)
     held_out = list({entry["key"]: entry for entry in entries if entry["key"] in held_out_keys}.values())  # each once
@@ -778,7 +772,7 @@ def main(config):
         gone = f" ({len(held_out_keys)} at first)" if len(held_out) < len(held_out_keys) else ""
         say(f"{len(held_out)} pictures are held out{gone}: never trained on, only scored")
 
-    with memory_advised(config, device):
+    with memory_advised(memory_advice(config, device)):
         transformer = load_transformer(config, device)
         init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
         run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps), 0

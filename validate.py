@@ -24,20 +24,22 @@ from longcat_common import (
     checkpoint_folders,
     generate,
     is_chinese,
-    label_font,
     leaves_nothing,
     limit_memory,
     load_lora,
     load_pipeline,
     lora_file,
+    memory_advised,
     peak_memory,
     pick_device,
     picture_grid,
+    process_count,
     read_header,
     read_lora,
     run_stage,
     save_picture,
     step_of,
+    system_font,
     validation_sizes,
 )
 
@@ -84,31 +86,41 @@ def held_out_losses(lora):
 
 def columns_of(config, loras):
     """The grid's columns, the base first: (label, name in the pictures' file names, LoRA file or None, strength)."""
-    strengths, columns = as_list(config.validation_lora_strength), [("base model", "base", None, 0.0)]
+    strengths, columns, base_loss = as_list(config.validation_lora_strength), [], ""
     for lora in loras:
-        of_run, losses = config.compare_checkpoints, held_out_losses(lora)
+        losses = held_out_losses(lora)
         for strength in strengths:
-            label, name = (f"step {step_of(lora.parent)}", lora.parent.name) if of_run else ("with LoRA", "lora")
+            label, name = (f"step {step_of(lora.parent)}", lora.parent.name) if config.compare_checkpoints else ("with LoRA", "lora")
             if len(strengths) > 1 or strength != 1:
                 label, name = f"{label} x {strength:g}", f"{name}-x{strength:g}"
-            columns.append((label + (f", held-out loss {losses[0]:.3f}" if of_run and losses else ""), name, lora, strength))
+            if losses and strength == 1:
+                label, base_loss = f"{label}, held-out {losses[0]:.3f}", f", held-out {losses[1]:.3f}"
+            columns.append((label, name, lora, strength))
         if losses:
             print(f"{lora}: held-out loss {losses[0]:.4f}, the base's {losses[1]:.4f}")
-    return columns
+    return [(f"base model{base_loss}", "base", None, 0.0), *columns]
 
 
 def new_folder(output):
-    """A folder that is not there yet: pictures of earlier runs are never overwritten."""
+    """A folder that was not there yet: pictures of earlier runs are never overwritten."""
     number = 1
-    while (folder := output / "validation" / f"compare-{number:03d}").exists():
-        number += 1
-    return folder
+    while True:
+        folder = output / "validation" / f"compare-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from None
 
 
 @leaves_nothing
 def main(config):
     """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the grid's
     path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
+    if process_count() > 1:
+        raise UserError("validate.py: runs in one process; start it without torchrun")
     device, prompts = pick_device(), config.validation_prompts or PROMPTS
     limit_memory(config, device)
     loras = find_loras(config)
@@ -120,37 +132,43 @@ def main(config):
     if not loras:
         print(f"lora: none, in {config.output_dir} neither; the base is drawn alone" if config.lora is None else "lora: none; the base is drawn alone")
     if any(map(is_chinese, prompts)):
-        font = label_font(16, True)
+        font = system_font(CHINESE_FONTS, 16)
         print(f"labels in Chinese: {font.path}" if font else f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}")
 
     # All prompts first: the text encoder is gone from the device before the transformer comes.
     cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
-    pipe = load_pipeline(config, device)
-    folder, sizes, seeds = new_folder(Path(config.output_dir)), validation_sizes(config), as_list(config.validation_seed)
+    with memory_advised("validation_resolution 768x768, or enable_group_offload true"):
+        return draw(config, load_pipeline(config, device), prompts, loras, columns, device)
+
+
+def draw(config, pipe, prompts, loras, columns, device):
+    """Draws the pictures, each saved at once, and after each column the grid so far. Returns the grid's path."""
+    folder = new_folder(Path(config.output_dir))
+    sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed)))
+    rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
     base_model = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
-    shots = [(size, seed) for size in sizes for seed in seeds]
-    rows, started = {(i, *shot): [] for i in range(len(prompts)) for shot in shots}, time.perf_counter()
+    several = lambda size, seed: (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
+    title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
+    title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (f", seed {seeds[0]}" if len(seeds) == 1 else "")
+    title += f" | {loras[0]}" if len(loras) == 1 else ""
+    settings = {name: value for name, value in vars(config).items() if name.startswith("validation_") and name not in ("validation_prompts", "validation_split", "validation_step_interval")}
+    settings |= {"base_model_precision": config.base_model_precision, "mixed_precision": config.mixed_precision}
+
+    started = time.perf_counter()
     with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
-        for _, name, lora, strength in columns:
+        for number, (_, name, lora, strength) in enumerate(columns, 1):
             if lora:
                 load_lora(pipe.transformer, lora, strength)
-            for size, seed in shots:
-                for i, image in enumerate(generate(pipe, config, prompts, size, seed)):
-                    settings = {key: value for key, value in vars(config).items() if key.startswith("validation_") and key != "validation_prompts"}
-                    settings |= {"validation_resolution": f"{size[0]}x{size[1]}", "validation_seed": seed, "validation_lora_strength": strength}
-                    text = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model, "settings": json.dumps(settings, ensure_ascii=False)}
-                    save_picture(image, folder / f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png", **text)
-                    rows[i, size, seed].append(image)
-                    bar.update()
-    seconds = (time.perf_counter() - started) / (len(columns) * len(rows))
-
-    several = lambda size, seed: (f" | {size[0]}x{size[1]}" if len(sizes) > 1 else "") + (f" | seed {seed}" if len(seeds) > 1 else "")
-    labels = [prompts[i] + several(size, seed) for i, size, seed in rows]
-    title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
-    title += (f", {config.validation_resolution}" if len(sizes) == 1 else "") + (f", seed {seeds[0]}" if len(seeds) == 1 else "")
-    title = f"{loras[0]}: {title}" if len(loras) == 1 else title
-    grid = picture_grid(list(rows.values()), labels, [label for label, *_ in columns], title)
-    save_picture(grid, folder / "comparison.png", lora=", ".join(map(str, loras)) or "none", base_model=base_model)
+            for (i, size, seed), images in rows.items():
+                images += generate(pipe, config, [prompts[i]], size, seed)
+                own = {"validation_resolution": f"{size[0]}x{size[1]}", "validation_seed": seed, "validation_lora_strength": strength}
+                text = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model, "settings": json.dumps(settings | own, ensure_ascii=False)}
+                save_picture(images[-1], folder / f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png", **text)
+                bar.update()
+            labels = [several(size, seed) + prompts[i] for i, size, seed in rows]
+            grid = picture_grid(list(rows.values()), labels, [label for label, *_ in columns[:number]], title)
+            save_picture(grid, folder / "comparison.png", lora=", ".join(map(str, loras)) or "none", base_model=base_model)
+    seconds = (time.perf_counter() - started) / bar.total
     memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
     print(f"{seconds:.1f} s a picture{memory}")
     print(f"base beside LoRA: {folder / 'comparison.png'}")

@@ -32,6 +32,7 @@ def test_file_flags_and_defaults(tmp_path):
         assert config_from_flags("", ["--gradient_checkpointing", word]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
     assert config_from_flags("", ["--validation_prompts", "42"]).validation_prompts == ["42"]
+    assert config_from_flags("", ["--validation_seed", "1,2", "--validation_lora_strength", "0.5, 1.0"]).validation_seed == [1, 2]
     config.lora_target_modules.append("x")
     assert "x" not in load_config().lora_target_modules
     assert config_from_flags("", ["--output_dir", "123", "--instance_prompt", "null"]).output_dir == "123"
@@ -60,6 +61,7 @@ def test_file_flags_and_defaults(tmp_path):
         ({"validation_split": 1.0}, ["validation_split", "1.0", "below 1"]),
         ({"validation_seed": [1, "2"]}, ["validation_seed", "list of whole numbers"]),
         ({"validation_seed": [1, -2]}, ["validation_seed", "[1, -2]", "0 or more"]),
+        ({"validation_seed": 2**64}, ["validation_seed", "less than 2^63"]),
         ({"validation_lora_strength": [1, "x"]}, ["validation_lora_strength", "list of numbers"]),
         ({"validation_resolution": "1024x1024,100"}, ["validation_resolution", "'100'", "1024x1024"]),
     ],
@@ -114,6 +116,19 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in said] == ["lora_type", "data_backend_config", "push_to_hub", "optimizer"]
     assert "ignored: data_backend_config (use data_dir)" in said
+
+
+def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text('''{"--model_family": "longcat_image", "--gradient_checkpointing": "true", "--learning_rate": "1e-4", "--lora_rank": 8,
+        "--validation_num_inference_steps": "20", "--report_to": "wandb", "--lycoris_config": "x.json", "--validation_prompt": "a cat"}''')
+    config = config_from_flags("", [str(file), "--push_to_hub", "true", "--group_offload_use_stream", "--seed", "7"])
+    assert (config.learning_rate, config.lora_rank, config.validation_num_inference_steps, config.seed, config.report_to) == (1e-4, 8, 20, 7, "tensorboard")
+    said = capsys.readouterr().err
+    for words in ("report_to: wandb is not here", "lycoris_config (", "validation_prompt (use validation_prompts)", "push_to_hub (", "group_offload_use_stream ("):
+        assert said.count(words) == 1, said
+    file.write_text('{"--lora_rank": "many"}')
+    assert "lora_rank" in message(file) and "'many'" in message(file)
 
 
 def test_script_prints_one_line_and_exits_with_2():

@@ -54,7 +54,8 @@ def make_lora(tiny_config, folder, seed=0, **settings):
 
 # ---------------------------------------------------------------- ours, elsewhere
 
-# The layers that ComfyUI maps for this model, which it holds as a Flux: the end of the key between "transformer." and ".lora_A.weight".
+# The layers that ComfyUI maps for this model, which it holds as a Flux: what stands between "transformer." and ".lora_A.weight".
+# It merges them into slices of its own fused weights, which is the same sum as into the separate ones here.
 IN_COMFYUI = re.compile(
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
     r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|x_embedder|context_embedder|proj_out|norm_out\.linear"
@@ -170,11 +171,11 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
 
 def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     of_the_authors(tmp_path / "ok")
-    with pytest.raises(ValueError, match=r'init_lora: .*does not fit lora_rank 16.*has rank 4 on \["attn.add_k_proj", .*"proj_out"\]'):
+    with pytest.raises(ValueError, match=r'init_lora: .*has lora_rank 4 and lora_target_modules \["attn.add_k_proj", .*"proj_out"\]; set these'):
         add_lora(load_transformer(tiny_config(), "cpu"), tiny_config(lora_rank=16, init_lora=str(tmp_path / "ok")))
-    state = load_file(tmp_path / "ok/adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(tmp_path / "ok/adapter_model.safetensors").items()}
     for name, tensors, words in (
-        ("dora", {**state, "base_model.model.transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)}, "lora_magnitude_vector"),
+        ("dora", {**state, "transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)}, "lora_magnitude_vector"),
         ("half", {name: tensor for name, tensor in state.items() if "lora_A" in name}, "incomplete"),
         ("model", {"x_embedder.weight": torch.ones(2)}, "x_embedder.weight"),
         ("none", {}, "incomplete"),
@@ -184,11 +185,24 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
             read_lora(tmp_path / f"{name}.safetensors")
     other = {"transformer_blocks.99.attn.to_q.lora_A.weight": torch.ones(4, 96), "transformer_blocks.99.attn.to_q.lora_B.weight": torch.ones(96, 4)}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="was made for another model"):
+    with pytest.raises(ValueError, match="has no layer 'transformer_blocks.99.attn.to_q': it was made for another model"):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="there is no such LoRA file"):
+    with pytest.raises(ValueError, match="holds neither pytorch_lora_weights.safetensors nor adapter_model.safetensors"):
         read_lora(tmp_path / "folder")
+    (tmp_path / "ok/adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="adapter_config.json is not beside it; without that its strength is unknown"):
+        read_lora(tmp_path / "ok")
+
+
+def test_a_lora_on_some_blocks_is_drawn_but_not_trained_on_and_a_text_encoders_part_is_left_out(tiny_config, tmp_path, capsys):
+    of_the_authors(tmp_path, target_modules=r"transformer_blocks\.0\.attn\.to_q")
+    state = {name.replace("base_model.model.", "diffusion_model."): tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    save_file({**state, "text_encoder.layers.0.lora_A.weight": torch.ones(2, 2)}, tmp_path / "some.safetensors")
+    assert len(read_lora(tmp_path / "some.safetensors")) == 2 and "text encoder's part is left out" in capsys.readouterr().out
+    config = tiny_config(lora_rank=4, lora_target_modules=["attn.to_q"], init_lora=str(tmp_path / "some.safetensors"))
+    with pytest.raises(ValueError, match="cannot be trained on: it has not one rank and the same layers in every block"):
+        add_lora(load_transformer(tiny_config(), "cpu"), config)
 
 
 def test_training_goes_on_from_another_trainers_lora(quick_config, tmp_path, capsys):
@@ -197,6 +211,9 @@ def test_training_goes_on_from_another_trainers_lora(quick_config, tmp_path, cap
     config = quick_config(**settings, resume_from_checkpoint=str(path))
     train_lora.main(config)
     assert "is a LoRA without a state of ours; training begins with its weights, at step 0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .* is a run's folder; name one of its checkpoints"):
+        train_lora.main(quick_config(**settings, output_dir=str(tmp_path / "other"), resume_from_checkpoint=config.output_dir))
+    assert config.init_lora is None, "the caller's configuration stays as it is"
     ours, theirs = read_lora(config.output_dir), read_lora(path)
     assert checkpoints(config) == ["step-000001"]
     for name in theirs:

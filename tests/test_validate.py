@@ -31,11 +31,11 @@ def run(quick_config):
 
 
 def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run, capsys):
-    run.validation_resolution, run.validation_seed, run.validation_lora_strength = "128x128,192x128", [1, 2], [0.0, 1.0]
+    run.validation_resolution, run.validation_seed, run.validation_lora_strength = "128x128,192x128", [1, 2, 1], [0.0, 1.0]
     grid = validate.main(run)
     printed = capsys.readouterr().out
     losses = [line["held_out_loss"] for line in metrics(run) if "held_out_loss" in line]
-    assert f"held-out loss {losses[-1]:.4f}, the base's " in printed and "s a picture" in printed
+    assert f"held-out loss {losses[-1]:.4f}, the base's " in printed and "s a picture" in printed and len(losses) == 3
     names = sorted(path.name for path in grid.parent.glob("*.png"))
     shots = [f"{i:02d}-{size}-seed{seed}-{what}.png" for i in (0, 1) for size in ("128x128", "192x128") for seed in (1, 2) for what in ("base", "lora-x0", "lora-x1")]
     assert names == sorted(["comparison.png", *shots])
@@ -43,6 +43,7 @@ def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run, ca
         assert image.width > 3 * 192 and image.height > 8 * 128 and one.size == (192, 128)
         settings = json.loads(one.text["settings"])
         assert one.text["prompt"] == "一个蓝色的五角星" and one.text["base_model"] == MODEL and one.text["lora"].endswith("pytorch_lora_weights.safetensors")
+        assert settings["base_model_precision"] == "no_change" and "validation_split" not in settings
         assert (settings["validation_seed"], settings["validation_resolution"], settings["validation_lora_strength"]) == (2, "192x128", 1.0)
     for shot in shots[::3]:
         base, none, tuned = (pixels(grid.parent / shot.replace("base", what)) for what in ("base", "lora-x0", "lora-x1"))
@@ -85,7 +86,7 @@ def test_which_lora_is_shown(run, tmp_path):
     run.output_dir = str(tmp_path / "new")
     assert validate.find_loras(run) == []
     for run.lora in ("latest", "nowhere.safetensors", str(tmp_path)):
-        with pytest.raises(ValueError, match="holds no LoRA yet|there is no such LoRA file"):
+        with pytest.raises(ValueError, match="holds no LoRA yet|there is no such LoRA file|holds neither pytorch_lora"):
             validate.main(run)
 
 
@@ -101,6 +102,7 @@ def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red fox\n\n  一只猫 \n", encoding="utf-8")
     assert load_config(validation_prompts=str(file)).validation_prompts == ["a red fox", "一只猫"]
+    assert load_config(validation_prompts="a poster that says read me.txt").validation_prompts == ["a poster that says read me.txt"]
     file.write_text("\n")
     with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
         load_config(validation_prompts=str(file))
@@ -122,11 +124,42 @@ def test_cfg_renorm_can_be_turned_off(tiny_config):
     assert np.abs(drawn[True] - drawn[False]).mean() > 1
 
 
-def test_labels_say_so_where_no_chinese_font_is(run, monkeypatch, capsys):
-    longcat_common.label_font.cache_clear()
-    monkeypatch.setattr(longcat_common, "CHINESE_FONTS", ("no-such-font.ttc",))
+def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
+    for module, name in ((longcat_common, "CHINESE_FONTS"), (validate, "CHINESE_FONTS"), (longcat_common, "OTHER_FONTS")):
+        monkeypatch.setattr(module, name, ("no-such-font.ttc",))
     run.lora = "none"
     assert validate.main(run).exists()
-    assert "labels in Chinese: no font found; install one of" in capsys.readouterr().out
+    assert "labels in Chinese: no font found; install one of no-such-font.ttc" in capsys.readouterr().out
     assert longcat_common.label("中文", 16, "row 2")[0] == "row 2"
-    longcat_common.label_font.cache_clear()
+    assert longcat_common.label("uma raposa no sertão", 16)[0] == "uma raposa no sertao"
+
+
+def test_what_tells_rows_apart_is_not_cut_off(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(longcat_common.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text))
+    picture = Image.new("RGB", (128, 128))
+    longcat_common.picture_grid([[picture] * 2] * 2, [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)], ["base model", "step 12000, held-out 0.123"], "30 steps | path/" * 9)
+    assert drawn[1:3] == ["base model", "step 12000, held-out 0.123"]
+    assert [text.startswith(f"seed {seed} | a long") and text.endswith("…") for seed, text in zip((1, 2), drawn[3:])] == [True, True]
+
+
+def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run, monkeypatch, tmp_path):
+    drawn, draw = [], validate.generate
+
+    def stopping(*arguments):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise error
+        return draw(*arguments)
+
+    monkeypatch.setattr(validate, "generate", stopping)
+    for error, raised, words in ((KeyboardInterrupt(2), KeyboardInterrupt, ""), (RuntimeError("MPS backend out of memory"), ValueError, "out of memory; what to change.*validation_resolution")):
+        drawn.clear()
+        with pytest.raises(raised, match=words or None):
+            validate.main(run)
+    for number in (1, 2):
+        folder = Path(run.output_dir) / f"validation/compare-00{number}"
+        assert {path.name for path in folder.iterdir()} == {"comparison.png", "00-128x128-seed42-base.png", "01-128x128-seed42-base.png"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        validate.main(run)
