@@ -35,6 +35,7 @@ for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -54,7 +55,7 @@ torch.zeros(1).exp()
 VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
-PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change")
+PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8", "int8-matmul")
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
@@ -88,7 +89,7 @@ KEYS = {
         "model_family": Key(str, "longcat_image", "the model family", ("longcat_image",)),
         "model_flavour": Key(str, "final", "the main release, or the mid-training checkpoint", tuple(FLAVOURS)),
         "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
-        "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored", PRECISIONS),
+        "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored; int8-matmul: its products, too, are in 8 bits", PRECISIONS),
         "text_encoder_precision": Key(
             str, "no_change", "of the text encoder; quantizing it saves little here, and changes the embeddings", PRECISIONS
         ),
@@ -138,7 +139,9 @@ KEYS = {
         "adam_beta2": Key(float, 0.999, "AdamW's beta2", minimum=0),
         "adam_weight_decay": Key(float, 0.01, "AdamW's weight decay", minimum=0),
         "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm; 0: not clipped", minimum=0),
-        "gradient_checkpointing": Key(bool, True, "recompute activations in the backward pass: less memory, 1.5 times the step time"),
+        "gradient_checkpointing": Key(
+            (bool, str), True, "recompute activations in the backward pass: less memory, 1.5 times the time; auto: in as many blocks as memory demands", (True, False, "auto")
+        ),  # fmt: skip
         "seed": Key(int, 42, "every random draw follows from it", minimum=0),
         "flow_schedule_auto_shift": Key(bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"),
     },
@@ -146,6 +149,8 @@ KEYS = {
         "enable_group_offload": Key(bool, False, "keep the frozen blocks in host memory; they visit the device one after another"),
         "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
         "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
+        "enable_modulation_offload": Key(bool, False, "keep the layers that see only the noise level, a quarter of the weights, in host memory; their outputs are computed ahead"),
+        "torch_compile": Key(bool, False, "compile the blocks: minutes at the start, less time and memory a step"),
         "vram_limit_gb": Key(float, None, "CUDA: use no more memory than a card of this size has, in GiB", minimum=2),
         "benchmark": Key(int, 0, "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else", minimum=0),
     },
@@ -189,7 +194,7 @@ IGNORED_KEYS = {
     "validation_prompt": "use validation_prompts",
     "user_prompt_library": "use validation_prompts, which may name a .txt file",
     "validation_guidance_rescale": "see validation_cfg_renorm",
-    "validation_torch_compile": "nothing is compiled",
+    "validation_torch_compile": "use torch_compile",
     "checkpointing_steps": "use checkpoint_step_interval",
     "validation_steps": "use validation_step_interval",
     "num_validation_images": "use validation_seed with a list",
@@ -263,8 +268,13 @@ def load_config(path=None, **overrides):
         raise UserError(f"validation_seed: found {config.validation_seed}, allowed is less than 2^63")
     buckets(config)
     sources(config)
-    if config.enable_group_offload and not config.gradient_checkpointing:
-        raise UserError("gradient_checkpointing: found false, but enable_group_offload needs true: else every block's weights stay for the backward pass")
+    if config.enable_modulation_offload and any("linear" in target for target in config.lora_target_modules):
+        raise UserError("lora_target_modules: names modulation layers (norm*.linear), which enable_modulation_offload keeps on the host; leave one of them out")
+    if config.enable_group_offload and config.gradient_checkpointing is not True:
+        raise UserError(f"gradient_checkpointing: found {json.dumps(config.gradient_checkpointing)}, but enable_group_offload needs true: else every block's weights stay for the backward pass")
+    if config.torch_compile and (config.enable_group_offload or config.base_model_precision in PRECISIONS[:3]):
+        what = "enable_group_offload" if config.enable_group_offload else f"base_model_precision {config.base_model_precision}"
+        raise UserError(f"torch_compile: does not work with {what}; use base_model_precision int8, int8-matmul or no_change, without offload")
     for name in ("adam_beta1", "adam_beta2", "lora_dropout", "validation_split", "caption_dropout_probability"):
         if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
             limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
@@ -411,8 +421,8 @@ def config_from_flags(description, arguments):
         skip = False
         if name and name != "help" and name not in ALL_KEYS:
             load_config(**{name: None})  # names it and the nearest key
-        bare = name == word[2:] and name in ALL_KEYS and ALL_KEYS[name].types is bool
-        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (["true"], ["false"])
+        bare = name == word[2:] and name in ALL_KEYS and bool in types_of(name)
+        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (["true"], ["false"], ["auto"])
         words.append(f"{word}=true" if bare else word)
     given = vars(parser.parse_args(words))
     path = given.pop("config")
@@ -427,7 +437,7 @@ def flag_value(name, text):
     if list in types and str not in types and re.fullmatch(r"[\d.\s-]+(,[\d.\s-]+)+", text):
         text = f"[{text}]"  # several numbers
     with contextlib.suppress(json.JSONDecodeError):
-        value = json.loads(text.lower() if types == (bool,) else text)  # Python's True, too
+        value = json.loads(text.lower() if bool in types else text)  # Python's True, too
         if str not in types or type(value) in types or value is None:
             return value
     return text
@@ -675,6 +685,19 @@ def memory_advised(advice):
         raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
 
 
+def available_memory(device):
+    """How many bytes more this process may take on the device: what is free, within `vram_limit_gb`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for its next allocations
+        limit = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)
+        return int(min(free + kept, limit))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
 def free_memory():
     """Hands memory of deleted models back to the device."""
     gc.collect()
@@ -808,9 +831,12 @@ def fill_transformer(transformer, read, config, device):
 
     fill([name for name in names if not name.startswith(tuple(blocks))])
     offload, together = GroupOffload(device), []
+    transformer.modulations = ModulationsAhead(transformer, device, lambda: autocast(config, device)) if config.enable_modulation_offload else None
     for prefix, block in tqdm(blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0):
         fill([name for name in names if name.startswith(prefix)])
         quantize(block, config.base_model_precision)
+        if transformer.modulations:
+            transformer.modulations.add(block)
         together.append(block)
         if len(together) == config.group_offload_blocks_per_group or prefix == list(blocks)[-1]:
             if config.enable_group_offload:
@@ -894,6 +920,12 @@ class GroupOffload:
         with torch.cuda.stream(self.stream):  # does nothing without a stream
             return self.groups[number].host.to(self.device, non_blocking=True, copy=True)
 
+    def leave(self):
+        """Sends the group that is on the device back to the host."""
+        if self.current is not None:
+            self.place(self.current, self.groups[self.current].host)
+        self.current, self.coming = None, {}
+
     def need(self, number):
         """Brings a group to the device, in the place of the one that is there."""
         if number == self.current:
@@ -920,9 +952,118 @@ class GroupOffload:
             self.coming = {following: self.fetch(following)}
 
 
+class Int8Product(torch.autograd.Function):
+    """x [..., in] @ weight.T for a frozen int8 weight [out, in] with a scale per output: only they are kept for the backward
+    pass, no dequantized copy. With `in_8_bits` the rows of x, and in the backward pass those of the gradient, are quantized to
+    int8 as well (symmetric, to the largest value), and the matrix products are int8 with exact int32 sums."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, in_8_bits):
+        ctx.save_for_backward(weight, scale)
+        ctx.in_8_bits = in_8_bits
+        if not in_8_bits:
+            return x @ (weight.to(x.dtype) * scale[:, None].to(x.dtype)).t()
+        rows, row_scale = quantize_rows(x.flatten(0, -2))
+        return (torch._int_mm(rows, weight.t()) * (row_scale * scale)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, scale = ctx.saved_tensors
+        if not ctx.in_8_bits:
+            return gradient @ (weight.to(gradient.dtype) * scale[:, None].to(gradient.dtype)), None, None, None
+        rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale)  # these products sum over the outputs: their scales go first
+        product = torch._int_mm(rows, weight.t().contiguous().t())  # the order in memory that CUDA's int8 kernels are made for
+        return (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
+
+
+class StandIn(torch.nn.Module):
+    """In the place of a modulation linear: gives the output that ModulationsAhead has chosen, whatever it is given."""
+
+    value = None
+
+    def forward(self, x):
+        return self.value
+
+
+class ModulationsAhead:
+    """Keeps the blocks' modulation linears (`norm*.linear`, a quarter of the weights) on the host.
+
+    They see only the timestep, so their outputs, a megabyte a timestep, are computed ahead: `prepare` brings one block's after
+    the other to the device, once for all the timesteps it is given, and `select` chooses those of the coming call. A call of
+    the transformer that nothing was selected for, as in sampling, prepares its own timestep; the last ones are remembered.
+    Each timestep is computed alone, so the outputs do not depend on which came together.
+    """
+
+    def __init__(self, transformer, device, autocast):
+        self.transformer, self.offload, self.autocast = transformer, GroupOffload(device), autocast
+        self.linears, self.stand_ins, self.known, self.selected = [], [], {}, False
+        transformer.register_forward_pre_hook(self.before_call, with_kwargs=True)
+
+    def add(self, block):
+        """Puts the modulation linears of a block on the host."""
+        norms = [module for module in block.modules() if isinstance(module, (AdaLayerNormZero, AdaLayerNormZeroSingle))]
+        linears = [norm.linear for norm in norms]
+        for norm in norms:
+            norm.linear = StandIn()
+            self.stand_ins.append(norm.linear)
+        self.linears += linears
+        self.offload.add(linears)
+
+    @torch.no_grad()
+    def prepare(self, sigmas):
+        """Computes the outputs for those of `sigmas` (floats) that are not known."""
+        new = sorted(set(sigmas) - self.known.keys())
+        if not new:
+            return
+        if len(self.known) + len(new) > 128:
+            self.known = {sigma: self.known[sigma] for sigma in sigmas if sigma in self.known}
+        with self.autocast():
+            dtype = self.transformer.x_embedder.weight.dtype
+            timesteps = (torch.tensor(new, device=self.offload.device).to(dtype) * 1000).split(1)
+            embeddings = [torch.nn.functional.silu(self.transformer.time_embed(timestep, dtype)) for timestep in timesteps]
+            outputs = [[linear(embedding) for embedding in embeddings] for linear in self.linears]
+        self.offload.leave()
+        self.known |= {sigma: [of_linear[i] for of_linear in outputs] for i, sigma in enumerate(new)}
+
+    def select(self, sigmas):
+        """Chooses the outputs for the transformer's next call, on a batch with these noise levels (floats)."""
+        self.prepare(sigmas)
+        for i, stand_in in enumerate(self.stand_ins):
+            stand_in.value = torch.cat([self.known[sigma][i] for sigma in sigmas])
+        self.selected = True
+
+    def before_call(self, module, arguments, options):
+        if not self.selected:
+            self.select(options["timestep"].float().tolist())
+        self.selected = False
+
+
+def quantize_rows(x):
+    """A matrix in int8 and the scale of each row [rows, 1], float32: x is about int8 * scale."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
+    """A frozen Linear in int8, with a scale per output, as quanto's qint8, but of plain tensors, which torch.compile takes."""
+
+    def __init__(self, linear, in_8_bits):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias, self.in_8_bits = linear.in_features, linear.out_features, linear.bias, in_8_bits
+        weight, scale = quantize_rows(linear.weight.detach())
+        self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale[:, 0]))
+
+    def forward(self, x):
+        """[..., in] -> [..., out], in x's dtype, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = Int8Product.apply(x, self.weight, self.scale, self.in_8_bits and x.numel() > 16 * self.in_features)  # the kernels want more rows
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 def quantize(module, precision):
-    """Quantizes the weights of every Linear in `module` in place: "int8-quanto", "int4-quanto", "fp8-torchao" or
-    "no_change". Returns the module. Raises ValueError for another word."""
+    """Quantizes the weights of every Linear in `module` in place: "int8-quanto", "int4-quanto", "fp8-torchao", "int8",
+    "int8-matmul" (see Int8Linear) or "no_change". Returns the module. Raises ValueError for another word."""
     if precision in ("int8-quanto", "int4-quanto"):
         from optimum import quanto
 
@@ -934,6 +1075,11 @@ def quantize(module, precision):
         from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
         quantize_(module, Float8WeightOnlyConfig())
+    elif precision in ("int8", "int8-matmul"):
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, Int8Linear(child, precision == "int8-matmul"))
     elif precision != "no_change":
         raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(ALL_KEYS['base_model_precision'].choices)}")
     return module

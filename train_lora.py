@@ -10,7 +10,9 @@ resumed run ends with the same bytes as an uninterrupted one.
 """
 
 import collections
+import concurrent.futures
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -37,6 +39,7 @@ from longcat_common import (
     UserError,
     add_lora,
     autocast,
+    available_memory,
     buckets,
     check_precision,
     checkpoint_folders,
@@ -60,6 +63,8 @@ from longcat_common import (
     peak_memory,
     pick_device,
     picture_grid,
+    plain_tensors,
+    position_ids,
     process_count,
     process_rank,
     prompt_file,
@@ -175,6 +180,11 @@ def picture_line(entry):
     return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")})
 
 
+def draw_normal(config, name, index):
+    """The normal draw that decides a sample's noise level in the `index`-th batch of the run, [] on the CPU."""
+    return torch.randn((), generator=generator(config.seed, "sigma", index, name))
+
+
 def load_batch(config, batch, prompt_files, epoch, index):
     """Latents [B, 16, H, W] (a fresh sample of the posterior), noise like them, normal draws [B], prompt embeddings
     [B, 512, hidden] and loss weights [B] of a batch, the `index`-th of the run, on the CPU."""
@@ -186,7 +196,7 @@ def load_batch(config, batch, prompt_files, epoch, index):
         shape = posterior["mean"].shape
         latents.append(posterior["mean"] + posterior["std"] * draw("posterior", *shape))
         noise.append(draw("noise", *shape))
-        normal.append(draw("sigma"))
+        normal.append(draw_normal(config, name, index))
         caption = entry["captions"][int(pick("caption") * len(entry["captions"]))]
         if pick("caption_dropout") < config.caption_dropout_probability:
             caption = ""
@@ -195,22 +205,113 @@ def load_batch(config, batch, prompt_files, epoch, index):
     return torch.stack(latents), torch.stack(noise), torch.stack(normal), torch.stack(prompt_embeds), weights
 
 
+def load_ahead(config, batches, prompt_files, device, per_step, steps):
+    """Yields for each of `steps` steps (epoch, the place in the data after it, [(number in the run, load_batch's tensors)]), this
+    process's share of its batches. While a step computes, a thread loads the next one and sends it to the device."""
+
+    def load(taken):
+        for epoch, number, batch in taken[process_rank() :: process_count()]:
+            tensors = load_batch(config, batch, prompt_files, epoch, number)
+            if device.type == "cuda":  # page-locked: the copy then waits for nobody
+                tensors = [tensor.pin_memory().to(device, non_blocking=True) if i != 2 else tensor for i, tensor in enumerate(tensors)]
+            yield number, tensors
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = collections.deque()
+        for step in range(1, steps + 1):
+            while len(coming) < min(2, steps + 1 - step):
+                taken = batches.take(per_step)
+                coming.append((batches.epoch, batches.place(), pool.submit(lambda taken: list(load(taken)), taken)))
+            epoch, place, tensors = coming.popleft()
+            yield epoch, place, tensors.result()
+
+
+def coming_sigmas(config, scheduler, batches, count):
+    """Takes the next `count` batches. Returns the noise levels (floats) of this process's share of them."""
+    sigmas = []
+    for _, number, batch in batches.take(count)[process_rank() :: process_count()]:
+        for name, entry in batch:
+            tokens = math.prod(entry["bucket"]) // 256
+            sigmas += sample_sigmas(draw_normal(config, name, number)[None], tokens, scheduler, config.flow_schedule_auto_shift).tolist()
+    return sigmas
+
+
 # ---------------------------------------------------------------- a step
 
 
-def set_up(config, transformer, scheduler, device, steps):
-    """Puts a LoRA on the transformer. Returns what a step needs: transformer, model (the same, under torchrun within DDP),
-    parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, whole (False while
-    the optimizer is at work)."""
-    parameters = add_lora(transformer, config)
+def kept_bytes(transformer, block, batch, tokens, autocast):
+    """What autograd keeps of one block for its backward pass, in bytes, at `tokens` tokens a picture, text included: counted at
+    few tokens, for it grows with their number (attention keeps no matrix)."""
+    few, d, dtype = TEXT_TOKENS + 64, transformer.inner_dim, transformer.x_embedder.weight.dtype
+    kept, frozen = {}, {plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in plain_tensors(p)[0]}
+
+    def note(tensor):
+        for plain in plain_tensors(tensor)[0]:
+            kept[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
+        return tensor
+
+    draw = lambda *shape: torch.randn(shape, device=transformer.device, dtype=dtype)
+    rotary = transformer.pos_embed(torch.cat(position_ids(16, 16)).to(transformer.device))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, disable_input_dtype_casting(transformer):
+        image, text = draw(batch, 64, d).requires_grad_(), draw(batch, TEXT_TOKENS, d).requires_grad_()
+        block(hidden_states=image, encoder_hidden_states=text, temb=draw(batch, d), image_rotary_emb=rotary)
+    return sum(size for pointer, size in kept.items() if pointer not in frozen) * tokens // few
+
+
+def activation_bytes(checkpoint, kept, boundary):
+    """What the blocks keep until the backward pass, if those are checkpointed that `checkpoint` (booleans) says. `kept`: what a
+    block keeps, `boundary`: what one that is checkpointed keeps. And room for one that is computed again, and its gradients."""
+    return sum(boundary if again else size for again, size in zip(checkpoint, kept)) + 2 * max(kept)
+
+
+def plan_checkpointing(kept, boundary, available):
+    """Which blocks to checkpoint, as booleans: as few as fit into `available` bytes."""
+    checkpoint = [True] * len(kept)
+    for i in sorted(range(len(kept)), key=lambda i: kept[i]):  # all blocks cost the same time: first those that keep least
+        checkpoint[i] = activation_bytes([*checkpoint[:i], False, *checkpoint[i + 1 :]], kept, boundary) > available
+    return checkpoint
+
+
+def choose_checkpointing(config, transformer, device, earlier=None):
+    """Sets which blocks are checkpointed. For "auto" it says what it chose, and why; a resumed run keeps to its `earlier`
+    choice if that fits. Returns the choice as booleans."""
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    if config.gradient_checkpointing != "auto":
+        return [config.gradient_checkpointing] * (double + single)
+    tokens, batch = TEXT_TOKENS + max(width * height for width, height in buckets(config)) // 256, config.train_batch_size
+    if transformer.modulations:
+        transformer.modulations.select([0.5] * batch)
+    kinds = [transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]]
+    of_kind = [kept_bytes(transformer, block, batch, tokens, autocast(config, device)) for block in kinds]
+    if transformer.modulations:
+        transformer.modulations.selected = False
+    boundary = batch * tokens * transformer.inner_dim * compute_dtype(config, device).itemsize
+    moments = 3 * 4 * sum(p.numel() for p in transformer.parameters() if p.requires_grad)  # gradients and AdamW's two, not there yet
+    free_memory()
+    available = available_memory(device) * 0.92 - moments  # the rest for what the libraries take and for gaps between tensors
+    kept = [of_kind[0]] * double + [of_kind[1]] * single
+    fits = earlier and len(earlier) == len(kept) and activation_bytes(earlier, kept, boundary) <= available
+    checkpoint = earlier if fits else plan_checkpointing(kept, boundary, available)
+    transformer.use_checkpoint, transformer.use_single_checkpoint = checkpoint[:double], checkpoint[double:]
+    say(f"gradient_checkpointing: auto checkpoints {sum(checkpoint)} of {len(checkpoint)} blocks: {available / 2**30:.1f} GiB are there for activations, "
+        f"a block keeps {of_kind[0] / 2**30:.2f} or {of_kind[1] / 2**30:.2f} GiB, one that is checkpointed {boundary / 2**30:.3f}")  # fmt: skip
+    return checkpoint
+
+
+def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
+    """Puts a LoRA on the transformer. Returns what a step needs: transformer, model (the same, under torchrun within DDP),
+    parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, checkpointing (the
+    choice, and of a resumed run the earlier one), whole (False while the optimizer is at work)."""
+    parameters = add_lora(transformer, config)
+    checkpointing = choose_checkpointing(config, transformer, device, checkpointing)
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
-        fused=device.type == "cuda",
+        fused=device.type != "mps",  # leaves a step out by itself, see train_step
     )
     # The learning rate is a function of the step, so there is no scheduler state to save.
     lr_of = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps).lr_lambdas[0]
@@ -220,24 +321,29 @@ def set_up(config, transformer, scheduler, device, steps):
         frozen = [name for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()] if name not in parameters]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
         model = DistributedDataParallel(transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None)
+    if config.torch_compile:
+        transformer.compile_repeated_blocks()  # one graph for all blocks of a kind
     transformer.train()
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
-    return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, whole=True)
+    return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, checkpointing=checkpointing, whole=True)
 
 
 def train_step(config, run, step, batches):
-    """One step over this process's `batches`, an iterator of (number in the run, load_batch's tensors).
+    """One step over this process's `batches`, (number in the run, load_batch's tensors) each.
 
-    Returns (loss, gradient norm before clipping, whether the step was sound). What is not finite is not learned from; if
-    only the fp16 scaler's factor was too large for the gradients, the step is left out, and yet sound.
+    Returns a tensor [3] on the device, so that nobody waits for it: loss, gradient norm before clipping, and whether the step
+    was sound. What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
+    step is left out, and yet sound.
     """
     total, count = 0.0, config.gradient_accumulation_steps
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.lr_of(step - 1)
-    for micro, (number, tensors) in enumerate(batches):
-        latents, noise, normal, prompt_embeds, weights = (tensor.to(run.device) for tensor in tensors)
+    for micro, (number, (latents, noise, normal, prompt_embeds, weights)) in enumerate(batches):
         token_count = latents.shape[2] * latents.shape[3] // 4
         sigmas = sample_sigmas(normal, token_count, run.scheduler, config.flow_schedule_auto_shift)
+        if run.transformer.modulations:
+            run.transformer.modulations.select(sigmas.tolist())
+        latents, noise, sigmas, prompt_embeds, weights = (tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights))
         torch.manual_seed(generator(config.seed, "lora_dropout", number).initial_seed())  # dropout alone is drawn on the device
         # The processes' gradients are averaged once a step, with the last batch.
         alone = run.model.no_sync() if process_count() > 1 and micro + 1 < count else contextlib.nullcontext()
@@ -251,15 +357,21 @@ def train_step(config, run, step, batches):
     scale = run.scaler.get_scale()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
-    loss, grad_norm = torch.stack([total, grad_norm]).tolist()
-    loss = sum_over_processes(loss)[0] / process_count()
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        run.whole = False
-        run.scaler.step(run.optimizer)  # leaves out by itself what is not finite
-        run.whole = True
+    # The gradients are the processes' mean: if one's are not finite, none is, and all leave the step out.
+    finite = torch.isfinite(grad_norm) & (torch.isfinite(total) | (process_count() > 1))
+    run.whole = False
+    if run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)  # finds out by itself
+    elif run.optimizer.defaults["fused"]:
+        run.optimizer.found_inf = 1.0 - finite.float()  # stays on the device, as in the scaler: nobody waits
+        run.optimizer.step()
+    elif finite:
+        run.optimizer.step()
+    run.whole = True
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, math.isfinite(loss) and (math.isfinite(grad_norm) or (run.scaler.is_enabled() and scale > 1))
+    sound = finite | (torch.isfinite(total) if run.scaler.is_enabled() and scale > 1 else False)
+    return torch.stack([total, grad_norm, sound.float()])
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -307,6 +419,7 @@ def save_checkpoint(config, run, step, place, held_out_keys):
             "batches": place[0],
             "held_out": held_out_keys,
             "scaler": run.scaler.state_dict(),
+            "checkpointing": run.checkpointing,
             "base_model": model_identity(config, "transformer"),
             "config": vars(config),
         }
@@ -549,8 +662,10 @@ def memory_advice(config, device):
         advice.append(f"train_batch_size 1 with gradient_accumulation_steps {config.train_batch_size * config.gradient_accumulation_steps}")
     if config.base_model_precision == "no_change":
         advice.append("base_model_precision int8-quanto")
-    if not config.gradient_checkpointing:
+    if config.gradient_checkpointing is not True:
         advice.append("gradient_checkpointing true")
+    if not config.enable_modulation_offload and device.type != "mps":
+        advice.append("enable_modulation_offload true")
     if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
     if config.base_model_precision != "int4-quanto" and device.type != "mps":
@@ -568,29 +683,50 @@ def benchmark(config, device):
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
         print("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
-    dtype = compute_dtype(config, device)
-    with torch.device("meta"):
-        transformer = LongCatImageTransformer2DModel(**sizes)
-    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    weights = sum(map(math.prod, shapes.values()))
-    random_weights = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
-    transformer = fill_transformer(transformer, random_weights, config, device)
-    run = set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, config.max_train_steps)
-
-    batch = config.train_batch_size
+    run, weights = random_run(config, device, sizes)
+    transformer, dtype, batch = run.transformer, compute_dtype(config, device), config.train_batch_size
     latents, noise = torch.randn(2, batch, 16, height // 8, width // 8)
     tensors = (latents, noise, torch.randn(batch), torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim), torch.ones(batch))
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds = []
     for step in tqdm(range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0):
         start = time.perf_counter()
-        train_step(config, run, step, ((step, tensors) for _ in range(config.gradient_accumulation_steps)))
+        train_step(config, run, step, [(step, tensors)] * config.gradient_accumulation_steps)
         wait()
         seconds.append(time.perf_counter() - start)
     seconds_per_step = statistics.median(seconds[1:] or seconds)  # the first one warms up
 
     d, tokens = transformer.inner_dim, TEXT_TOKENS + width * height // 256
     flops = needed_flops(d, sizes["num_layers"] + sizes["num_single_layers"], tokens) * batch * config.gradient_accumulation_steps
+    rate = matmul_rate(device, dtype, d, tokens)
+    hours = seconds_per_step * config.max_train_steps / 3600
+    figures = {"seconds_per_step": seconds_per_step, "flops_per_second": flops / seconds_per_step, "matmul_flops_per_second": rate, "hours": hours}
+    if process_rank() == 0:
+        print(f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}")
+        print(f"{seconds_per_step:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds_per_step / 1e12:.3g} TFLOP/s, "
+              f"{flops / seconds_per_step / rate:.0%} of this device's {rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
+        on_device = "" if device.type == "cpu" else f"peak device memory {peak_memory(device):.1f} GiB, "
+        if device.type == "cuda":
+            on_device += f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB with what PyTorch keeps in reserve, "
+        print(f"{on_device}peak host memory {peak_host_memory()}")
+        print(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
+    return figures
+
+
+def random_run(config, device, sizes):
+    """A transformer of these sizes with random weights, set up to train. Returns what set_up returns, and the number of weights."""
+    with torch.device("meta"):
+        transformer = LongCatImageTransformer2DModel(**sizes)
+    shapes, dtype = {name: tensor.shape for name, tensor in transformer.state_dict().items()}, compute_dtype(config, device)
+    random_weights = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
+    transformer = fill_transformer(transformer, random_weights, config, device)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return set_up(config, transformer, scheduler, device, config.max_train_steps), sum(map(math.prod, shapes.values()))
+
+
+def matmul_rate(device, dtype, d, tokens):
+    """The device's speed in products [tokens, d] x [d, 4 d], in FLOP/s."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     for repeats in (3, 20):  # the first warms up
         wait()
@@ -598,19 +734,7 @@ def benchmark(config, device):
         for _ in range(repeats):
             a @ b
         wait()
-        matmul_rate = repeats * 8 * d * d * tokens / (time.perf_counter() - start)
-    hours = seconds_per_step * config.max_train_steps / 3600
-    figures = {"seconds_per_step": seconds_per_step, "flops_per_second": flops / seconds_per_step, "matmul_flops_per_second": matmul_rate, "hours": hours}
-    if process_rank() == 0:
-        print(f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}")
-        print(f"{seconds_per_step:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds_per_step / 1e12:.3g} TFLOP/s, "
-              f"{flops / seconds_per_step / matmul_rate:.0%} of this device's {matmul_rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
-        on_device = "" if device.type == "cpu" else f"peak device memory {peak_memory(device):.1f} GiB, "
-        if device.type == "cuda":
-            on_device += f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB with what PyTorch keeps in reserve, "
-        print(f"{on_device}peak host memory {peak_host_memory()}")
-        print(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
-    return figures
+    return repeats * 8 * d * d * tokens / (time.perf_counter() - start)
 
 
 def needed_flops(d, blocks, tokens):
@@ -637,13 +761,27 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
     per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
     metrics, stop, base = Metrics(config, start), StopSignals(), {}
     saved = done = last_sound = start
-    place, bad, skipped, recent, smoothed = batches.place(), 0, 0, [], math.nan
+    place, bad, skipped, recent, smoothed, waiting = batches.place(), 0, 0, [], math.nan, collections.deque()
+    coming, ahead = copy.copy(batches), max(1, 64 // (config.gradient_accumulation_steps * config.train_batch_size))  # steps
 
     def save():
         nonlocal saved
         if done > saved and first:
             save_checkpoint(config, run, done, place, held_out_keys)
         saved = done
+
+    def note(step, numbers, seconds):  # waits until the device has computed that step
+        nonlocal bad, skipped, last_sound, smoothed
+        loss, grad_norm, sound = numbers.tolist()
+        loss, sound = sum_over_processes(loss)[0] / process_count(), sum_over_processes(sound)[0] == process_count()
+        recent.append((loss if sound else math.nan, grad_norm, seconds))
+        bad = 0 if sound else bad + 1
+        if sound:
+            last_sound = step
+            smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
+        else:
+            skipped += 1
+            say(f"step {step}: loss {loss}, gradient norm {grad_norm}: not learned from")
 
     def score(name):  # the held-out pictures, and as many that are trained on
         some = batches.entries[:: max(1, len(batches.entries) // SCORED_PICTURES)][: len(held_out)]
@@ -677,44 +815,39 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         try:
             if sum_over_processes(bool(to_show()))[0]:
                 show()
-            stopping = stop.agreed()
+            stopping, loaded = stop.agreed(), load_ahead(config, batches, prompt_files, run.device, per_step, steps - start)
             while done < steps and not stopping:
                 started = time.perf_counter()
-                taken = batches.take(per_step)[process_rank() :: process_count()]
-                loaded = ((number, load_batch(config, batch, prompt_files, epoch, number)) for epoch, number, batch in taken)
-                loss, grad_norm, sound = train_step(config, run, done + 1, loaded)
-                done, place = done + 1, batches.place()
-
-                recent.append((loss if sound else math.nan, grad_norm, time.perf_counter() - started))
-                bad = 0 if sound else bad + 1
-                if sound:
-                    last_sound = done
-                    smoothed = loss if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * loss
-                else:
-                    skipped += 1
-                    say(f"step {done}: loss {loss}, gradient norm {grad_norm}: not learned from")
+                if run.transformer.modulations and (done - start) % ahead == 0:
+                    run.transformer.modulations.prepare(coming_sigmas(config, run.scheduler, coming, per_step * ahead))
+                epoch, place_after, tensors = next(loaded)
+                waiting.append((done + 1, train_step(config, run, done + 1, tensors)))
+                done, place, stopping = done + 1, place_after, stop.agreed()
+                # A step's numbers are looked at while the next one computes, unless they are needed now.
+                needed = done % LOG_EVERY == 0 or done % config.checkpoint_step_interval == 0 or done == steps or stopping or to_show()
+                while len(waiting) > (0 if needed else 1) and bad < BAD_STEPS:
+                    note(*waiting.popleft(), time.perf_counter() - started)
 
                 if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
                     means = [statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for values in zip(*recent)]
                     metrics.write(
-                        done, "train", loss=means[0], lr=run.optimizer.param_groups[0]["lr"], grad_norm=means[1], epoch=batches.epoch,
+                        done, "train", loss=means[0], lr=run.optimizer.param_groups[0]["lr"], grad_norm=means[1], epoch=epoch,
                         seconds_per_step=means[2], skipped_steps=skipped, peak_memory_gib=peak_memory(run.device),
                     )  # fmt: skip
-                    recent = []
+                    recent.clear()
                 if bad == BAD_STEPS:
                     saved = done  # nothing more: what was learned last may be the cause
                     for folder in checkpoint_folders(config) if first else []:
                         if step_of(folder) >= last_sound:  # nothing sound has followed from it
                             say(f"{folder.name} is kept as {set_aside(folder, 'unsound')}")
                     good = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
-                    raise UserError(f"step {done}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
-                stopping = stop.agreed()
+                    raise UserError(f"step {last_sound + BAD_STEPS}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
                 if (done % config.checkpoint_step_interval == 0 and not bad) or done == steps or stopping:
                     save()
                 if to_show() and not stopping:
                     show()
                     stopping = stop.agreed()
-                figures = {"loss": f"{smoothed:.4f}"}
+                figures = {} if math.isnan(smoothed) else {"loss": f"{smoothed:.4f}"}
                 if metrics.scores:
                     figures["held_out"] = f"{metrics.scores['held_out_loss']:.4f} of {metrics.scores['held_out_base']:.4f}"
                 if run.device.type != "cpu":
@@ -775,7 +908,7 @@ def main(config):
     with memory_advised(memory_advice(config, device)):
         transformer = load_transformer(config, device)
         init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
-        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps), 0
+        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps, state and state.get("checkpointing")), 0
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)
         batches.go_to(state["batches"], (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(), prompt_files, device)

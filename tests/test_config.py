@@ -28,6 +28,8 @@ def test_file_flags_and_defaults(tmp_path):
     config = config_from_flags("", flags)
     assert (config.lora_rank, config.output_dir, config.gradient_checkpointing) == (4, "a//b", True)
     assert config.validation_prompts == ["a", "b"]
+    for words, value in ((["auto"], "auto"), (["--seed", "1"], True), (["True"], True)):
+        assert config_from_flags("", ["--gradient_checkpointing", *words]).gradient_checkpointing == value
     for word in ("false", "False"):
         assert config_from_flags("", ["--gradient_checkpointing", word]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]

@@ -162,7 +162,7 @@ def test_loading_never_holds_the_whole_unquantized_model(tmp_path):
 @pytest.mark.slow
 def test_every_precision_learns_as_well(tiny_config, tmp_path):
     ratios = {}
-    for precision in ("no_change", "int8-quanto", "fp8-torchao", "int4-quanto"):
+    for precision in ("no_change", "int8-quanto", "fp8-torchao", "int4-quanto", "int8-matmul"):
         config = tiny_config(
             base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=240, lr_warmup_steps=20, validation_split=0.2,
             checkpoint_step_interval=30, validation_step_interval=240, validation_prompts=["a red circle in neonix style"], report_to="none",
@@ -183,7 +183,7 @@ def test_every_precision_learns_as_well(tiny_config, tmp_path):
         state = load_file(Path(config.output_dir) / "pytorch_lora_weights.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
         ratios[precision, "keys"] = {name: tensor.shape for name, tensor in state.items()}
-    for precision in ("int8-quanto", "fp8-torchao", "int4-quanto"):
+    for precision in ("int8-quanto", "fp8-torchao", "int4-quanto", "int8-matmul"):
         assert ratios[precision] <= 1.05 * ratios["no_change"], precision
         assert ratios[precision, "keys"] == ratios["no_change", "keys"]
 
@@ -277,11 +277,11 @@ def test_out_of_memory_says_what_to_change_and_the_last_step_is_saved(quick_conf
     monkeypatch.setattr(train_lora, "flow_matching_loss", full)
     with pytest.raises(ValueError, match="out of memory; what to change, the cheapest first: ") as error:
         train_lora.main(config)
-    words = ["train_batch_size 1 with gradient_accumulation_steps 3", "int8-quanto", "gradient_checkpointing true", "enable_group_offload true", "int4-quanto", "resolution"]
+    words = ["train_batch_size 1 with gradient_accumulation_steps 3", "int8-quanto", "gradient_checkpointing true", "enable_modulation_offload true", "enable_group_offload true", "int4-quanto", "resolution"]
     places = [str(error.value).index(word) for word in words]
     assert places == sorted(places)
     assert checkpoints(config) == ["step-000002"]
-    frugal = load_config(enable_group_offload=True, base_model_precision="int4-quanto", resolution=512)
+    frugal = load_config(enable_group_offload=True, enable_modulation_offload=True, base_model_precision="int4-quanto", resolution=512)
     assert "int4" not in train_lora.memory_advice(load_config(), torch.device("mps"))
     assert train_lora.memory_advice(frugal, torch.device("cuda")) == "a resolution under 512"
 
