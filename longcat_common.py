@@ -289,7 +289,9 @@ def as_list(value):
 
 def read_prompts(prompts):
     """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
-    if isinstance(prompts, list) or not (re.fullmatch(r"\S+\.txt", prompts, re.IGNORECASE) or Path(prompts[:200]).is_file()):
+    if isinstance(prompts, str) and prompts.lstrip().startswith("["):
+        raise UserError(f"validation_prompts: found {prompts[:80]!r}, which begins as a list and is none; write it as JSON, with double quotes: '[\"a cat\", \"a dog\"]'")
+    if isinstance(prompts, list) or not re.fullmatch(r"(\S+|.*[/\\\\].*)\.txt", prompts, re.IGNORECASE):
         return as_list(prompts)
     try:
         lines = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
@@ -302,7 +304,10 @@ def read_prompts(prompts):
 
 def validation_sizes(config):
     """The sizes (width, height) in `validation_resolution`."""
-    return [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
+    sizes = [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
+    if max(map(max, sizes)) > 4096:
+        raise UserError(f"validation_resolution: found {config.validation_resolution!r}, allowed are sides up to 4096")
+    return sizes
 
 
 def types_of(name):
@@ -325,6 +330,8 @@ def checked(name, value):
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{name}: found {value!r}, which holds half a character; write it again") from None
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name}: found {value!r}, which holds a NUL character; write it again")
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types:
@@ -455,7 +462,12 @@ def run_stage(main, description):
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print("\ninterrupted: what was finished is saved; start again to go on", file=sys.stderr)
@@ -1093,7 +1105,8 @@ def load_vae(config, device):
 
 def load_scheduler(config):
     """The model's FlowMatchEulerDiscreteScheduler."""
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder(config, "scheduler"))
+    with named_if_damaged(folder := model_folder(config, "scheduler")):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
 def load_tokenizer(config):
@@ -1496,12 +1509,15 @@ def read_lora(path):
     path, state, alphas = lora_file(path), {}, {}
     tensors, settings = read_tensors(path), {}
     if any(name.startswith("base_model.model.") for name in tensors):
-        if not path.with_name("adapter_config.json").is_file():
-            raise UserError(f"{path}: is PEFT's, and adapter_config.json is not beside it; without that its strength is unknown")
-        settings = read_json(path.with_name("adapter_config.json"))
+        config = path.with_name("adapter_config.json")
+        settings = read_json(config) if config.is_file() else {}
+        if "lora_alpha" not in settings:
+            raise UserError(f"{path}: is PEFT's, and {config.name} with its lora_alpha is not beside it; without that its strength is unknown")
     elif "lora_adapter_metadata" in (header := read_header(path)):
-        with named_if_damaged(path):
+        with contextlib.suppress(ValueError, TypeError):  # then its tensors have to do
             settings = {name.removeprefix("transformer."): value for name, value in dict(json.loads(header["lora_adapter_metadata"])).items()}
+    if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
+        raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
     for name, tensor in tensors.items():
         if name.startswith(("text_encoder", "lora_te")):
             say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
@@ -1509,29 +1525,45 @@ def read_lora(path):
         name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
         name = name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
         if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = tensor.flatten()[0].item()
+            alphas[name.removesuffix(".alpha")] = tensor.float().mean().item()
         else:
             state[name] = tensor.float()
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
     complete = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-    if not state or not complete or any(tensor.ndim != 2 for tensor in state.values()):
+    if not state or not complete or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
         unknown = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
         raise UserError(f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}")
-    for module in modules:
-        B = state[f"{module}.lora_B.weight"]
-        patterns = settings.get("alpha_pattern") or {}
-        alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1])))
-        state[f"{module}.lora_B.weight"] = B * (alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1]))
+    try:
+        for module in modules:
+            B = state[f"{module}.lora_B.weight"]
+            patterns = dict(settings.get("alpha_pattern") or {})
+            alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1])))
+            state[f"{module}.lora_B.weight"] = B * (alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1]))
+    except (TypeError, ValueError, re.error) as error:
+        raise UserError(f"{path}: its alpha cannot be read ({error})") from None
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: holds values that are not finite, in {bad[0]}; it is damaged, or its training failed")
     return state
+
+
+def check_fit(transformer, path, state):
+    """Raises UserError if a LoRA's state (see read_lora), read from `path`, does not fit the transformer."""
+    layers = dict(transformer.named_modules())
+    for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
+        if not hasattr(layers.get(module), "in_features"):
+            raise UserError(f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way")
+        A, B = (state[f"{module}.lora_{part}.weight"] for part in "AB")
+        if (A.shape[1], B.shape[0], A.shape[0]) != (layers[module].in_features, layers[module].out_features, B.shape[1]):
+            sizes = f"{tuple(A.shape)} and {tuple(B.shape)} for a layer from {layers[module].in_features} to {layers[module].out_features}"
+            raise UserError(f"{path}: was made for another model, or is damaged: {module} has {sizes}")
 
 
 def load_lora(transformer, path, strength=1.0):
     """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it does
     not fit."""
-    state, layers = read_lora(path), {name for name, _ in transformer.named_modules()}
-    for name in state:
-        if name.rsplit(".lora_", 1)[0] not in layers:
-            raise UserError(f"{path}: this transformer has no layer {name.rsplit('.lora_', 1)[0]!r}: it was made for another model, or names its layers in another way")
+    state = read_lora(path)
+    check_fit(transformer, path, state)
     remove_lora(transformer)
     try:
         transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
@@ -1603,23 +1635,25 @@ def label(text, size, instead="(no font for Chinese text)"):
 
 
 def picture_grid(rows, row_labels, column_labels, title=None):
-    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size."""
+    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size. `title`:
+    a line or several."""
     cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
     size = max(13, cell // 16)
     line = size + 2 * gap
     heights = [round(images[0].height * cell / images[0].width) for images in rows]
-    head = line * (2 if title else 1)
+    titles = title.splitlines() if title else []
+    head = line * (len(titles) + 1)
     grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white")
     draw = ImageDraw.Draw(grid)
 
     def write(text, x, y, width, anchor, colour, instead=None):
-        text, font = label(text, size, instead)
+        text, font = label(text[:300], size, instead)
         while draw.textlength(text, font=font) > width:
             text = text.rstrip("…")[:-1] + "…"
         draw.text((x, y), text, colour, font=font, anchor=anchor)
 
-    if title:
-        write(title, gap, line / 2, grid.width - 2 * gap, "lm", "#444444", title.encode("ascii", "replace").decode())
+    for y, text in enumerate(titles):
+        write(text, gap, line * y + line / 2, grid.width - 2 * gap, "lm", "#444444", text.encode("ascii", "replace").decode())
     for x, text in enumerate(column_labels):
         write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
     top = head

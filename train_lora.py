@@ -546,12 +546,14 @@ def preview(config, transformer, device, step):
         for i, image in enumerate(images):
             column.paste(image, (0, i * height))
         folder, prompts = Path(config.output_dir) / "validation", json.dumps(config.validation_prompts, ensure_ascii=False)
-        save_picture(column, folder / f"step-{step:06d}.png", prompts=prompts)
+        drawn_with = [name for name in vars(config) if name.startswith("validation_") and name not in ("validation_split", "validation_step_interval", "validation_lora_strength")]
+        settings = json.dumps({name: getattr(config, name) for name in drawn_with}, ensure_ascii=False)
+        save_picture(column, folder / f"step-{step:06d}.png", prompts=prompts, settings=settings)
 
         columns = {}
         for path in sorted(folder.glob("step-*.png")):
             with Image.open(path) as earlier:
-                if earlier.size == column.size and earlier.text.get("prompts") == prompts:
+                if earlier.size == column.size and earlier.text.get("settings") == settings:
                     columns[int(path.stem[5:])] = earlier.convert("RGB")
         shown = sorted(columns)
         if len(shown) > 6:  # the first, the last and four between

@@ -10,6 +10,7 @@ settings in the PNG's text, and all of them as `comparison.png` to a new folder 
 
 import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from longcat_common import (
     UserError,
     as_list,
     cache_prompts,
+    check_fit,
     checkpoint_folders,
     generate,
     is_chinese,
@@ -48,9 +50,16 @@ PROMPTS = ["a cat on a window sill in the morning sun, photograph", "一只猫�
 
 
 def newest_lora(folder):
-    """The newest LoRA file of a run: its last, or that of a checkpoint. None if it has none yet."""
-    found = [*folder.glob(LORA_NAME), *folder.glob(f"checkpoints/step-*/{LORA_NAME}")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    """The LoRA file of a run with the most steps: its last, or that of a checkpoint. None if it has none yet."""
+    found = [*folder.glob(f"checkpoints/step-*/{LORA_NAME}"), *folder.glob(LORA_NAME)]
+    return max(reversed(found), key=steps_of, default=None)
+
+
+def steps_of(lora):
+    """How many steps a LoRA of ours has learned for, from its header; -1 for another trainer's."""
+    with contextlib.suppress(LookupError, TypeError, json.JSONDecodeError):
+        return int(json.loads(read_header(lora)["longcat_lora"])["steps"])
+    return -1
 
 
 def find_loras(config):
@@ -75,24 +84,24 @@ def find_loras(config):
 
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
-    step = json.loads(read_header(lora).get("longcat_lora", "{}")).get("steps")
     for metrics in (lora.parent / "metrics.jsonl", lora.parent.parent.parent / "metrics.jsonl"):  # of the run, or of a checkpoint's run
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
                 values = json.loads(line)
-                if values["step"] == step:
-                    return values["held_out_loss"], values["held_out_base"]
+                if values["step"] == steps_of(lora):
+                    return float(values["held_out_loss"]), float(values["held_out_base"])
 
 
 def columns_of(config, loras):
     """The grid's columns, the base first: (label, name in the pictures' file names, LoRA file or None, strength)."""
-    strengths, columns, base_loss = as_list(config.validation_lora_strength), [], ""
+    strengths = list({f"{strength:g}": strength for strength in as_list(config.validation_lora_strength)}.values())
+    columns, base_loss = [], ""
     for lora in loras:
         losses = held_out_losses(lora)
         for strength in strengths:
             label, name = (f"step {step_of(lora.parent)}", lora.parent.name) if config.compare_checkpoints else ("with LoRA", "lora")
             if len(strengths) > 1 or strength != 1:
-                label, name = f"{label} x {strength:g}", f"{name}-x{strength:g}"
+                label, name = f"{label}, strength {strength:g}", f"{name}-x{strength:g}"
             if losses and strength == 1:
                 label, base_loss = f"{label}, held-out {losses[0]:.3f}", f", held-out {losses[1]:.3f}"
             columns.append((label, name, lora, strength))
@@ -135,22 +144,33 @@ def main(config):
         font = system_font(CHINESE_FONTS, 16)
         print(f"labels in Chinese: {font.path}" if font else f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}")
 
-    # All prompts first: the text encoder is gone from the device before the transformer comes.
-    cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
-    with memory_advised("validation_resolution 768x768, or enable_group_offload true"):
-        return draw(config, load_pipeline(config, device), prompts, loras, columns, device)
+    folder = new_folder(Path(config.output_dir))  # what cannot be written is said before the work
+    try:
+        # All prompts first: the text encoder is gone from the device before the transformer comes.
+        cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
+        with memory_advised("validation_resolution 768x768; enable_group_offload true"):
+            pipe = load_pipeline(config, device)
+            for lora in loras:
+                check_fit(pipe.transformer, lora, read_lora(lora))
+            return draw(config, pipe, prompts, loras, columns, folder, device)
+    except KeyboardInterrupt:
+        print(f"\nwhat was drawn so far is in {folder}", file=sys.stderr)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing was drawn
 
 
-def draw(config, pipe, prompts, loras, columns, device):
-    """Draws the pictures, each saved at once, and after each column the grid so far. Returns the grid's path."""
-    folder = new_folder(Path(config.output_dir))
+def draw(config, pipe, prompts, loras, columns, folder, device):
+    """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's path."""
     sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed)))
     rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
     base_model = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
     several = lambda size, seed: (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
     title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
     title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (f", seed {seeds[0]}" if len(seeds) == 1 else "")
-    title += f" | {loras[0]}" if len(loras) == 1 else ""
+    title += ("" if config.validation_cfg_renorm else ", CFG-renorm off") + (f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else "")
+    title += f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1") if len(loras) == 1 else f"\n{Path(config.output_dir).name}"
     settings = {name: value for name, value in vars(config).items() if name.startswith("validation_") and name not in ("validation_prompts", "validation_split", "validation_step_interval")}
     settings |= {"base_model_precision": config.base_model_precision, "mixed_precision": config.mixed_precision}
 

@@ -187,11 +187,21 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="has no layer 'transformer_blocks.99.attn.to_q': it was made for another model"):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
+    name = "transformer_blocks.0.attn.to_q.lora_"
+    for A, B, words in ((torch.ones(4, 96), torch.ones(96, 4), "a layer from 128 to 128"), (torch.ones(4, 128), torch.full((128, 4), torch.nan), "not finite")):
+        save_file({f"{name}A.weight": A, f"{name}B.weight": B}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=words):
+            load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
+    config = json.loads((tmp_path / "ok/adapter_config.json").read_text())
+    for change, words in (({"lora_alpha": None}, "alpha cannot be read"), ({"alpha_pattern": {"*[": 1}}, "alpha cannot be read"), ({"peft_type": "LOHA"}, "no plain LoRA: LOHA"), ({"use_dora": True}, "DoRA")):
+        (tmp_path / "ok/adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=words):
+            read_lora(tmp_path / "ok")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="holds neither pytorch_lora_weights.safetensors nor adapter_model.safetensors"):
         read_lora(tmp_path / "folder")
     (tmp_path / "ok/adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="adapter_config.json is not beside it; without that its strength is unknown"):
+    with pytest.raises(ValueError, match="adapter_config.json with its lora_alpha is not beside it; without that its strength is unknown"):
         read_lora(tmp_path / "ok")
 
 

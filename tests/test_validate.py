@@ -1,6 +1,7 @@
 """Stage 4 as people use it: which LoRA is shown, what is drawn, what the pictures say about themselves."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -80,11 +81,20 @@ def test_which_lora_is_shown(run, tmp_path):
         assert validate.find_loras(run) == [expected]
     run.lora = "none"
     assert validate.find_loras(run) == []
+    for path in (last, checkpoint):
+        os.utime(path, (2e9, 2e9))  # the steps count, not the files' times
+    run.lora = "latest"
+    assert validate.find_loras(run) == [last]
     last.unlink()
     run.lora = None
     assert validate.find_loras(run) == [output / "checkpoints/step-000004/pytorch_lora_weights.safetensors"]
     run.output_dir = str(tmp_path / "new")
     assert validate.find_loras(run) == []
+    (tmp_path / "file").write_text("")
+    run.lora, run.output_dir = "none", str(tmp_path / "file")
+    with pytest.raises(ValueError, match="file/validation/compare-001: cannot be written"):
+        validate.main(run)
+    run.output_dir = str(tmp_path / "new")
     for run.lora in ("latest", "nowhere.safetensors", str(tmp_path)):
         with pytest.raises(ValueError, match="holds no LoRA yet|there is no such LoRA file|holds neither pytorch_lora"):
             validate.main(run)
@@ -106,8 +116,11 @@ def test_prompts_from_a_file(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
         load_config(validation_prompts=str(file))
-    with pytest.raises(ValueError, match="validation_prompts: .*missing.txt: cannot be read"):
-        load_config(validation_prompts=str(tmp_path / "missing.txt"))
+    for missing in ("missing.txt", "is missing.txt"):
+        with pytest.raises(ValueError, match="validation_prompts: .*missing.txt: cannot be read"):
+            load_config(validation_prompts=str(tmp_path / missing))
+    with pytest.raises(ValueError, match="validation_prompts: .*begins as a list and is none"):
+        load_config(validation_prompts="['a cat', 'a dog']")
 
 
 def test_cfg_renorm_can_be_turned_off(tiny_config):
@@ -138,9 +151,9 @@ def test_what_tells_rows_apart_is_not_cut_off(monkeypatch):
     drawn = []
     monkeypatch.setattr(longcat_common.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text))
     picture = Image.new("RGB", (128, 128))
-    longcat_common.picture_grid([[picture] * 2] * 2, [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)], ["base model", "step 12000, held-out 0.123"], "30 steps | path/" * 9)
-    assert drawn[1:3] == ["base model", "step 12000, held-out 0.123"]
-    assert [text.startswith(f"seed {seed} | a long") and text.endswith("…") for seed, text in zip((1, 2), drawn[3:])] == [True, True]
+    longcat_common.picture_grid([[picture] * 2] * 2, [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)], ["base model", "step 12000, held-out 0.123"], "30 steps, seed 42\npath/of/lora")
+    assert drawn[:4] == ["30 steps, seed 42", "path/of/lora", "base model", "step 12000, held-out 0.123"]
+    assert [text.startswith(f"seed {seed} | a long") and text.endswith("…") for seed, text in zip((1, 2), drawn[4:])] == [True, True]
 
 
 def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run, monkeypatch, tmp_path):
