@@ -1236,12 +1236,20 @@ def make_pipeline(config, transformer, vae):
     return pipe
 
 
+def compile_blocks(transformer):
+    """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
+    torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
+    transformer.compile_repeated_blocks()
+
+
 def load_pipeline(config, device, lora=None):
     """A ready pipeline: `load_pipeline(config, "cuda", lora="output")("a cat").images[0]`.
 
     `lora`: a LoRA file or folder, or None. Raises UserError if it cannot be read or does not fit.
     """
     transformer = load_transformer(config, device)
+    if config.torch_compile:
+        compile_blocks(transformer)
     if lora:
         load_lora(transformer, lora)
     return make_pipeline(config, transformer, load_vae(config, device))

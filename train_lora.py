@@ -43,6 +43,7 @@ from longcat_common import (
     buckets,
     check_precision,
     checkpoint_folders,
+    compile_blocks,
     compute_dtype,
     fill_transformer,
     first_before_others,
@@ -322,7 +323,7 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
         model = DistributedDataParallel(transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None)
     if config.torch_compile:
-        transformer.compile_repeated_blocks()  # one graph for all blocks of a kind
+        compile_blocks(transformer)
     transformer.train()
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
     return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, checkpointing=checkpointing, whole=True)
@@ -331,8 +332,8 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
 def train_step(config, run, step, batches):
     """One step over this process's `batches`, (number in the run, load_batch's tensors) each.
 
-    Returns a tensor [3] on the device, so that nobody waits for it: loss, gradient norm before clipping, and whether the step
-    was sound. What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
+    Returns a function that waits for the step, and gives loss, gradient norm before clipping, and whether the step was sound;
+    until it is called, nobody waits. What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
     step is left out, and yet sound.
     """
     total, count = 0.0, config.gradient_accumulation_steps
@@ -371,7 +372,16 @@ def train_step(config, run, step, batches):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     sound = finite | (torch.isfinite(total) if run.scaler.is_enabled() and scale > 1 else False)
-    return torch.stack([total, grad_norm, sound.float()])
+    # Copied now: a copy that is asked for later would come after the next step's work.
+    numbers = torch.stack([total, grad_norm, sound.float()]).to("cpu", non_blocking=run.device.type == "cuda")
+    copied = torch.cuda.current_stream(run.device).record_event() if run.device.type == "cuda" else None
+
+    def wait():
+        if copied:
+            copied.synchronize()
+        return numbers.tolist()
+
+    return wait
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -772,9 +782,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             save_checkpoint(config, run, done, place, held_out_keys)
         saved = done
 
-    def note(step, numbers, seconds):  # waits until the device has computed that step
+    def note(step, wait, seconds):
         nonlocal bad, skipped, last_sound, smoothed
-        loss, grad_norm, sound = numbers.tolist()
+        loss, grad_norm, sound = wait()
         loss, sound = sum_over_processes(loss)[0] / process_count(), sum_over_processes(sound)[0] == process_count()
         recent.append((loss if sound else math.nan, grad_norm, seconds))
         bad = 0 if sound else bad + 1

@@ -102,7 +102,7 @@ def columns_of(config, loras):
             label, name = (f"step {step_of(lora.parent)}", lora.parent.name) if config.compare_checkpoints else ("with LoRA", "lora")
             if len(strengths) > 1 or strength != 1:
                 label, name = f"{label}, strength {strength:g}", f"{name}-x{strength:g}"
-            if losses and strength == 1:
+            if losses and strengths == [1]:
                 label, base_loss = f"{label}, held-out {losses[0]:.3f}", f", held-out {losses[1]:.3f}"
             columns.append((label, name, lora, strength))
         if losses:

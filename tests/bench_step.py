@@ -3,7 +3,7 @@ eager), in one run:
 
     python tests/bench_step.py                  # on a GPU the real size at 1024x1024; on a CPU a scaled-down model in float32
     python tests/bench_step.py --limit 16       # within 16 GiB of the GPU's memory
-    python tests/bench_step.py --losses 400     # the loss curves of the tiny model, on the same data and draws
+    python tests/bench_step.py --losses 400     # the loss curves of the tiny model, on the same data and draws; some five minutes
 
 Each way runs in a process of its own, so that its peak memory is its own.
 """

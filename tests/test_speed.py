@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import MODEL
 from optimum import quanto
+from PIL import Image
 from test_devices import draws
 from test_survival import lora_bytes, metrics
 
@@ -184,7 +185,7 @@ def test_the_next_step_is_loaded_while_one_computes(quick_config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no_change", "int8", "int8-matmul"])
+@pytest.mark.parametrize("precision", ["no_change", "int8-matmul"])
 def test_compiled_blocks_learn_the_same(quick_config, tmp_path, precision):
     settings = dict(base_model_precision=precision, max_train_steps=3, gradient_checkpointing=True, validation_split=0.2, validation_step_interval=3)
     losses = []
@@ -193,6 +194,11 @@ def test_compiled_blocks_learn_the_same(quick_config, tmp_path, precision):
         train_lora.main(config)
         losses.append([line[name] for line in metrics(config) for name in ("loss", "held_out_loss") if name in line])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3 if precision == "int8-matmul" else 1e-4)
+    drawn = []
+    for config.torch_compile in (False, True):
+        picture = validate.main(config).parent / "00-128x128-seed42-lora.png"
+        drawn.append(np.asarray(Image.open(picture)).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).mean() < (2 if precision == "int8-matmul" else 0.1)
     for other in (dict(enable_group_offload=True), dict(base_model_precision="int8-quanto")):
         with pytest.raises(ValueError, match="torch_compile: does not work with"):
             load_config(torch_compile=True, **{**dict(base_model_precision="int8"), **other})
