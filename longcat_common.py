@@ -707,7 +707,7 @@ def available_memory(device):
         return int(min(free + kept, limit))
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
 
 
 def free_memory():
@@ -1027,7 +1027,7 @@ class ModulationsAhead:
         new = sorted(set(sigmas) - self.known.keys())
         if not new:
             return
-        if len(self.known) + len(new) > 128:
+        if len(self.known) + len(new) > 256:
             self.known = {sigma: self.known[sigma] for sigma in sigmas if sigma in self.known}
         with self.autocast():
             dtype = self.transformer.x_embedder.weight.dtype

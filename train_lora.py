@@ -213,8 +213,9 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
     def load(taken):
         for epoch, number, batch in taken[process_rank() :: process_count()]:
             tensors = load_batch(config, batch, prompt_files, epoch, number)
-            if device.type == "cuda":  # page-locked: the copy then waits for nobody
-                tensors = [tensor.pin_memory().to(device, non_blocking=True) if i != 2 else tensor for i, tensor in enumerate(tensors)]
+            if device.type == "cuda":  # page-locked, so that the copy waits for nobody; the normal draws are used on the CPU
+                with torch.cuda.device(device):  # else a thread begins on the first one
+                    tensors = [tensor.pin_memory().to(device, non_blocking=True) if i != 2 else tensor for i, tensor in enumerate(tensors)]
             yield number, tensors
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -831,6 +832,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             while done < steps and not stopping:
                 started = time.perf_counter()
                 if run.transformer.modulations and (done - start) % ahead == 0:
+                    run.transformer.modulations.known.clear()
                     run.transformer.modulations.prepare(coming_sigmas(config, run.scheduler, coming, per_step * ahead))
                 epoch, place_after, tensors = next(loaded)
                 waiting.append((done + 1, train_step(config, run, done + 1, tensors)))
