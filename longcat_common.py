@@ -91,7 +91,7 @@ KEYS = {
         "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
         "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored; int8-matmul: its products, too, are in 8 bits", PRECISIONS),
         "text_encoder_precision": Key(
-            str, "no_change", "of the text encoder; quantizing it saves little here, and changes the embeddings", PRECISIONS
+            str, "no_change", "of the text encoder; quantizing it saves little here, and changes the embeddings", PRECISIONS[:5]
         ),
         "mixed_precision": Key(
             str, "auto", "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU", ("auto", "bf16", "fp16", "no")
@@ -658,9 +658,10 @@ def check_precision(config, device):
         if device.type == "mps" and getattr(config, name) not in ("no_change", "int8-quanto"):
             raise UserError(f"{name}: {getattr(config, name)} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change")
     # quanto then packs the weights for a kernel (AWQ) whose tensors cannot leave the GPU.
-    if config.enable_group_offload and config.base_model_precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
+    offloads = config.enable_group_offload or config.enable_modulation_offload
+    if offloads and config.base_model_precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
         if torch.cuda.get_device_capability(device)[0] >= 8:
-            raise UserError("mixed_precision: int4-quanto with enable_group_offload needs bf16 on this GPU; leave it at auto")
+            raise UserError("mixed_precision: int4-quanto with weights on the host needs bf16 on this GPU; leave it at auto")
 
 
 def limit_memory(config, device):
@@ -676,6 +677,11 @@ def limit_memory(config, device):
     free, total = torch.cuda.mem_get_info(device)
     outside = min(total - free - torch.cuda.memory_reserved(device), 2**30)  # more than that is another process's
     torch.cuda.set_per_process_memory_fraction(min(1.0, (config.vram_limit_gb * 2**30 - outside) / total), device)
+
+
+def send(tensor, device):
+    """The tensor on the device; on CUDA from page-locked memory, so that nobody waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not tensor.is_cuda else tensor.to(device)
 
 
 def peak_memory(device):
@@ -907,7 +913,7 @@ class GroupOffload:
             # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
             runtime = torch.cuda.cudart()
             if code := int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-                raise UserError(f"enable_group_offload: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock")
+                raise UserError(f"offloading: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock")
             weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
         for view, plain in zip(self.views(number, host), plains):
@@ -1062,8 +1068,10 @@ class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
     def __init__(self, linear, in_8_bits):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias, self.in_8_bits = linear.in_features, linear.out_features, linear.bias, in_8_bits
-        weight, scale = quantize_rows(linear.weight.detach())
-        self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale[:, 0]))
+        weight = linear.weight.detach()
+        scale = (weight.abs().amax(dim=1) / 127).float().clamp(min=1e-20)  # rounded to the weight's dtype, as it will be used
+        weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
 
     def forward(self, x):
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
@@ -1239,6 +1247,7 @@ def make_pipeline(config, transformer, vae):
 def compile_blocks(transformer):
     """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
     torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
+    torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
     transformer.compile_repeated_blocks()
 
 
@@ -1372,6 +1381,12 @@ def position_ids(height, width):
     return text_ids, image_ids
 
 
+@functools.cache
+def position_ids_on(device, height, width):
+    """position_ids on a device, sent there once for each size: a copy would wait for all that the device has yet to do."""
+    return tuple(ids.to(device) for ids in position_ids(height, width))
+
+
 def pack_latents(latents):
     """[B, 16, H, W] -> [B, H/2 * W/2, 64]: each 2x2 square of latents becomes one token."""
     return LongCatImagePipeline._pack_latents(latents, *latents.shape)
@@ -1395,15 +1410,15 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     Returns a float32 scalar.
     """
     dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
-    text_ids, image_ids = position_ids(*latents.shape[2:])
+    text_ids, image_ids = position_ids_on(latents.device, *latents.shape[2:])
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
     s = sigmas.float()[:, None, None]
     prediction = transformer(
         hidden_states=((1 - s) * x0 + s * noise).to(dtype),
         timestep=sigmas,
         encoder_hidden_states=prompt_embeds.to(dtype),
-        txt_ids=text_ids.to(latents.device),
-        img_ids=image_ids.to(latents.device),
+        txt_ids=text_ids,
+        img_ids=image_ids,
         return_dict=False,
     )[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
@@ -1559,6 +1574,8 @@ def check_fit(transformer, path, state):
     """Raises UserError if a LoRA's state (see read_lora), read from `path`, does not fit the transformer."""
     layers = dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
+        if isinstance(layers.get(module), StandIn):
+            raise UserError(f"{path}: changes {module}, which enable_modulation_offload keeps on the host; set that to false")
         if not hasattr(layers.get(module), "in_features"):
             raise UserError(f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way")
         A, B = (state[f"{module}.lora_{part}.weight"] for part in "AB")

@@ -78,6 +78,7 @@ from longcat_common import (
     save_lora,
     save_picture,
     say,
+    send,
     step_of,
     sum_over_processes,
     write_file,
@@ -213,19 +214,19 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
     def load(taken):
         for epoch, number, batch in taken[process_rank() :: process_count()]:
             tensors = load_batch(config, batch, prompt_files, epoch, number)
-            if device.type == "cuda":  # page-locked, so that the copy waits for nobody; the normal draws are used on the CPU
-                with torch.cuda.device(device):  # else a thread begins on the first one
-                    tensors = [tensor.pin_memory().to(device, non_blocking=True) if i != 2 else tensor for i, tensor in enumerate(tensors)]
-            yield number, tensors
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # a thread begins on the first one
+                yield number, [tensor if i == 2 else send(tensor, device) for i, tensor in enumerate(tensors)]  # the normal draws stay here
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = collections.deque()
+    pool, coming = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+    try:
         for step in range(1, steps + 1):
             while len(coming) < min(2, steps + 1 - step):
                 taken = batches.take(per_step)
                 coming.append((batches.epoch, batches.place(), pool.submit(lambda taken: list(load(taken)), taken)))
             epoch, place, tensors = coming.popleft()
             yield epoch, place, tensors.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def coming_sigmas(config, scheduler, batches, count):
@@ -307,6 +308,7 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
     parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, checkpointing (the
     choice, and of a resumed run the earlier one), whole (False while the optimizer is at work)."""
     parameters = add_lora(transformer, config)
+    transformer.train()
     checkpointing = choose_checkpointing(config, transformer, device, checkpointing)
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -325,7 +327,6 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
         model = DistributedDataParallel(transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None)
     if config.torch_compile:
         compile_blocks(transformer)
-    transformer.train()
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
     return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, checkpointing=checkpointing, whole=True)
 
@@ -334,7 +335,7 @@ def train_step(config, run, step, batches):
     """One step over this process's `batches`, (number in the run, load_batch's tensors) each.
 
     Returns a function that waits for the step, and gives loss, gradient norm before clipping, and whether the step was sound;
-    until it is called, nobody waits. What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
+    until it is called, nobody waits (but in fp16, for the scaler's factor). What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
     step is left out, and yet sound.
     """
     total, count = 0.0, config.gradient_accumulation_steps
@@ -345,7 +346,7 @@ def train_step(config, run, step, batches):
         sigmas = sample_sigmas(normal, token_count, run.scheduler, config.flow_schedule_auto_shift)
         if run.transformer.modulations:
             run.transformer.modulations.select(sigmas.tolist())
-        latents, noise, sigmas, prompt_embeds, weights = (tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights))
+        latents, noise, sigmas, prompt_embeds, weights = (send(tensor, run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights))
         torch.manual_seed(generator(config.seed, "lora_dropout", number).initial_seed())  # dropout alone is drawn on the device
         # The processes' gradients are averaged once a step, with the last batch.
         alone = run.model.no_sync() if process_count() > 1 and micro + 1 < count else contextlib.nullcontext()
@@ -677,7 +678,7 @@ def memory_advice(config, device):
         advice.append("base_model_precision int8-quanto")
     if config.gradient_checkpointing is not True:
         advice.append("gradient_checkpointing true")
-    if not config.enable_modulation_offload and device.type != "mps":
+    if not config.enable_modulation_offload and device.type != "mps" and not any("linear" in target for target in config.lora_target_modules):
         advice.append("enable_modulation_offload true")
     if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
@@ -696,8 +697,9 @@ def benchmark(config, device):
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
         print("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
-    run, weights = random_run(config, device, sizes)
-    transformer, dtype, batch = run.transformer, compute_dtype(config, device), config.train_batch_size
+    transformer, weights = random_transformer(config, device, sizes)
+    run = set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, config.max_train_steps)
+    dtype, batch = compute_dtype(config, device), config.train_batch_size
     latents, noise = torch.randn(2, batch, 16, height // 8, width // 8)
     tensors = (latents, noise, torch.randn(batch), torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim), torch.ones(batch))
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
@@ -726,15 +728,13 @@ def benchmark(config, device):
     return figures
 
 
-def random_run(config, device, sizes):
-    """A transformer of these sizes with random weights, set up to train. Returns what set_up returns, and the number of weights."""
+def random_transformer(config, device, sizes):
+    """A transformer of these sizes with random weights, as load_transformer gives it, and the number of its weights."""
     with torch.device("meta"):
         transformer = LongCatImageTransformer2DModel(**sizes)
     shapes, dtype = {name: tensor.shape for name, tensor in transformer.state_dict().items()}, compute_dtype(config, device)
     random_weights = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
-    transformer = fill_transformer(transformer, random_weights, config, device)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return set_up(config, transformer, scheduler, device, config.max_train_steps), sum(map(math.prod, shapes.values()))
+    return fill_transformer(transformer, random_weights, config, device), sum(map(math.prod, shapes.values()))
 
 
 def matmul_rate(device, dtype, d, tokens):
@@ -774,7 +774,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
     per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
     metrics, stop, base = Metrics(config, start), StopSignals(), {}
     saved = done = last_sound = start
-    place, bad, skipped, recent, smoothed, waiting = batches.place(), 0, 0, [], math.nan, collections.deque()
+    place, bad, skipped, recent, smoothed, waiting, clock = batches.place(), 0, 0, [], math.nan, collections.deque(), 0.0
     coming, ahead = copy.copy(batches), max(1, 64 // (config.gradient_accumulation_steps * config.train_batch_size))  # steps
 
     def save():
@@ -783,9 +783,13 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             save_checkpoint(config, run, done, place, held_out_keys)
         saved = done
 
-    def note(step, wait, seconds):
-        nonlocal bad, skipped, last_sound, smoothed
+    def note(step, wait):
+        nonlocal bad, skipped, last_sound, smoothed, clock
         loss, grad_norm, sound = wait()
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        if step == start + 1:
+            what = f"{seconds:.1f} s for the step itself" + (" and for compiling" if config.torch_compile else "")
+            say(f"first step: done {time.perf_counter() - run.started:.1f} s after the start, of which {what}")
         loss, sound = sum_over_processes(loss)[0] / process_count(), sum_over_processes(sound)[0] == process_count()
         recent.append((loss if sound else math.nan, grad_norm, seconds))
         bad = 0 if sound else bad + 1
@@ -829,8 +833,8 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             if sum_over_processes(bool(to_show()))[0]:
                 show()
             stopping, loaded = stop.agreed(), load_ahead(config, batches, prompt_files, run.device, per_step, steps - start)
+            clock = time.perf_counter()  # when the last step was noted, previews and checkpoints left out
             while done < steps and not stopping:
-                started = time.perf_counter()
                 if run.transformer.modulations and (done - start) % ahead == 0:
                     run.transformer.modulations.known.clear()
                     run.transformer.modulations.prepare(coming_sigmas(config, run.scheduler, coming, per_step * ahead))
@@ -838,9 +842,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                 waiting.append((done + 1, train_step(config, run, done + 1, tensors)))
                 done, place, stopping = done + 1, place_after, stop.agreed()
                 # A step's numbers are looked at while the next one computes, unless they are needed now.
-                needed = done % LOG_EVERY == 0 or done % config.checkpoint_step_interval == 0 or done == steps or stopping or to_show()
+                needed = done == start + 1 or done % LOG_EVERY == 0 or done % config.checkpoint_step_interval == 0 or done == steps or stopping or to_show()
                 while len(waiting) > (0 if needed else 1) and bad < BAD_STEPS:
-                    note(*waiting.popleft(), time.perf_counter() - started)
+                    note(*waiting.popleft())
 
                 if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
                     means = [statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for values in zip(*recent)]
@@ -861,6 +865,8 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                 if to_show() and not stopping:
                     show()
                     stopping = stop.agreed()
+                if not waiting:
+                    clock = time.perf_counter()
                 figures = {} if math.isnan(smoothed) else {"loss": f"{smoothed:.4f}"}
                 if metrics.scores:
                     figures["held_out"] = f"{metrics.scores['held_out_loss']:.4f} of {metrics.scores['held_out_base']:.4f}"
@@ -890,7 +896,7 @@ def main(config):
     """
     if config.prune:
         raise UserError("prune: is for cache_latents.py, which then does nothing else; leave it out to train")
-    device, output = pick_device(), Path(config.output_dir)
+    started, device, output = time.perf_counter(), pick_device(), Path(config.output_dir)
     check_precision(config, device)
     limit_memory(config, device)
     if config.benchmark:
@@ -922,7 +928,9 @@ def main(config):
     with memory_advised(memory_advice(config, device)):
         transformer = load_transformer(config, device)
         init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
-        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps, state and state.get("checkpointing")), 0
+        earlier = state.get("checkpointing") if state and state["config"]["gradient_checkpointing"] == "auto" else None
+        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps, earlier), 0
+    run.started = started
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)
         batches.go_to(state["batches"], (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(), prompt_files, device)

@@ -35,12 +35,12 @@ from longcat_common import (
     pack_latents,
     pick_device,
     position_ids,
+    quantize,
     sample_sigmas,
 )
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel
-from optimum import quanto
 from peft import LoraConfig
 
 WAYS = {
@@ -48,6 +48,7 @@ WAYS = {
     "ours, every block checkpointed": dict(base_model_precision="int8-quanto"),
     "auto": dict(base_model_precision="int8", gradient_checkpointing="auto"),
     "auto, compiled": dict(base_model_precision="int8", gradient_checkpointing="auto", torch_compile=True),
+    "auto, 8-bit products": dict(base_model_precision="int8-matmul", gradient_checkpointing="auto"),
     "auto, compiled, 8-bit products": dict(base_model_precision="int8-matmul", gradient_checkpointing="auto", torch_compile=True),
     "modulations ahead, every block checkpointed": dict(base_model_precision="int8-quanto", enable_modulation_offload=True),
     "bf16 weights, auto, compiled": dict(base_model_precision="no_change", gradient_checkpointing="auto", torch_compile=True),
@@ -56,11 +57,8 @@ REAL, SMALL = dict(num_layers=10, num_single_layers=20), dict(num_layers=2, num_
 
 
 def plain_loop(transformer, device, dtype):
-    """What a user writes without these scripts: returns a function of (latents, noise, sigmas, prompt_embeds) that does a step."""
-    transformer.requires_grad_(False)
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        quanto.quantize(block, weights=quanto.qint8)
-        quanto.freeze(block)
+    """What a user writes without these scripts, on a frozen, quantized transformer: returns a function of (latents, noise,
+    sigmas, prompt_embeds) that does a step, and the optimizer."""
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES))
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for p in parameters:
@@ -97,16 +95,15 @@ def run_way(name, steps, limit):
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
     prompt_embeds, normal = torch.randn(1, 512, 3584, generator=draw), torch.zeros(1)
     seconds, inner = [], []
+    transformer, _ = train_lora.random_transformer(config, device, sizes)  # loaded block by block, for the plain loop too
     if name == "plain":
-        with torch.device(device):
-            torch.set_default_dtype(dtype)
-            transformer = LongCatImageTransformer2DModel(**sizes)
-            torch.set_default_dtype(torch.float32)
+        for module in transformer.modules():
+            module._forward_hooks.clear()  # ours, which keep the norms' dtype
         step, _ = plain_loop(transformer, device, dtype)
         sigmas = sample_sigmas(normal, side * side // 256, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
         do = lambda n: step(*(tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds)))
     else:
-        run, _ = train_lora.random_run(config, device, sizes)
+        run = train_lora.set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, steps)
         do = lambda n: train_lora.train_step(config, run, n, [(n, (latents, noise, normal, prompt_embeds, torch.ones(1)))])
 
         def forward_and_backward():
@@ -118,7 +115,17 @@ def run_way(name, steps, limit):
             loss.backward()
             run.optimizer.zero_grad()
 
+    ahead = 0.0
+    if name != "plain" and run.transformer.modulations:
+        for sigmas in torch.rand(2, 64).tolist():  # the first warms up
+            wait()
+            start = time.perf_counter()
+            run.transformer.modulations.prepare(sigmas)
+            wait()
+            ahead = (time.perf_counter() - start) / 64
     for n in range(1, steps + 4):
+        if n == 4 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         wait()
         start = time.perf_counter()
         do(n)
@@ -129,10 +136,9 @@ def run_way(name, steps, limit):
             forward_and_backward()
             wait()
             inner.append(time.perf_counter() - start)
-    seconds, first = statistics.median(seconds[3:]), seconds[0]
+    seconds, first = statistics.median(seconds[3:]) + ahead, seconds[0]
     outside = 1 - statistics.median(inner) / seconds if inner else None
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    transformer = transformer if name == "plain" else run.transformer
     flops = train_lora.needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
     free_memory()
     return dict(seconds=seconds, first=first, outside=outside, peak=peak, rate=flops / seconds, matmul=train_lora.matmul_rate(device, dtype, transformer.inner_dim, 4608 if on_gpu else 768))
@@ -145,7 +151,9 @@ def losses(steps):
                     lora_target_modules=TARGET_MODULES, lr_warmup_steps=0, learning_rate=1e-3, adam_beta2=0.999, report_to="none", cache_dir=f"{folder}/cache", max_grad_norm=1.0)  # fmt: skip
         config, device = load_config(ROOT / "configs/tiny.json", **base), pick_device()
         entries, prompts = cache_latents.main(config)
-        transformer = LongCatImageTransformer2DModel.from_pretrained(ROOT / "tests/tiny_longcat/model/transformer").to(device)
+        transformer = LongCatImageTransformer2DModel.from_pretrained(ROOT / "tests/tiny_longcat/model/transformer").to(device).requires_grad_(False)
+        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+            quantize(block, "int8-quanto")
         step, optimizer = plain_loop(transformer, device, torch.float32)
         for name, p in transformer.named_parameters():
             if "lora_A" in name:  # as in ours
