@@ -560,12 +560,10 @@ def preview(config, transformer, device, step):
         folder, prompts = Path(config.output_dir) / "validation", json.dumps(config.validation_prompts, ensure_ascii=False)
         drawn_with = [name for name in vars(config) if name.startswith("validation_") and name not in ("validation_split", "validation_step_interval", "validation_lora_strength")]
         settings = json.dumps({name: getattr(config, name) for name in drawn_with}, ensure_ascii=False)
-        save_picture(column, folder / f"step-{step:06d}.png", prompts=prompts, settings=settings)
-
-        columns = {}
+        columns = {step: column}
         for path in sorted(folder.glob("step-*.png")):
             with Image.open(path) as earlier:
-                if earlier.size == column.size and earlier.text.get("settings") == settings:
+                if int(path.stem[5:]) != step and earlier.size == column.size and earlier.text.get("settings") == settings:
                     columns[int(path.stem[5:])] = earlier.convert("RGB")
         shown = sorted(columns)
         if len(shown) > 6:  # the first, the last and four between
@@ -573,6 +571,7 @@ def preview(config, transformer, device, step):
         rows = [[columns[s].crop((0, i * height, width, (i + 1) * height)) for s in shown] for i in range(len(images))]
         labels = [f"step {s}" if s else "before (step 0)" for s in shown]
         save_picture(picture_grid(rows, config.validation_prompts, labels), folder / "progress.png", prompts=prompts)
+        save_picture(column, folder / f"step-{step:06d}.png", prompts=prompts, settings=settings)  # last: if it is there, both are
         return column
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
