@@ -335,8 +335,8 @@ def train_step(config, run, step, batches):
     """One step over this process's `batches`, (number in the run, load_batch's tensors) each.
 
     Returns a function that waits for the step, and gives loss, gradient norm before clipping, and whether the step was sound;
-    until it is called, nobody waits (but in fp16, for the scaler's factor). What is not finite is not learned from; if only the fp16 scaler's factor was too large for the gradients, the
-    step is left out, and yet sound.
+    until it is called, nobody waits (but in fp16, for the scaler's factor). What is not finite is not learned from; if only the
+    fp16 scaler's factor was too large for the gradients, the step is left out, and yet sound.
     """
     total, count = 0.0, config.gradient_accumulation_steps
     for group in run.optimizer.param_groups:

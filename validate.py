@@ -84,11 +84,12 @@ def find_loras(config):
 
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
+    step = steps_of(lora)
     for metrics in (lora.parent / "metrics.jsonl", lora.parent.parent.parent / "metrics.jsonl"):  # of the run, or of a checkpoint's run
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
                 values = json.loads(line)
-                if values["step"] == steps_of(lora):
+                if values["step"] == step:
                     return float(values["held_out_loss"]), float(values["held_out_base"])
 
 
