@@ -184,6 +184,64 @@ def table_captions(path, findings, pictures=None):
     return found
 
 
+def write_captions(file, picture, captions):
+    """Puts `captions`, a list, in the place of a picture's in `file`, where read_source found them: its own .txt or .json, a
+    table, or a list. All else in it stays; it is written whole or not at all, in UTF-8. Raises UserError if it cannot be."""
+    try:
+        text = "" if file.suffix.lower() == ".txt" else read_text(file)[0]
+        text = text_with_captions(text, file, picture, captions)
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise UserError(f"{file}: {reason(error)}") from None
+    write_file(file, text)
+
+
+def text_with_captions(text, file, picture, captions):
+    """What the text of a caption file becomes when these are the captions of `picture`. Raises ValueError if it has no place
+    for them."""
+    suffix, is_table = file.suffix.lower(), file.name in TABLES
+    is_own = not is_table and plain_name(file.with_suffix("")) == plain_name(picture.with_suffix(""))
+    if suffix == ".txt" and is_own:
+        return " ".join(captions) + "\n"
+    if is_own:
+        rows = [json.loads(text, object_pairs_hook=unique_keys)]
+    elif suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        rows = list(reader)
+    elif is_table and suffix == ".json":
+        rows = [{"file_name": name, "text": value} for name, value in json.loads(text, object_pairs_hook=unique_keys).items()]
+    else:
+        rows = text.split("\n")  # of JSON; only the picture's own are parsed to stay so
+
+    def own_row(row):
+        """The row as a dictionary if it is the picture's, else None."""
+        with contextlib.suppress(ValueError):
+            row = json.loads(row) if isinstance(row, str) else row
+            name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
+            name = Path(os.path.normpath(str(name).replace("\\", "/")))
+            if is_own or plain_name(file.parent / name if is_table or not os.path.exists(name) else name) == plain_name(picture):
+                return row
+
+    mine = {i: row for i, row in enumerate(map(own_row, rows)) if row}
+    if not mine:
+        raise ValueError(f"names {picture} no longer; look at the data again")
+    first = min(mine)
+    name = next((n for n in CAPTION_NAMES if mine[first].get(n)), next((n for n in CAPTION_NAMES if n in mine[first]), CAPTION_NAMES[0]))
+    old = mine[first].get(name)
+    in_languages = isinstance(old, dict) and len(old) == len(captions)
+    values = captions if suffix == ".csv" else [dict(zip(old, captions)) if in_languages else captions if len(captions) > 1 else captions[0]]
+    rows = [new for i, row in enumerate(rows) for new in ([row] if i not in mine else [{**mine[i], name: value} for value in values] if i == first else [])]
+
+    if suffix == ".csv":
+        out = io.StringIO(newline="")
+        table = csv.DictWriter(out, reader.fieldnames, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)  # a ValueError if a row has more fields than there are columns
+        return out.getvalue()
+    if is_table and suffix == ".json":
+        return json.dumps({row["file_name"]: row["text"] for row in rows}, ensure_ascii=False, indent=2) + "\n"
+    return "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+
+
 def plain_name(path):
     """A path as text in one Unicode form: a name with accents or Korean may come composed or not."""
     return unicodedata.normalize("NFC", str(path))
@@ -322,7 +380,7 @@ def walk(folder, config, findings):
 
 
 def read_folder(folder, config, findings):
-    """[(picture, captions)] of a folder and those in it, by the order of precedence in this file's first lines."""
+    """[(picture, captions, their file)] of a folder and those in it, by the order of precedence in this file's first lines."""
     pictures, texts, tables, served = [], {}, [], collections.defaultdict(list)
     for path in walk(folder, config, findings):
         suffix = path.suffix.lower()
@@ -358,7 +416,7 @@ def read_folder(folder, config, findings):
         for path, captions in given.items():
             if captions != given[first]:
                 findings.problem(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
-        found.append((picture, given.get(first, [])))
+        found.append((picture, given.get(first, []), first))
     for path in texts.values():
         if not served[path]:
             findings.problem(CAPTIONS, f"{path}: there is no picture to this caption")
@@ -368,12 +426,12 @@ def read_folder(folder, config, findings):
 
 
 def read_source(source, config, findings):
-    """[(picture, captions)] of one source, a folder or a list file; a picture without captions of its own has none."""
+    """[(picture, captions, their file)] of one source, a folder or a list file; a picture without captions has [] and None."""
     path = Path(source["path"])
     if os.path.isdir(path):
         return read_folder(path, config, findings)
     if os.path.isfile(path):
-        return list(table_captions(path, findings).items())
+        return [(picture, captions, path) for picture, captions in table_captions(path, findings).items()]
     raise UserError(f"data_dir: {path} is no folder")
 
 
@@ -539,7 +597,7 @@ def main(config):
         for name in ("output_dir", "cache_dir"):
             if os.path.realpath(source["path"]) == os.path.realpath(getattr(config, name)):
                 raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
-        for picture, captions in read_source(source, config, findings):
+        for picture, captions, _ in read_source(source, config, findings):
             if captions or config.instance_prompt:
                 found.append((source, picture, captions))
             else:

@@ -1,0 +1,993 @@
+"""The scripts as a page in the browser: settings, data, jobs, pictures.
+
+    python webui.py                                            # then open http://localhost:8001
+    python webui.py --folders data models /mnt/pictures        # the folders that the page may use, beside --output
+    python webui.py --host 0.0.0.0 --password "a long one"     # for other machines, too
+
+The page edits a config and starts `train_lora.py` or `validate.py` with it; what it shows it reads from the files that they
+write. A job is a process of its own: it goes on without the page and without this server.
+"""
+
+import argparse
+import asyncio
+import datetime
+import fcntl
+import hmac
+import ipaddress
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    sys.exit("error: the page needs Gradio; install it with: pip install 'gradio>=6.20,<7'")
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+
+import prepare_data
+from longcat_common import ALL_KEYS, IGNORED_KEYS, KEYS, UserError, checked, checkpoint_folders, flag_value, in_parallel, load_config, read_json, types_of, write_file
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = HERE / "configs"
+THUMBNAILS = 24  # a page of the gallery
+LOG_LINES, REFRESH_SECONDS = 40, 2
+# The keys in front, with labels of their own; the rest are under "more", by name.
+FRONT = {
+    "data_dir": "Folder with your pictures",
+    "trigger_words": "Trigger words",
+    "instance_prompt": "Caption for pictures without one",
+    "validation_prompts": "Prompts to draw, one a line",
+    "output_dir": "Folder for the results",
+    "max_train_steps": "Steps",
+    "learning_rate": "Learning rate",
+    "lora_rank": "LoRA rank",
+    "resolution": "Size of the pictures",
+    "validation_step_interval": "Steps between previews",
+    "model_family": "Model family",
+    "model_flavour": "Flavour",
+    "pretrained_model_name_or_path": "Model: local folder or hub name",
+    "base_model_precision": "Precision",
+}
+TRY = {
+    "validation_prompts": "Prompts to draw, one a line",
+    "validation_negative_prompt": "Negative prompt",
+    "validation_lora_strength": "Strength of the LoRA",
+    "validation_seed": "Seed",
+    "validation_num_inference_steps": "Sampling steps",
+    "validation_guidance": "Guidance",
+    "validation_resolution": "Size",
+}
+CURVES = {"loss": "#9ca3af", "held_out_loss": "#ea580c", "held_out_base": "#2563eb"}  # from metrics.jsonl
+CSS = ".wrong { outline: 2px solid #dc2626 } .wrong [class*=info] { color: #dc2626 !important } #log textarea { font-family: monospace; font-size: 12px; line-height: 1.35 }"
+
+t = gr.I18n()  # t("a text") is shown in the browser's language, see TEXTS
+
+
+# ---------------------------------------------------------------- a form: settings as texts
+
+
+def to_text(name, value):
+    """A key's value as its field shows it: a list of texts one a line, true or false as a tick, the default as nothing."""
+    if types_of(name) == (bool,):
+        return bool(value)
+    if value is None:
+        return ""
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else "" if value == [] else json.dumps(value, ensure_ascii=False)
+
+
+def from_text(name, text):
+    """What load_config is given for a field's content; None for an empty field, whose key is left out."""
+    if isinstance(text, bool):
+        return text
+    text = str(text or "").strip()
+    if not text:
+        return None
+    if name in ("validation_prompts", "trigger_words", "lora_target_modules"):
+        return [line.strip() for line in text.splitlines() if line.strip()]  # a list: no file is read
+    if name == "data_dir" and text.startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return flag_value(name, text)
+
+
+def read_form(texts, place, **fixed):
+    """The configuration that a form's {key: text} and the `fixed` values stand for, or None, and {key: what is wrong with it}."""
+    given, problems = {name: from_text(name, text) for name, text in texts.items()}, {}
+    given = {**{name: value for name, value in given.items() if value is not None}, **fixed}
+    for name, value in given.items():
+        try:
+            confine(name, checked(name, value), place)
+        except UserError as error:
+            problems[name] = str(error)
+    config = None
+    if not problems:
+        try:
+            config = load_config(**given)
+            for name in ("output_dir", "cache_dir"):  # defaults, too
+                confine(name, getattr(config, name), place)
+        except UserError as error:
+            problems[str(error).split(":")[0]] = str(error)
+    return (None if problems else config), problems
+
+
+def confine(name, value, place):
+    """Raises UserError if a path in this key's value lies outside the page's folders."""
+    paths, folders = [], [place.output] if name == "output_dir" else [place.output, *place.folders]
+    if name in ("output_dir", "cache_dir", "init_lora") or (name in ("lora", "resume_from_checkpoint") and value not in ("latest", "none")):
+        paths = [value]
+    elif name == "pretrained_model_name_or_path" and value and (os.path.exists(value) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)):
+        paths = [value]
+    elif name == "data_dir":
+        paths = [value] if isinstance(value, str) else [str(source.get("path")) for source in value or [] if isinstance(source, dict)]
+    for path in filter(None, paths):
+        if not is_inside(path, folders):
+            flag = "--output" if name == "output_dir" else f"--folders {' '.join(map(str, place.folders))}"
+            raise UserError(f"{name}: found {path!r}, which is outside this page's folders ({', '.join(map(str, folders))}); start webui.py with {flag} {path}")
+        if name == "data_dir" and not os.path.isdir(path):  # a list may name pictures anywhere
+            raise UserError(f"data_dir: {path} is no folder")
+
+
+def is_inside(path, folders):
+    """Whether a path, its links followed, is one of these folders or lies in one."""
+    path = Path(os.path.realpath(path))
+    return any(path.is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+
+def fields(names, labels, defaults):
+    """A form's components, {key: component}, each with the key's own description."""
+    made = {}
+    for name in names:
+        key, value = ALL_KEYS[name], to_text(name, getattr(defaults, name))
+        label = t(labels[name]) if name in labels else name
+        shared = dict(label=label, info=description(name, labels), elem_id=f"{'try' if labels is TRY else 'key'}-{name}")
+        if types_of(name) == (bool,):
+            made[name] = gr.Checkbox(value, **shared)
+        elif key.choices:
+            made[name] = gr.Dropdown([choice if isinstance(choice, str) else json.dumps(choice) for choice in key.choices], value=value, **shared)
+        else:
+            many = list in types_of(name) and name != "validation_seed" and name != "validation_lora_strength"
+            made[name] = gr.Textbox(value, placeholder=to_text(name, key.default), lines=3 if many else 1, max_lines=8, **shared)
+    return made
+
+
+def description(name, labels):
+    """A key's own description, and its name if the field has another label."""
+    return f"{t(f'help:{name}')} ({name})" if labels is FRONT and name in FRONT else t(f"help:{name}")
+
+
+def marked(names, labels, problems):
+    """Updates for these keys' fields: each problem stands where the description was."""
+    return [
+        gr.update(info=f"⚠ {problems[name]}", elem_classes=["wrong"]) if name in problems else gr.update(info=description(name, labels), elem_classes=[])
+        for name in names
+    ]
+
+
+def said(problems):
+    """The first problem as Markdown, or nothing."""
+    return "".join(f"⚠ {plain(line)}" for line in list(problems.values())[:1])
+
+
+def plain(text):
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", str(text))
+
+
+def settings_of(config):
+    """What a config file must hold: what is in front, and what is not the default."""
+    default = load_config()
+    return {name: value for name, value in vars(config).items() if name in FRONT or value != getattr(default, name)}
+
+
+# ---------------------------------------------------------------- jobs: processes, and files that tell about them
+
+# A job's process. Its lock is handed down locked, so whoever can lock it knows that the job has ended. The jobs before
+# it on the same device are waited for by their locks: the line needs no server.
+JOB = """
+import fcntl, os, runpy, sys
+lock, script, config, *earlier = sys.argv[1:]
+os.write(int(lock), f"{os.getpid()}\\n".encode())
+for path in earlier:
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+sys.argv, sys.path[0], code = [script, config], os.path.dirname(script), 1
+try:
+    runpy.run_path(script, run_name="__main__")
+    code = 0
+except SystemExit as end:
+    code = end.code
+    raise
+finally:
+    os.write(int(lock), f"{code}\\n".encode())
+"""
+
+
+def devices():
+    """What jobs can run on, one job at a time each."""
+    if torch.cuda.is_available():
+        return [f"GPU {i}" for i in range(torch.cuda.device_count())]
+    return ["Mac GPU" if torch.backends.mps.is_available() else "CPU"]
+
+
+def start_job(place, what, script, config, device):
+    """Puts a job at the end of the device's line. Returns its number."""
+    place.jobs.mkdir(parents=True, exist_ok=True)
+    with open(place.jobs / "start", "w") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        jobs = read_jobs(place)
+        folder = place.jobs / str(1 + max([job.number for job in jobs], default=0))
+        earlier = [str(job.folder / "lock") for job in jobs if job.alive and job.device == device]
+        write_file(folder / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
+        facts = {"what": what, "output_dir": config.output_dir, "device": device, "time": datetime.datetime.now().isoformat(" ", "minutes")}
+        write_file(folder / "job.json", json.dumps(facts, ensure_ascii=False) + "\n")
+        environment = {**os.environ, "PYTHONUTF8": "1", "TQDM_MININTERVAL": "1"}
+        if device.startswith("GPU "):
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(device[4:])]
+        with open(folder / "lock", "w") as lock, open(folder / "log.txt", "wb") as log:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            command = [sys.executable, "-c", JOB, str(lock.fileno()), str(HERE / script), str(folder / "config.json"), *earlier]
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()], start_new_session=True)
+    return int(folder.name)
+
+
+def read_jobs(place):
+    """All jobs, oldest first: number, folder, what, output_dir, device, time, alive, pid and state."""
+    jobs, busy = [], set()
+    for folder in sorted(place.jobs.glob("[0-9]*"), key=lambda folder: int(folder.name)):
+        try:
+            facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            with open(folder / "lock") as lock:
+                numbers = [int(line) for line in lock.read().split()]
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    alive = False
+                except BlockingIOError:
+                    alive = True
+        except (OSError, ValueError):
+            continue  # not a job's folder, or one that is just being made
+        code, told = numbers[1] if len(numbers) > 1 else None, (folder / "stop").exists()
+        if alive:
+            state = "stopping" if told else "waiting" if facts["device"] in busy else "running"
+            busy.add(facts["device"])
+        else:
+            state = "finished" if code == 0 else "stopped" if code in (130, 143) or (told and code is None) else "failed" if code else "cut off"
+        jobs.append(SimpleNamespace(number=int(folder.name), folder=folder, alive=alive, pid=numbers[0] if numbers else None, state=state, **facts))
+    return jobs
+
+
+def stop_job(job):
+    """SIGTERM, once, for a second one would leave at once: training finishes its step and saves; who waits leaves the line."""
+    if job.alive and job.pid and job.state != "stopping":
+        (job.folder / "stop").touch()
+        os.kill(job.pid, signal.SIGTERM)
+
+
+def log_tail(path):
+    """The last lines of a log; of each progress bar what it shows last."""
+    if not path.exists():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 60_000))
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", "replace"))  # without a terminal's commands
+    lines = {}
+    for i, line in enumerate(re.split(r"[\r\n]+", text)):
+        bar = re.match(r"\s*([^:|]+):\s+\d+%\|", line)
+        lines.pop(bar and bar[1], None)
+        lines[bar[1] if bar else i] = line.rstrip()
+    return "\n".join([line for line in lines.values() if line][-LOG_LINES:])
+
+
+# ---------------------------------------------------------------- runs: what training leaves
+
+
+def find_runs(place):
+    """The folders under the output folder that hold a run, newest first."""
+    found = [path.parent for pattern in ("config.json", "*/config.json", "*/*/config.json") for path in place.output.glob(pattern)]
+    found = [folder for folder in found if not any(part.startswith(".") for part in folder.relative_to(place.output).parts)]
+    return sorted(found, key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl, as dictionaries."""
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines() if (folder / "metrics.jsonl").exists() else []:
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            continue  # the last one may be half written
+    return lines
+
+
+def newest(metrics, name):
+    return next((line[name] for line in reversed(metrics) if name in line), None)
+
+
+def figures(metrics, steps, running):
+    """What a run's row of figures shows: step, loss, held-out loss, seconds a step, peak memory, time left."""
+    number = lambda value, form: "" if value is None else format(value, form)
+    step, seconds, memory, base = newest(metrics, "step") or 0, newest(metrics, "seconds_per_step"), newest(metrics, "peak_memory_gib"), newest(metrics, "held_out_base")
+    left = str(datetime.timedelta(seconds=round((steps - step) * seconds))) if running and seconds and step < steps else ""
+    held_out = number(newest(metrics, "held_out_loss"), ".4f") + (f" / {base:.4f}" if base is not None else "")
+    return [f"{step} / {steps}", number(newest(metrics, "loss"), ".4f"), held_out, number(seconds, ".3g"), f"{memory:.1f} GiB" if memory else "", left]
+
+
+def curves(metrics):
+    """Loss, held-out loss and the base's as a table for the plot; of a long run an even choice."""
+    kept = [line for i, line in enumerate(metrics) if "held_out_loss" in line or i % math.ceil(len(metrics) / 500) == 0]
+    points = [(line["step"], line[name], name) for line in kept for name in CURVES if name in line]
+    return pd.DataFrame(points, columns=["step", "value", "curve"]).astype({"step": float, "value": float})  # numbers, also if there are none yet
+
+
+def loras_of(folder):
+    """{label: path} of a run's LoRAs, the newest first, to choose from."""
+    name = "pytorch_lora_weights.safetensors"
+    found = {f"{path.name}": path / name for path in reversed(checkpoint_folders(SimpleNamespace(output_dir=str(folder)))) if (path / name).exists()}
+    return {**({name: folder / name} if (folder / name).exists() else {}), **found}
+
+
+# ---------------------------------------------------------------- the page
+
+
+def set_up_tab(place, start):
+    """Settings: choose a config, change it, save it. Returns the form's components."""
+    with gr.Row():
+        chosen = gr.Dropdown(config_names(), value=start, label=t("Start from"), elem_id="config", scale=2)
+        about = gr.Markdown(about_config(start), elem_id="about")
+    config = load_config(CONFIGS / start)
+    with gr.Row():
+        names = list(FRONT)
+        with gr.Column():
+            form = fields(names[:5], FRONT, config)
+        with gr.Column():
+            form |= fields(names[5:10], FRONT, config)
+        with gr.Column():
+            form |= fields(names[10:], FRONT, config)
+    for group, keys in KEYS.items():
+        with gr.Accordion(t(f"More: {group}"), open=False, elem_id=f"more-{group}"):
+            rest = [name for name in keys if name not in FRONT]
+            for i in range(0, len(rest), 3):
+                with gr.Row():
+                    form |= fields(rest[i : i + 3], {}, config)
+    message = gr.Markdown(elem_id="set-up-message")
+    with gr.Row():
+        name = gr.Textbox(label=t("Save as"), info=t("a file in configs/, for the command line, too"), elem_id="save-name")
+        replace = gr.Checkbox(label=t("Replace the file of that name"))
+        save = gr.Button(t("Save"), elem_id="save")
+    names, components = list(form), list(form.values())
+    kept = gr.BrowserState({}, storage_key="longcat-webui", secret="form")  # a reloaded page shows what was typed
+
+    def check(*texts):
+        _, problems = read_form(dict(zip(names, texts)), place)
+        return [*marked(names, FRONT, problems), said(problems), dict(zip(names, texts))]
+
+    def load(file):
+        if file not in config_names():
+            raise gr.Error(f"{file}: there is no such file")
+        try:
+            given = {name.removeprefix("--"): value for name, value in read_json(CONFIGS / file).items()}
+        except UserError as error:
+            return [*[gr.skip() for _ in names], "", f"⚠ {plain(error)}"]
+        default = load_config()
+        texts = [to_text(name, given[name] if name in given else getattr(default, name)) for name in names]
+        foreign = [f"{name} ({IGNORED_KEYS[name]})" if name in IGNORED_KEYS else f"unknown key {name!r}" for name in given if name not in names]
+        return [*texts, about_config(file), "".join(f"⚠ {plain('ignored: ' + ', '.join(foreign))}" if foreign else "")]
+
+    def write(file, may_replace, *texts):
+        config, problems = read_form(dict(zip(names, texts)), place)
+        file = file.strip().removesuffix(".json")
+        if problems:
+            return [said(problems), gr.skip()]
+        if not re.fullmatch(r"\w[\w .-]*", file):
+            return [t("⚠ The name of a file needs letters, digits, - or _."), gr.skip()]
+        path = CONFIGS / f"{file}.json"
+        if path.exists() and not may_replace:
+            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip()]
+        try:
+            write_file(path, json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
+        except UserError as error:
+            return [f"⚠ {plain(error)}", gr.skip()]
+        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name)]
+
+    def restore(stored):
+        texts = [stored.get(name) for name in names] if isinstance(stored, dict) and set(stored) == set(names) else []
+        return texts or [gr.skip() for _ in names]
+
+    typed = [component.blur if isinstance(component, gr.Textbox) else component.input for component in components]
+    gr.on(typed, check, components, [*components, message, kept], show_progress="hidden", trigger_mode="always_last")
+    chosen.input(load, chosen, [*components, about, message]).then(check, components, [*components, message, kept], show_progress="hidden")
+    save.click(write, [name, replace, *components], [message, chosen])
+    return form, restore, kept, check, message
+
+
+def config_names():
+    """The config files to choose from."""
+    return sorted(path.name for path in CONFIGS.glob("*.json"))
+
+
+def about_config(file):
+    """A config file's first comment: what it is for, and the memory it takes."""
+    first = (CONFIGS / file).read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+    return plain(first[0][2:].strip()) if first and first[0].startswith("//") else ""
+
+
+def data_tab(place, form):
+    """The report and the preview sheet of prepare_data.py, and the captions, to be read and corrected."""
+    names, components = list(form), list(form.values())
+    look = gr.Button(t("Look at the data"), variant="primary", elem_id="look")
+    message = gr.Markdown(elem_id="data-message")
+    sheet = picture("What the model will see", elem_id="sheet", visible=False)
+    with gr.Accordion(t("Report"), open=False, visible=False) as report_box:
+        report = gr.Markdown(elem_id="report")
+    pictures = gr.State([])  # {"picture", "captions", "file", "stamp"} each
+    with gr.Column(visible=False) as captions_box:
+        gr.Markdown(f"### {t('Captions: choose a picture')}")
+        with gr.Row():
+            with gr.Column(scale=2):
+                gallery = gr.Gallery(show_label=False, columns=6, height=560, allow_preview=False, interactive=False, buttons=[], elem_id="pictures")
+                number = gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False)
+            with gr.Column():
+                index = gr.State(None)
+                large = picture("Picture", height=300, elem_id="picture")
+                caption = gr.Textbox(label=t("Caption, one a line"), lines=4, elem_id="caption", interactive=True)
+                where = gr.Markdown(elem_id="caption-file")
+                save = gr.Button(t("Save the caption"), elem_id="save-caption")
+
+    def show(*texts, progress=gr.Progress(track_tqdm=True)):
+        config, problems = read_form(dict(zip(names, texts)), place)
+        nothing = [gr.skip() for _ in range(8)]
+        if not problems and not config.data_dir:
+            problems = {"data_dir": "data_dir: not set; name the folder with your pictures"}
+        if problems:
+            return [said(problems), *nothing]
+        try:
+            prepare_data.main(config)
+            line = ""
+        except (UserError, OSError) as error:
+            line = f"⚠ {plain(error)}"
+        found, output = [], Path(config.output_dir)
+        for source in prepare_data.sources(config):
+            for picture, captions, file in prepare_data.read_source(source, config, prepare_data.Findings(False)):
+                found.append({"picture": picture, "captions": captions, "file": file, "stamp": stamp(file)})
+        pages = math.ceil(len(found) / THUMBNAILS)
+        text = (output / "report.md").read_text(encoding="utf-8") if (output / "report.md").exists() else ""
+        preview = str(output / "preview.jpg") if not line else None
+        return [
+            line or text.split("\n")[2], gr.update(value=preview, visible=not line), gr.update(visible=bool(text)), text.removeprefix("# Data report\n"), found,
+            gr.update(visible=bool(found)), thumbnails(found, 1), gr.update(maximum=max(2, pages), value=1, visible=pages > 1), None,
+        ]  # fmt: skip
+
+    def choose(found, page, event: gr.SelectData):
+        i = (int(page) - 1) * THUMBNAILS + event.index
+        entry = found[i]
+        return [i, thumbnail(entry["picture"], 768), "\n".join(entry["captions"]), plain(entry["file"] or entry["picture"].with_suffix(".txt"))]
+
+    def write(found, i, text, page):
+        captions = [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
+        if i is None or not captions:
+            return [t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()]
+        entry, file = found[i], found[i]["file"] or found[i]["picture"].with_suffix(".txt")
+        if stamp(file) != entry["stamp"]:
+            return [f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}", gr.skip(), gr.skip()]
+        try:
+            prepare_data.write_captions(file, entry["picture"], captions)
+        except UserError as error:
+            return [f"⚠ {plain(error)}", gr.skip(), gr.skip()]
+        entry["captions"], entry["file"] = captions, file
+        for other in found:
+            other["stamp"] = stamp(file) if other["file"] == file else other["stamp"]
+        return [f"{t('Saved:')} {plain(file)}", found, thumbnails(found, int(page))]
+
+    outputs = [message, sheet, report_box, report, pictures, captions_box, gallery, number, index]
+    look.click(show, components, outputs, show_progress_on=message)
+    number.release(lambda found, page: thumbnails(found, int(page)), [pictures, number], gallery, show_progress="hidden")
+    gallery.select(choose, [pictures, number], [index, large, caption, where], show_progress="hidden")
+    save.click(write, [pictures, index, caption, number], [message, pictures, gallery], show_progress="hidden")
+
+
+def picture(label, **options):
+    """A place for a picture; without a label on it, which would hide a part."""
+    return gr.Image(label=t(label), show_label=False, interactive=False, buttons=["download", "fullscreen"], **options)
+
+
+def stamp(file):
+    """What tells that a file has not changed; None if there is none."""
+    return prepare_data.file_stamp(os.stat(file)) if file and os.path.exists(file) else None
+
+
+def thumbnails(found, page):
+    """A page of the gallery: (picture, its first caption)."""
+    some = found[(page - 1) * THUMBNAILS : page * THUMBNAILS]
+    images = in_parallel(lambda entry: thumbnail(entry["picture"], 192), some)
+    return [(image, entry["captions"][0] if entry["captions"] else "⚠") for image, entry in zip(images, some)]
+
+
+def thumbnail(path, side):
+    """A picture, small and upright; red if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image.thumbnail((side, side))
+            return image
+    except Exception:  # the report says why; Pillow's plugins raise many kinds
+        return Image.new("RGB", (side, side), "#cc0000")
+
+
+def jobs_tab(place, form):
+    """Start, stop, resume; and what a job or an earlier run has come to."""
+    names, components = list(form), list(form.values())
+    with gr.Row():
+        device = gr.Dropdown(devices(), value=devices()[0], label=t("Device"), visible=len(devices()) > 1, elem_id="device")
+        start = gr.Button(t("Start training"), variant="primary", elem_id="start")
+        measure = gr.Button(t("Measure speed and memory"), elem_id="measure")
+    message = gr.Markdown(elem_id="jobs-message")
+    with gr.Row():
+        chosen = gr.Dropdown([], label=t("Job or earlier run"), elem_id="job", scale=3)
+        stop = gr.Button(t("Stop"), variant="stop", elem_id="stop")
+        resume = gr.Button(t("Go on"), elem_id="resume")
+    with gr.Row():
+        state = gr.Markdown(elem_id="state", container=True)
+        shown = [gr.Textbox(label=t(label), interactive=False, min_width=100, elem_id=label.split()[0].lower()) for label in ("Step", "Loss", "Held-out loss / base", "Seconds a step", "Peak memory", "Time left")]
+    with gr.Row():
+        plot = gr.LinePlot(curves([]), x="step", y="value", color="curve", color_map=CURVES, y_title=" ", color_title=" ", label=t("Loss"), height=330, elem_id="plot")
+        log = gr.Textbox(label=t("Last lines of the log"), lines=12, max_lines=12, interactive=False, autoscroll=True, elem_id="log")
+    preview = picture("Previews", elem_id="preview", visible=False)
+    lora = gr.DownloadButton(t("Download the LoRA"), visible=False, elem_id="download")
+    seen = gr.State({})
+
+    def begin(device, *texts, benchmark=0):
+        config, problems = read_form(dict(zip(names, texts)), place, **({"benchmark": benchmark} if benchmark else {}))
+        if problems:
+            return [f"{t('⚠ Mend this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()]
+        if not benchmark and not config.data_dir:
+            return [t("⚠ Set up: name the folder with your pictures."), gr.skip()]
+        return begin_with(config, device)
+
+    def begin_with(config, device):
+        jobs = read_jobs(place)
+        training = [job for job in jobs if job.alive and job.what == "training" and same_folder(job.output_dir, config.output_dir)]
+        if training and not config.benchmark:
+            return [f"{t('⚠ A job is at work in this folder; stop it first, or choose another folder for the results. Job:')} {training[0].number}", gr.skip()]
+        if device not in devices():
+            raise gr.Error(f"{device}: there is no such device")
+        number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
+        return ["", gr.update(choices=choices(place), value=str(number))]
+
+    def go_on(value, device):
+        job, run = find(place, value)
+        if not run:
+            return [t("⚠ Choose a job or a run."), gr.skip()]
+        if job and job.what != "training":
+            return [t("⚠ Only training can go on."), gr.skip()]
+        try:
+            given = {**read_json((job.folder if job else run) / "config.json"), "output_dir": str(run)}
+            if checkpoint_folders(SimpleNamespace(output_dir=run)):
+                given["resume_from_checkpoint"] = "latest"
+            config, problems = read_form({}, place, **given)
+        except UserError as error:
+            problems = {"config": str(error)}
+        return [said(problems), gr.skip()] if problems else begin_with(config, device)
+
+    def end(value):
+        job, _ = find(place, value)
+        if job and job.alive:
+            stop_job(job)
+            return ""
+        return t("⚠ This job is not at work.")
+
+    def refresh(value, before):
+        listed = choices(place)
+        values = [value for _, value in listed]
+        value = value if value in values else next(iter(values), None)
+        job, run = find(place, value)
+        now = {"choices": [[str(label), value] for label, value in listed], "value": value}
+        updates = [gr.update(choices=listed, value=value) if [now["choices"], value] != [before.get("choices"), before.get("value")] else gr.skip()]
+        if not run:
+            return [*updates, t("No job yet."), *[""] * 6, gr.skip(), "", gr.skip(), gr.skip(), now]
+        measuring = job and job.what == "measurement"
+        metrics = [] if measuring else read_metrics(run)
+        steps = total_steps(job.folder if job else run, job)
+        text = log_tail(job.folder / "log.txt") if job else ""
+        previews, final = run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"
+        now |= {"metrics": [str(run), len(metrics), measuring], "picture": [str(run), stamp(previews)], "lora": [str(run), stamp(final)], "log": text}
+        changed = {name for name in now if now[name] != before.get(name)}
+        updates += [f"**{t(job.state)}**" if job else t("not started from this page")]
+        updates += figures(metrics, steps, job and job.state in ("running", "stopping")) if not measuring else [""] * 6
+        updates += [curves(metrics) if "metrics" in changed else gr.skip(), text if "log" in changed else gr.skip()]
+        visible = previews.exists() and not measuring
+        updates += [gr.update(value=str(previews) if visible else None, visible=visible) if "picture" in changed else gr.skip()]
+        updates += [gr.update(value=str(final) if final.exists() else None, visible=final.exists()) if "lora" in changed else gr.skip()]
+        return [*updates, now]
+
+    views = [chosen, state, *shown, plot, log, preview, lora, seen]
+    start.click(begin, [device, *components], [message, chosen])
+    measure.click(lambda *texts: begin(*texts, benchmark=20), [device, *components], [message, chosen])
+    resume.click(go_on, [chosen, device], [message, chosen])
+    stop.click(end, chosen, message)
+    chosen.input(refresh, [chosen, seen], views, show_progress="hidden")
+    return refresh, [chosen, seen], views, device
+
+
+def same_folder(one, other):
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def total_steps(folder, job):
+    """The steps that a run was told to take; of epochs, what its log says."""
+    try:
+        config = read_json(folder / "config.json")
+        told = re.findall(r"^(\d+) steps of ", (folder / "log.txt").read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if job and config["num_train_epochs"] else []
+        return int(told[-1]) if told else int(config["max_train_steps"])
+    except (UserError, OSError, KeyError, ValueError, TypeError):
+        return 0
+
+
+def choices(place):
+    """What can be looked at: (label, value) of every job, the newest first, and of the runs that no job has made."""
+    jobs, made = [], []
+    for job in reversed(read_jobs(place)):
+        what = {"measurement": " · --benchmark", "pictures": " · validate.py"}.get(job.what, "")
+        jobs.append((f"{job.number}. {job.output_dir}{what} · {job.time} · {t(job.state)}", str(job.number)))
+        made.append(os.path.realpath(job.output_dir))
+    return jobs + [(str(run), f"run:{run}") for run in find_runs(place) if os.path.realpath(run) not in made]
+
+
+def find(place, value):
+    """(the job or None, the run's folder) that a choice stands for; (None, None) for one that is not there."""
+    for job in read_jobs(place):
+        if str(job.number) == value:
+            return job, Path(job.output_dir)
+    return None, next((run for run in find_runs(place) if f"run:{run}" == value), None)
+
+
+def try_tab(place, device):
+    """Prompts drawn with the base and with a run's LoRA, side by side, by validate.py."""
+    with gr.Row():
+        with gr.Column():
+            run = gr.Dropdown([], label=t("Run"), elem_id="run")
+            lora = gr.Dropdown([], label=t("LoRA"), info=t("of the last step, or of a checkpoint"), elem_id="lora")
+            names, form = list(TRY), {}
+            for some in (names[:1], names[1:2], names[2:4], names[4:6], names[6:]):
+                with gr.Row():
+                    form |= fields(some, TRY, load_config())
+            draw = gr.Button(t("Draw"), variant="primary", elem_id="draw")
+            message = gr.Markdown(elem_id="try-message")
+        with gr.Column(scale=2):
+            state = gr.Markdown(elem_id="try-state")
+            grid = picture("Base beside LoRA", elem_id="grid")
+            gr.Markdown(t("Each picture, to be saved"))
+            single = gr.Gallery(show_label=False, columns=4, interactive=False, elem_id="single", buttons=["download", "fullscreen"])
+            log = gr.Textbox(label=t("Last lines of the log"), lines=4, max_lines=4, interactive=False, autoscroll=True)
+    seen, components = gr.State({}), list(form.values())
+
+    def settings(folder):
+        """A run's own settings for its pictures."""
+        path = next((path for path in find_runs(place) if str(path) == folder), None)
+        try:
+            config = load_config(**read_json(path / "config.json")) if path else load_config()
+        except UserError:
+            config = load_config()
+        return [to_text(name, getattr(config, name)) for name in names]
+
+    def begin(folder, lora, device, *texts):
+        path = next((path for path in find_runs(place) if str(path) == folder), None)
+        if not path:
+            return [t("⚠ Choose a run: train one first."), *[gr.skip() for _ in names]]
+        if lora != "none" and lora not in loras_of(path):
+            return [t("⚠ Choose a LoRA of this run."), *[gr.skip() for _ in names]]
+        try:
+            given = {name: value for name, value in read_json(path / "config.json").items() if name not in names}
+        except UserError as error:
+            return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
+        fixed = {"output_dir": str(path), "lora": "none" if lora == "none" else str(loras_of(path)[lora]), "compare_checkpoints": False, "benchmark": 0}
+        config, problems = read_form(dict(zip(names, texts)), place, **{**given, **fixed})
+        if not problems:
+            start_job(place, "pictures", "validate.py", config, device)
+        return [said(problems), *marked(names, TRY, problems)]
+
+    def refresh(folder, before):
+        runs = [str(path) for path in find_runs(place)]
+        now, updates = {"runs": runs, "run": folder if folder in runs else next(iter(runs), None)}, []
+        updates.append(gr.update(choices=runs, value=now["run"]) if [runs, now["run"]] != [before.get("runs"), before.get("run")] else gr.skip())
+        job = next((job for job in reversed(read_jobs(place)) if job.what == "pictures" and now["run"] and same_folder(job.output_dir, now["run"])), None)
+        text = log_tail(job.folder / "log.txt") if job else ""
+        drawn = re.findall(r"^base beside LoRA: (.+)$", text, re.MULTILINE) if job and job.state == "finished" else []
+        folder = Path(drawn[-1]).parent if drawn and is_inside(drawn[-1], [place.output]) else None
+        loras = [*(loras_of(Path(now["run"])) if now["run"] else []), "none"]
+        now |= {"folder": str(folder), "log": text, "loras": [now["run"], loras]}
+        updates.append(gr.update(choices=loras, value=loras[0]) if now["loras"] != before.get("loras") else gr.skip())
+        updates.append(f"{t(job.state)} · {job.number}" if job and job.state != "finished" else "")
+        if now["folder"] != before.get("folder"):
+            pictures = sorted(path for path in folder.glob("*.png") if path.name != "comparison.png") if folder else []
+            updates += [str(folder / "comparison.png") if folder else None, [(str(path), re.sub(r".*-seed\d+-", "", path.stem)) for path in pictures]]
+        else:
+            updates += [gr.skip(), gr.skip()]
+        return [*updates, text if text != before.get("log") else gr.skip(), now]
+
+    run.change(settings, run, components, show_progress="hidden")
+    draw.click(begin, [run, lora, device, *components], [message, *components])
+    return refresh, [run, seen], [run, lora, state, grid, single, log, seen]
+
+
+def make_page(place, start):
+    """The page. `start`: the config file that it opens with."""
+    with gr.Blocks(title="LongCat-Image LoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.Markdown(f"# {t('LoRA training for LongCat-Image')}")
+        with gr.Tab(t("1 Set up")):
+            form, restore, kept, check, problem = set_up_tab(place, start)
+        with gr.Tab(t("2 Data")):
+            data_tab(place, form)
+        with gr.Tab(t("3 Train")):
+            jobs, job_inputs, job_views, device = jobs_tab(place, form)
+        with gr.Tab(t("4 Try it")):
+            pictures, picture_inputs, picture_views = try_tab(place, device)
+        components = list(form.values())
+        page.load(restore, kept, components, show_progress="hidden").then(check, components, [*components, problem, kept], show_progress="hidden")
+        timer = gr.Timer(REFRESH_SECONDS)
+        for views in ((jobs, job_inputs, job_views), (pictures, picture_inputs, picture_views)):
+            gr.on([page.load, timer.tick], *views, show_progress="hidden", trigger_mode="once", queue=False)
+    for function in page.fns.values():  # Gradio describes public ones, with what the fields hold, even on the login page
+        function.api_visibility = "private"
+    return page
+
+
+# ---------------------------------------------------------------- the server
+
+
+async def refuse_other_sites(request, call_next):
+    """Another site's page, open in the same browser, must not use this one."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    foreign = site in ("cross-site", "same-site") if site else origin and urlsplit(origin).netloc != request.headers.get("host")
+    if foreign and request.method not in ("GET", "HEAD"):
+        return PlainTextResponse("this page takes no orders from another site", 403)
+    return await call_next(request)
+
+
+def password_check(password):
+    """A function for Gradio that takes any name with this password, and one wrong guess a second."""
+    turn = asyncio.Lock()
+
+    async def is_right(_, guess):
+        async with turn:
+            right = hmac.compare_digest(guess.encode(), password.encode())
+            await asyncio.sleep(0 if right else 1)
+            return right
+
+    return is_right
+
+
+def is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(arguments=None):
+    """Serves the page, until Ctrl-C; in a notebook it shows it and returns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another one than this machine's own needs a password [%(default)s]")
+    parser.add_argument("--port", type=int, default=8001, help="[%(default)s]")
+    parser.add_argument("--password", default=os.environ.get("WEBUI_PASSWORD"), help="asked for before anything is shown; or in the environment as WEBUI_PASSWORD")
+    parser.add_argument("--output", default="output", help="folder of all runs; nothing else is served from the disk as it is [%(default)s]")
+    parser.add_argument("--folders", nargs="+", default=["data", "cache", "models", "tests/tiny_longcat"], help="further folders that the page may use: pictures, cache, models %(default)s")
+    options = parser.parse_args(arguments)
+    if not is_loopback(options.host) and not options.password:
+        sys.exit(f"error: --host {options.host}: other machines could use this page; give it a password with --password")
+    place = SimpleNamespace(output=Path(options.output), folders=[Path(folder) for folder in options.folders])
+    place.jobs = place.output / ".webui" / "jobs"
+    os.environ["GRADIO_TEMP_DIR"] = str((place.output / ".webui" / "shown").absolute())  # what the page has shown
+    # Names that lead to this machine; the last are Colab's. A site that gives its own name to 127.0.0.1 is turned away.
+    own = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "*.googleusercontent.com"])] if is_loopback(options.host) else []
+    start = "24gb.json" if torch.cuda.is_available() else "mps.json" if torch.backends.mps.is_available() else "tiny.json"
+    print(f"open http://{'localhost' if is_loopback(options.host) else options.host}:{options.port}", flush=True)
+    try:
+        make_page(place, start).launch(
+            server_name=options.host, server_port=options.port, share=False, quiet=True, ssr_mode=False, footer_links=["settings"], run_history=False,
+            auth=password_check(options.password) if options.password else None, auth_message="any name, and the password that webui.py was started with",
+            allowed_paths=[str(place.output.absolute())], max_file_size=1, css=CSS, show_error=True,
+            app_kwargs={"middleware": [*own, Middleware(BaseHTTPMiddleware, dispatch=refuse_other_sites)]},
+            i18n=gr.I18n(**translations()), theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(block_info_text_color="*neutral_600"),
+        )  # fmt: skip
+    except OSError as error:
+        sys.exit(f"error: --port {options.port}: {error}")
+
+
+# ---------------------------------------------------------------- the page in Portuguese and Chinese
+
+
+def translations():
+    """{language: {text: translation}} for Gradio; a key's description has the name `help:` and the key."""
+    described = {f"help:{name}": (key.help, *HELP[name]) for name, key in ALL_KEYS.items()}
+    texts = {english: (english, *others) for english, others in TEXTS.items()} | described
+    languages = {"en": 0, "pt": 1, "pt-BR": 1, "zh": 2, "zh-CN": 2, "zh-TW": 2}
+    return {language: {name: given[i] for name, given in texts.items()} for language, i in languages.items()}
+
+
+TEXTS = {
+    "LoRA training for LongCat-Image": ("Treino de LoRA para o LongCat-Image", "LongCat-Image 的 LoRA 训练"),
+    "1 Set up": ("1 Configurar", "1 设置"),
+    "2 Data": ("2 Dados", "2 数据"),
+    "3 Train": ("3 Treinar", "3 训练"),
+    "4 Try it": ("4 Experimentar", "4 试用"),
+    "Start from": ("Partir de", "从这里开始"),
+    "Folder with your pictures": ("Pasta com as suas imagens", "图片文件夹"),
+    "Trigger words": ("Palavras-gatilho", "触发词"),
+    "Caption for pictures without one": ("Legenda para imagens sem legenda", "没有描述的图片用的描述"),
+    "Prompts to draw, one a line": ("Prompts a desenhar, um por linha", "要画的提示词，每行一条"),
+    "Folder for the results": ("Pasta dos resultados", "结果文件夹"),
+    "Steps": ("Passos", "训练步数"),
+    "Learning rate": ("Taxa de aprendizado", "学习率"),
+    "LoRA rank": ("Posto (rank) do LoRA", "LoRA 秩（rank）"),
+    "Size of the pictures": ("Tamanho das imagens", "图片尺寸"),
+    "Steps between previews": ("Passos entre prévias", "预览间隔步数"),
+    "Model family": ("Família do modelo", "模型系列"),
+    "Flavour": ("Versão", "版本"),
+    "Model: local folder or hub name": ("Modelo: pasta local ou nome no hub", "模型：本地文件夹或 hub 名称"),
+    "Precision": ("Precisão", "精度"),
+    "More: model": ("Mais: modelo", "更多：模型"),
+    "More: data": ("Mais: dados", "更多：数据"),
+    "More: LoRA": ("Mais: LoRA", "更多：LoRA"),
+    "More: training": ("Mais: treino", "更多：训练"),
+    "More: memory": ("Mais: memória", "更多：内存"),
+    "More: output": ("Mais: saída", "更多：输出"),
+    "More: validation": ("Mais: validação", "更多：验证"),
+    "Save as": ("Salvar como", "另存为"),
+    "a file in configs/, for the command line, too": ("um arquivo em configs/, que serve também na linha de comando", "configs/ 里的文件，命令行也能用"),
+    "Replace the file of that name": ("Substituir o arquivo com esse nome", "替换同名文件"),
+    "Save": ("Salvar", "保存"),
+    "Saved:": ("Salvo:", "已保存："),
+    "⚠ The name of a file needs letters, digits, - or _.": ("⚠ O nome do arquivo leva letras, algarismos, - ou _.", "⚠ 文件名只能用字母、数字、- 或 _。"),
+    "⚠ There is such a file already; choose another name, or tick Replace:": ("⚠ Já existe um arquivo assim; escolha outro nome ou marque Substituir:", "⚠ 已有这个文件；请换个名字，或勾选替换："),
+    "Look at the data": ("Examinar os dados", "检查数据"),
+    "What the model will see": ("O que o modelo vai ver", "模型将看到的图片"),
+    "Report": ("Relatório", "报告"),
+    "Captions: choose a picture": ("Legendas: escolha uma imagem", "描述：选择一张图片"),
+    "Page": ("Página", "页"),
+    "Picture": ("Imagem", "图片"),
+    "Caption, one a line": ("Legenda, uma por linha", "描述，每行一条"),
+    "Save the caption": ("Salvar a legenda", "保存描述"),
+    "⚠ Choose a picture, and write a caption.": ("⚠ Escolha uma imagem e escreva uma legenda.", "⚠ 请选择一张图片并写上描述。"),
+    "⚠ This file has changed meanwhile; look at the data again:": ("⚠ Este arquivo mudou nesse meio-tempo; examine os dados de novo:", "⚠ 这个文件刚被改过；请重新检查数据："),
+    "Device": ("Dispositivo", "设备"),
+    "Start training": ("Iniciar o treino", "开始训练"),
+    "Measure speed and memory": ("Medir velocidade e memória", "测量速度和内存"),
+    "Job or earlier run": ("Tarefa ou treino anterior", "任务或以前的训练"),
+    "Stop": ("Parar", "停止"),
+    "Go on": ("Continuar", "继续"),
+    "No job yet.": ("Nenhuma tarefa ainda.", "还没有任务。"),
+    "waiting": ("na fila", "排队中"),
+    "running": ("em andamento", "进行中"),
+    "finished": ("concluída", "已完成"),
+    "stopping": ("parando: termina e salva o passo", "正在停止：先完成并保存这一步"),
+    "stopped": ("parada", "已停止"),
+    "failed": ("falhou", "失败"),
+    "cut off": ("interrompida de repente", "意外中断"),
+    "not started from this page": ("não iniciado nesta página", "不是从本页启动的"),
+    "Step": ("Passo", "步"),
+    "Loss": ("Perda (loss)", "损失（loss）"),
+    "Held-out loss / base": ("Perda nas imagens reservadas / base", "留出图片的损失 / 基础模型"),
+    "Seconds a step": ("Segundos por passo", "每步秒数"),
+    "Peak memory": ("Pico de memória", "内存峰值"),
+    "Time left": ("Tempo restante", "剩余时间"),
+    "Last lines of the log": ("Últimas linhas do registro", "日志末尾"),
+    "Previews": ("Prévias", "预览"),
+    "Download the LoRA": ("Baixar o LoRA", "下载 LoRA"),
+    "⚠ This job is not at work.": ("⚠ Esta tarefa não está em andamento.", "⚠ 这个任务没有在运行。"),
+    "⚠ Only training can go on.": ("⚠ Só um treino pode continuar.", "⚠ 只有训练可以继续。"),
+    "⚠ Choose a job or a run.": ("⚠ Escolha uma tarefa ou um treino.", "⚠ 请选择一个任务或训练。"),
+    "⚠ Mend this in Set up:": ("⚠ Corrija isto em Configurar:", "⚠ 请在设置里改正："),
+    "⚠ Set up: name the folder with your pictures.": ("⚠ Configurar: indique a pasta com as suas imagens.", "⚠ 设置：请填写图片文件夹。"),
+    "⚠ A job is at work in this folder; stop it first, or choose another folder for the results. Job:": (
+        "⚠ Uma tarefa está usando esta pasta; pare-a primeiro ou escolha outra pasta para os resultados. Tarefa:",
+        "⚠ 有任务正在使用这个文件夹；请先停止它，或换一个结果文件夹。任务：",
+    ),
+    "Run": ("Treino", "训练"),
+    "LoRA": ("LoRA", "LoRA"),
+    "of the last step, or of a checkpoint": ("do último passo ou de um checkpoint", "最后一步的，或某个检查点的"),
+    "Negative prompt": ("Prompt negativo", "负向提示词"),
+    "Strength of the LoRA": ("Força do LoRA", "LoRA 强度"),
+    "Seed": ("Semente", "种子"),
+    "Sampling steps": ("Passos de amostragem", "采样步数"),
+    "Guidance": ("Orientação (guidance)", "引导系数"),
+    "Size": ("Tamanho", "尺寸"),
+    "Draw": ("Desenhar", "开始画"),
+    "Base beside LoRA": ("Base ao lado do LoRA", "基础模型与 LoRA 对比"),
+    "Each picture, to be saved": ("Cada imagem, para salvar", "每张图片，可保存"),
+    "⚠ Choose a run: train one first.": ("⚠ Escolha um treino: treine primeiro.", "⚠ 请选择一次训练：先训练一个。"),
+    "⚠ Choose a LoRA of this run.": ("⚠ Escolha um LoRA deste treino.", "⚠ 请选择这次训练的 LoRA。"),
+}
+
+HELP = {
+    "model_type": ("o que se treina", "训练什么"),
+    "model_family": ("a família do modelo", "模型系列"),
+    "model_flavour": ("a versão principal ou o checkpoint do meio do treino", "正式版，或训练中期的检查点"),
+    "pretrained_model_name_or_path": ("nome no hub ou pasta local; vazio: escolhido por model_flavour", "hub 名称或本地文件夹；留空：由 model_flavour 决定"),
+    "base_model_precision": ("como o transformer congelado é guardado; int8-matmul: também os produtos em 8 bits", "冻结的 transformer 如何存放；int8-matmul：乘法也用 8 位"),
+    "text_encoder_precision": ("do codificador de texto; quantizá-lo economiza pouco aqui e muda os embeddings", "文本编码器的精度；量化它省得不多，还会改变嵌入"),
+    "mixed_precision": ("aritmética; auto: bf16 onde houver, fp16 em CUDA mais antigo, fp32 na CPU", "运算精度；auto：支持时用 bf16，较旧的 CUDA 用 fp16，CPU 用 fp32"),
+    "data_dir": ('pasta de imagens, ou uma lista de {"path", "repeats", "caption_prefix", "loss_weight"}', '图片文件夹，或 {"path", "repeats", "caption_prefix", "loss_weight"} 的列表'),
+    "instance_prompt": ("legenda das imagens que não têm nenhuma", "没有描述的图片用的描述"),
+    "resolution": ('lado de um quadrado com a área desejada, ou tamanhos: "1024x1024,1344x768"', '所需面积的正方形边长，或若干尺寸："1024x1024,1344x768"'),
+    "aspect_bucket_alignment": ("grade dos tamanhos, em pixels", "尺寸的网格，单位像素"),
+    "skip_upscaled": ("deixar de fora imagens menores que o tamanho escolhido", "略过比目标尺寸小的图片"),
+    "strict": ("parar na primeira imagem ou legenda inutilizável, em vez de só relatar", "遇到第一张不能用的图片或描述就停止，而不只是报告"),
+    "validation_split": ("parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma", "从不参与训练、只用来评分的图片比例（最多 8 张）；0：没有"),
+    "caption_dropout_probability": ("parte das amostras treinada com o prompt vazio", "用空提示词训练的样本比例"),
+    "cache_dir": ("pasta do cache de latents e embeddings; vários treinos podem partilhá-la", "latent 和提示词嵌入的缓存文件夹；多次训练可以共用"),
+    "vae_batch_size": ("imagens por lote ao guardar latents no cache", "缓存 latent 时每批图片数"),
+    "text_encoder_batch_size": ("prompts por lote ao guardar embeddings no cache", "缓存嵌入时每批提示词数"),
+    "prune": ("cache_latents.py: apagar de cache_dir o que nenhum treino usa, e nada mais", "cache_latents.py：从 cache_dir 删除没有训练需要的文件，此外什么也不做"),
+    "lora_rank": ("posto (rank)", "秩（rank）"),
+    "lora_alpha": ("a força é lora_alpha / lora_rank; vazio: igual ao rank", "强度为 lora_alpha / lora_rank；留空：等于 rank"),
+    "lora_dropout": ("dropout na entrada do LoRA", "LoRA 输入的 dropout"),
+    "init_lora": ("arquivo ou pasta do LoRA de partida", "作为起点的 LoRA 文件或文件夹"),
+    "lora_target_modules": ("finais dos nomes das camadas que recebem LoRA", "加 LoRA 的层，写名字的结尾"),
+    "trigger_words": ("palavras que chamam o que foi aprendido; anotadas no arquivo do LoRA", "唤起所学内容的词；记在 LoRA 文件里"),
+    "license": ("licença do LoRA; anotada no arquivo", "LoRA 的许可证；记在文件里"),
+    "train_batch_size": ("imagens por lote", "每批图片数"),
+    "gradient_accumulation_steps": ("lotes por passo", "每步批数"),
+    "max_train_steps": ("passos de treino", "训练步数"),
+    "num_train_epochs": ("se não for 0: épocas de treino, no lugar de max_train_steps", "不为 0 时：按轮数训练，代替 max_train_steps"),
+    "learning_rate": ("taxa de aprendizado do AdamW depois do aquecimento", "预热之后 AdamW 的学习率"),
+    "lr_scheduler": ("curso da taxa de aprendizado", "学习率的变化方式"),
+    "lr_warmup_steps": ("passos até a taxa de aprendizado plena", "达到完整学习率之前的步数"),
+    "adam_beta1": ("beta1 do AdamW", "AdamW 的 beta1"),
+    "adam_beta2": ("beta2 do AdamW", "AdamW 的 beta2"),
+    "adam_weight_decay": ("decaimento de pesos do AdamW", "AdamW 的权重衰减"),
+    "max_grad_norm": ("os gradientes são cortados nesta norma; 0: sem corte", "梯度裁剪到这个范数；0：不裁剪"),
+    "gradient_checkpointing": (
+        "recalcular ativações no passo inverso: menos memória, 1,5 vez o tempo; auto: em tantos blocos quanto a memória exigir",
+        "反向时重新计算激活：省显存，时间约为 1.5 倍；auto：按显存需要决定多少块",
+    ),
+    "seed": ("todo sorteio decorre dela", "所有随机数都由它决定"),
+    "flow_schedule_auto_shift": ("o nível de ruído acompanha o tamanho da imagem; não: o shift fixo do scheduler", "噪声水平随图片尺寸变化；否：用 scheduler 固定的 shift"),
+    "enable_group_offload": ("guardar os blocos congelados na memória do computador; eles visitam o dispositivo um a um", "冻结的块放在内存里，逐个轮流上设备"),
+    "group_offload_type": ("unidade que é movida", "移动的单位"),
+    "group_offload_blocks_per_group": ("blocos movidos juntos", "一起移动的块数"),
+    "enable_modulation_offload": (
+        "guardar na memória do computador as camadas que só veem o nível de ruído, um quarto dos pesos; as saídas são calculadas antes",
+        "只依赖噪声水平的层（四分之一的权重）放在内存里；它们的输出提前算好",
+    ),
+    "torch_compile": ("compilar os blocos: minutos no início, menos tempo e memória por passo", "编译各块：开头花几分钟，之后每步更快、更省显存"),
+    "vram_limit_gb": ("CUDA: não usar mais memória do que tem uma placa deste tamanho, em GiB", "CUDA：最多使用这么大的显卡所有的显存，单位 GiB"),
+    "benchmark": ("train_lora.py: rodar tantos passos com pesos e dados aleatórios, mostrar velocidade e memória, e nada mais", "train_lora.py：用随机权重和数据跑这么多步，打印速度和内存，此外什么也不做"),
+    "output_dir": ("pasta dos arquivos deste treino", "这次训练的文件夹"),
+    "checkpoint_step_interval": ("passos entre checkpoints", "检查点间隔步数"),
+    "checkpoints_total_limit": ("quantos checkpoints ficam guardados", "保留多少个检查点"),
+    "resume_from_checkpoint": ('checkpoint de onde continuar: "latest", uma pasta ou "none"', '从哪个检查点继续："latest"、一个文件夹或 "none"'),
+    "report_to": ("para onde vão as curvas, além de metrics.jsonl", "除 metrics.jsonl 之外，曲线还写到哪里"),
+    "validation_step_interval": ("passos entre prévias e avaliações; 0: nenhuma", "预览图和评分的间隔步数；0：没有"),
+    "validation_prompts": ("prompts das prévias e do validate.py", "预览和 validate.py 用的提示词"),
+    "validation_negative_prompt": ("prompt negativo", "负向提示词"),
+    "validation_resolution": ('largura x altura das imagens, múltiplos de 16; o validate.py aceita várias, "1024x1024,1344x768"', '图片的宽 x 高，16 的倍数；validate.py 可用多个："1024x1024,1344x768"'),
+    "validation_guidance": ("escala de orientação (guidance)", "引导系数"),
+    "validation_num_inference_steps": ("passos de amostragem", "采样步数"),
+    "validation_seed": ("semente do primeiro ruído de cada imagem; o validate.py aceita uma lista", "每张图片初始噪声的种子；validate.py 可用列表"),
+    "validation_cfg_renorm": ("CFG-renorm do pipeline: a orientação não aumenta a norma da predição", "pipeline 的 CFG-renorm：引导不会增大预测的范数"),
+    "validation_lora_strength": ("validate.py: força do LoRA; uma lista dá uma coluna para cada", "validate.py：LoRA 的强度；列表则每个一列"),
+    "lora": ('validate.py: arquivo ou pasta de LoRA, "latest" de output_dir, ou "none"; vazio: o último, se houver', 'validate.py：LoRA 文件、文件夹、output_dir 的 "latest" 或 "none"；留空：有最新的就用它'),
+    "compare_checkpoints": ("validate.py: uma coluna para cada checkpoint de output_dir", "validate.py：output_dir 的每个检查点一列"),
+}
+
+
+if __name__ == "__main__":
+    main()
