@@ -11,7 +11,6 @@ write. A job is a process of its own: it goes on without the page and without th
 import argparse
 import asyncio
 import datetime
-import fcntl
 import hmac
 import ipaddress
 import json
@@ -26,8 +25,12 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 try:
+    import fcntl
+
     import gradio as gr
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name == "fcntl":
+        sys.exit("error: the page needs Linux or macOS; on Windows start it in WSL")
     sys.exit("error: the page needs Gradio; install it with: pip install 'gradio>=6.20,<7'")
 import pandas as pd
 import torch
@@ -43,7 +46,7 @@ from longcat_common import ALL_KEYS, IGNORED_KEYS, KEYS, UserError, checked, che
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
 THUMBNAILS = 24  # a page of the gallery
-LOG_LINES, REFRESH_SECONDS = 40, 2
+LOG_LINES, REFRESH_SECONDS = 14, 2
 # The keys in front, with labels of their own; the rest are under "more", by name.
 FRONT = {
     "data_dir": "Folder with your pictures",
@@ -71,7 +74,7 @@ TRY = {
     "validation_resolution": "Size",
 }
 CURVES = {"loss": "#9ca3af", "held_out_loss": "#ea580c", "held_out_base": "#2563eb"}  # from metrics.jsonl
-CSS = ".wrong { outline: 2px solid #dc2626 } .wrong [class*=info] { color: #dc2626 !important } #log textarea { font-family: monospace; font-size: 12px; line-height: 1.35 }"
+CSS = ".wrong input, .wrong textarea { border-color: #dc2626 !important } .wrong [class*=info] { color: #dc2626 !important } .log textarea { font-family: monospace; font-size: 12px; line-height: 1.4; white-space: pre; overflow-x: auto }"
 
 t = gr.I18n()  # t("a text") is shown in the browser's language, see TEXTS
 
@@ -98,7 +101,8 @@ def from_text(name, text):
     if not text:
         return None
     if name in ("validation_prompts", "trigger_words", "lora_target_modules"):
-        return [line.strip() for line in text.splitlines() if line.strip()]  # a list: no file is read
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[0] if name == "validation_prompts" and len(lines) == 1 and re.fullmatch(r"\S+\.txt", lines[0]) else lines
     if name == "data_dir" and text.startswith("["):
         try:
             return json.loads(text)
@@ -130,7 +134,7 @@ def read_form(texts, place, **fixed):
 def confine(name, value, place):
     """Raises UserError if a path in this key's value lies outside the page's folders."""
     paths, folders = [], [place.output] if name == "output_dir" else [place.output, *place.folders]
-    if name in ("output_dir", "cache_dir", "init_lora") or (name in ("lora", "resume_from_checkpoint") and value not in ("latest", "none")):
+    if name in ("output_dir", "cache_dir", "init_lora") or (name == "validation_prompts" and isinstance(value, str)) or (name in ("lora", "resume_from_checkpoint") and value not in ("latest", "none")):
         paths = [value]
     elif name == "pretrained_model_name_or_path" and value and (os.path.exists(value) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)):
         paths = [value]
@@ -227,11 +231,14 @@ def devices():
 
 
 def start_job(place, what, script, config, device):
-    """Puts a job at the end of the device's line. Returns its number."""
+    """Puts a job at the end of the device's line. Returns its number. Raises UserError if one trains in the same folder."""
     place.jobs.mkdir(parents=True, exist_ok=True)
     with open(place.jobs / "start", "w") as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         jobs = read_jobs(place)
+        for job in jobs:
+            if what == job.what == "training" and job.alive and os.path.realpath(job.output_dir) == os.path.realpath(config.output_dir):
+                raise UserError(f"output_dir: job {job.number} is at work in {config.output_dir}; stop it first, or choose another folder")
         folder = place.jobs / str(1 + max([job.number for job in jobs], default=0))
         earlier = [str(job.folder / "lock") for job in jobs if job.alive and job.device == device]
         write_file(folder / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
@@ -281,17 +288,18 @@ def stop_job(job):
 
 
 def log_tail(path):
-    """The last lines of a log; of each progress bar what it shows last."""
+    """The last lines of a log; of each progress bar what it shows last, if it has not been wiped away."""
     if not path.exists():
         return ""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 60_000))
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", "replace"))  # without a terminal's commands
-    lines = {}
+    lines, last = {}, None
     for i, line in enumerate(re.split(r"[\r\n]+", text)):
         bar = re.match(r"\s*([^:|]+):\s+\d+%\|", line)
-        lines.pop(bar and bar[1], None)
-        lines[bar[1] if bar else i] = line.rstrip()
+        last = bar[1] if bar else last if line.isspace() else i
+        lines.pop(last, None)
+        lines[last] = line.rstrip()
     return "\n".join([line for line in lines.values() if line][-LOG_LINES:])
 
 
@@ -332,8 +340,9 @@ def figures(metrics, steps, running):
 def curves(metrics):
     """Loss, held-out loss and the base's as a table for the plot; of a long run an even choice."""
     kept = [line for i, line in enumerate(metrics) if "held_out_loss" in line or i % math.ceil(len(metrics) / 500) == 0]
-    points = [(line["step"], line[name], name) for line in kept for name in CURVES if name in line]
-    return pd.DataFrame(points, columns=["step", "value", "curve"]).astype({"step": float, "value": float})  # numbers, also if there are none yet
+    points = [(math.nan, math.nan, name) for name in CURVES]  # a plot that began without a curve would not draw it later
+    points += [(line["step"], line[name], name) for line in kept for name in CURVES if name in line]
+    return pd.DataFrame(points, columns=["step", "value", "curve"])
 
 
 def loras_of(folder):
@@ -547,36 +556,32 @@ def jobs_tab(place, form):
         state = gr.Markdown(elem_id="state", container=True)
         shown = [gr.Textbox(label=t(label), interactive=False, min_width=100, elem_id=label.split()[0].lower()) for label in ("Step", "Loss", "Held-out loss / base", "Seconds a step", "Peak memory", "Time left")]
     with gr.Row():
-        plot = gr.LinePlot(curves([]), x="step", y="value", color="curve", color_map=CURVES, y_title=" ", color_title=" ", label=t("Loss"), height=330, elem_id="plot")
-        log = gr.Textbox(label=t("Last lines of the log"), lines=12, max_lines=12, interactive=False, autoscroll=True, elem_id="log")
+        with gr.Column():
+            plot = gr.LinePlot(curves([]), x="step", y="value", color="curve", color_map=CURVES, colors_in_legend=[], y_title=" ", label=t("Loss"), height=310, elem_id="plot")
+            gr.HTML(" ".join(f'<span style="color: {colour}">●</span> {name}' for name, colour in CURVES.items()))  # the plot's own is cut off
+        with gr.Column():
+            log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_id="log", elem_classes=["log"])
     preview = picture("Previews", elem_id="preview", visible=False)
     lora = gr.DownloadButton(t("Download the LoRA"), visible=False, elem_id="download")
-    seen = gr.State({})
+    seen = gr.State([])
 
     def begin(device, *texts, benchmark=0):
         config, problems = read_form(dict(zip(names, texts)), place, **({"benchmark": benchmark} if benchmark else {}))
-        if problems:
-            return [f"{t('⚠ Mend this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()]
-        if not benchmark and not config.data_dir:
-            return [t("⚠ Set up: name the folder with your pictures."), gr.skip()]
-        return begin_with(config, device)
+        if not problems and not benchmark and not config.data_dir:
+            problems = {"data_dir": "data_dir: not set; name the folder with your pictures"}
+        return [f"{t('⚠ Mend this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()] if problems else begin_with(config, device)
 
     def begin_with(config, device):
-        jobs = read_jobs(place)
-        training = [job for job in jobs if job.alive and job.what == "training" and same_folder(job.output_dir, config.output_dir)]
-        if training and not config.benchmark:
-            return [f"{t('⚠ A job is at work in this folder; stop it first, or choose another folder for the results. Job:')} {training[0].number}", gr.skip()]
-        if device not in devices():
-            raise gr.Error(f"{device}: there is no such device")
-        number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
+        try:
+            number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
+        except UserError as error:
+            return [f"⚠ {plain(error)}", gr.skip()]
         return ["", gr.update(choices=choices(place), value=str(number))]
 
     def go_on(value, device):
         job, run = find(place, value)
-        if not run:
-            return [t("⚠ Choose a job or a run."), gr.skip()]
-        if job and job.what != "training":
-            return [t("⚠ Only training can go on."), gr.skip()]
+        if not run or (job and job.what != "training"):
+            return [t("⚠ Choose a job that trains, or a run."), gr.skip()]
         try:
             given = {**read_json((job.folder if job else run) / "config.json"), "output_dir": str(run)}
             if checkpoint_folders(SimpleNamespace(output_dir=run)):
@@ -588,34 +593,28 @@ def jobs_tab(place, form):
 
     def end(value):
         job, _ = find(place, value)
-        if job and job.alive:
-            stop_job(job)
-            return ""
-        return t("⚠ This job is not at work.")
+        if not job or not job.alive:
+            return t("⚠ This job is not at work.")
+        stop_job(job)
+        return ""
 
     def refresh(value, before):
         listed = choices(place)
-        values = [value for _, value in listed]
-        value = value if value in values else next(iter(values), None)
+        value = value if value in dict(map(reversed, listed)) else listed[0][1] if listed else None
         job, run = find(place, value)
-        now = {"choices": [[str(label), value] for label, value in listed], "value": value}
-        updates = [gr.update(choices=listed, value=value) if [now["choices"], value] != [before.get("choices"), before.get("value")] else gr.skip()]
-        if not run:
-            return [*updates, t("No job yet."), *[""] * 6, gr.skip(), "", gr.skip(), gr.skip(), now]
-        measuring = job and job.what == "measurement"
-        metrics = [] if measuring else read_metrics(run)
-        steps = total_steps(job.folder if job else run, job)
-        text = log_tail(job.folder / "log.txt") if job else ""
-        previews, final = run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"
-        now |= {"metrics": [str(run), len(metrics), measuring], "picture": [str(run), stamp(previews)], "lora": [str(run), stamp(final)], "log": text}
-        changed = {name for name in now if now[name] != before.get(name)}
-        updates += [f"**{t(job.state)}**" if job else t("not started from this page")]
-        updates += figures(metrics, steps, job and job.state in ("running", "stopping")) if not measuring else [""] * 6
-        updates += [curves(metrics) if "metrics" in changed else gr.skip(), text if "log" in changed else gr.skip()]
-        visible = previews.exists() and not measuring
-        updates += [gr.update(value=str(previews) if visible else None, visible=visible) if "picture" in changed else gr.skip()]
-        updates += [gr.update(value=str(final) if final.exists() else None, visible=final.exists()) if "lora" in changed else gr.skip()]
-        return [*updates, now]
+        state, metrics, steps, text, previews, final = t("No job yet."), [], 0, "", None, None
+        if run:
+            state, text = (f"**{t(job.state)}**", log_tail(job.folder / "log.txt")) if job else (t("not started from this page"), "")
+        if run and not (job and job.what == "measurement"):
+            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"
+        return what_changed(before, [
+            ((listed, value), gr.update(choices=listed, value=value)),
+            (state, state),
+            *((figure, figure) for figure in figures(metrics, steps, job and job.state in ("running", "stopping"))),
+            ((value, len(metrics)), curves(metrics)),
+            (text, text),
+            *((f"{path} {stamp(path)}", gr.update(value=str(path) if stamp(path) else None, visible=bool(stamp(path)))) for path in (previews, final)),
+        ])  # fmt: skip
 
     views = [chosen, state, *shown, plot, log, preview, lora, seen]
     start.click(begin, [device, *components], [message, chosen])
@@ -626,15 +625,18 @@ def jobs_tab(place, form):
     return refresh, [chosen, seen], views, device
 
 
-def same_folder(one, other):
-    return os.path.realpath(one) == os.path.realpath(other)
+def what_changed(before, updates):
+    """The updates whose key is not as it was, the rest skipped, and last all keys, for the next time. `updates`: pairs of
+    (key, update), `before`: the keys of the last time, or []."""
+    keys = [str(key) for key, _ in updates]
+    return [*(gr.skip() if before and key == was else update for (_, update), key, was in zip(updates, keys, before or keys)), keys]
 
 
-def total_steps(folder, job):
-    """The steps that a run was told to take; of epochs, what its log says."""
+def total_steps(folder):
+    """The steps that a job or a run is told to take; of epochs, what its log says."""
     try:
-        config = read_json(folder / "config.json")
-        told = re.findall(r"^(\d+) steps of ", (folder / "log.txt").read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if job and config["num_train_epochs"] else []
+        config, log = read_json(folder / "config.json"), folder / "log.txt"
+        told = re.findall(r"^(\d+) steps of ", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if config["num_train_epochs"] and log.exists() else []
         return int(told[-1]) if told else int(config["max_train_steps"])
     except (UserError, OSError, KeyError, ValueError, TypeError):
         return 0
@@ -674,53 +676,54 @@ def try_tab(place, device):
             state = gr.Markdown(elem_id="try-state")
             grid = picture("Base beside LoRA", elem_id="grid")
             gr.Markdown(t("Each picture, to be saved"))
-            single = gr.Gallery(show_label=False, columns=4, interactive=False, elem_id="single", buttons=["download", "fullscreen"])
-            log = gr.Textbox(label=t("Last lines of the log"), lines=4, max_lines=4, interactive=False, autoscroll=True)
-    seen, components = gr.State({}), list(form.values())
+            single = gr.Gallery(show_label=False, columns=4, height=320, interactive=False, elem_id="single", buttons=["download", "fullscreen"])
+            log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_classes=["log"])
+    seen, components = gr.State([]), list(form.values())
 
     def settings(folder):
         """A run's own settings for its pictures."""
-        path = next((path for path in find_runs(place) if str(path) == folder), None)
         try:
-            config = load_config(**read_json(path / "config.json")) if path else load_config()
+            given = read_json(Path(folder) / "config.json") if folder in map(str, find_runs(place)) else {}
+            config = load_config(**{name: given[name] for name in names if name in given})
         except UserError:
             config = load_config()
         return [to_text(name, getattr(config, name)) for name in names]
 
     def begin(folder, lora, device, *texts):
-        path = next((path for path in find_runs(place) if str(path) == folder), None)
-        if not path:
-            return [t("⚠ Choose a run: train one first."), *[gr.skip() for _ in names]]
-        if lora != "none" and lora not in loras_of(path):
-            return [t("⚠ Choose a LoRA of this run."), *[gr.skip() for _ in names]]
+        nothing = [gr.skip() for _ in names]
+        if folder not in map(str, find_runs(place)):
+            return [t("⚠ Choose a run: train one first."), *nothing]
+        loras = {**loras_of(Path(folder)), "none": "none"}
+        if lora not in loras:
+            return [t("⚠ Choose a LoRA of this run."), *nothing]
         try:
-            given = {name: value for name, value in read_json(path / "config.json").items() if name not in names}
+            given = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name not in names}
+            given |= {"output_dir": folder, "lora": str(loras[lora]), "compare_checkpoints": False, "benchmark": 0}
+            config, problems = read_form(dict(zip(names, texts)), place, **given)
+            if not problems:
+                start_job(place, "pictures", "validate.py", config, device)
         except UserError as error:
-            return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
-        fixed = {"output_dir": str(path), "lora": "none" if lora == "none" else str(loras_of(path)[lora]), "compare_checkpoints": False, "benchmark": 0}
-        config, problems = read_form(dict(zip(names, texts)), place, **{**given, **fixed})
-        if not problems:
-            start_job(place, "pictures", "validate.py", config, device)
+            return [f"⚠ {plain(error)}", *nothing]
         return [said(problems), *marked(names, TRY, problems)]
 
     def refresh(folder, before):
         runs = [str(path) for path in find_runs(place)]
-        now, updates = {"runs": runs, "run": folder if folder in runs else next(iter(runs), None)}, []
-        updates.append(gr.update(choices=runs, value=now["run"]) if [runs, now["run"]] != [before.get("runs"), before.get("run")] else gr.skip())
-        job = next((job for job in reversed(read_jobs(place)) if job.what == "pictures" and now["run"] and same_folder(job.output_dir, now["run"])), None)
-        text = log_tail(job.folder / "log.txt") if job else ""
+        folder = folder if folder in runs else next(iter(runs), None)
+        loras = [*(loras_of(Path(folder)) if folder else []), "none"]
+        jobs = [job for job in read_jobs(place) if job.what == "pictures" and job.output_dir == folder]
+        job, text = (jobs[-1], log_tail(jobs[-1].folder / "log.txt")) if jobs else (None, "")
         drawn = re.findall(r"^base beside LoRA: (.+)$", text, re.MULTILINE) if job and job.state == "finished" else []
-        folder = Path(drawn[-1]).parent if drawn and is_inside(drawn[-1], [place.output]) else None
-        loras = [*(loras_of(Path(now["run"])) if now["run"] else []), "none"]
-        now |= {"folder": str(folder), "log": text, "loras": [now["run"], loras]}
-        updates.append(gr.update(choices=loras, value=loras[0]) if now["loras"] != before.get("loras") else gr.skip())
-        updates.append(f"{t(job.state)} · {job.number}" if job and job.state != "finished" else "")
-        if now["folder"] != before.get("folder"):
-            pictures = sorted(path for path in folder.glob("*.png") if path.name != "comparison.png") if folder else []
-            updates += [str(folder / "comparison.png") if folder else None, [(str(path), re.sub(r".*-seed\d+-", "", path.stem)) for path in pictures]]
-        else:
-            updates += [gr.skip(), gr.skip()]
-        return [*updates, text if text != before.get("log") else gr.skip(), now]
+        grid = Path(drawn[-1]) if drawn and is_inside(drawn[-1], [place.output]) else None
+        pictures = sorted(path for path in grid.parent.glob("*.png") if path != grid) if grid else []
+        state = f"{t(job.state)} · {job.number}" if job and job.state != "finished" else ""
+        return what_changed(before, [
+            ((runs, folder), gr.update(choices=runs, value=folder)),
+            ((folder, loras), gr.update(choices=loras, value=loras[0])),
+            (state, state),
+            (grid, str(grid) if grid else None),
+            (grid, [(str(path), re.sub(r".*-seed\d+-", "", path.stem)) for path in pictures]),
+            (text, text),
+        ])  # fmt: skip
 
     run.change(settings, run, components, show_progress="hidden")
     draw.click(begin, [run, lora, device, *components], [message, *components])
@@ -732,12 +735,16 @@ def make_page(place, start):
     with gr.Blocks(title="LongCat-Image LoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown(f"# {t('LoRA training for LongCat-Image')}")
         with gr.Tab(t("1 Set up")):
+            gr.Markdown(t("Choose the file for your machine, then name the folder with your pictures. What is under More can stay as it is."))
             form, restore, kept, check, problem = set_up_tab(place, start)
         with gr.Tab(t("2 Data")):
+            gr.Markdown(t("See what the model will see, and correct captions. To teach a new word, write it into every caption."))
             data_tab(place, form)
         with gr.Tab(t("3 Train")):
+            gr.Markdown(t("Training does what Set up says, and goes on where it was stopped. It goes on without this page, too."))
             jobs, job_inputs, job_views, device = jobs_tab(place, form)
         with gr.Tab(t("4 Try it")):
+            gr.Markdown(t("Draw prompts with the base model and with a LoRA, from the same noise."))
             pictures, picture_inputs, picture_views = try_tab(place, device)
         components = list(form.values())
         page.load(restore, kept, components, show_progress="hidden").then(check, components, [*components, problem, kept], show_progress="hidden")
@@ -828,6 +835,19 @@ TEXTS = {
     "2 Data": ("2 Dados", "2 数据"),
     "3 Train": ("3 Treinar", "3 训练"),
     "4 Try it": ("4 Experimentar", "4 试用"),
+    "Choose the file for your machine, then name the folder with your pictures. What is under More can stay as it is.": (
+        "Escolha o arquivo para a sua máquina e indique a pasta com as suas imagens. O que está em Mais pode ficar como está.",
+        "选择适合你机器的文件，再填写图片文件夹。“更多”里的可以不动。",
+    ),
+    "See what the model will see, and correct captions. To teach a new word, write it into every caption.": (
+        "Veja o que o modelo vai ver e corrija legendas. Para ensinar uma palavra nova, escreva-a em todas as legendas.",
+        "看看模型将看到什么，并修改描述。要教一个新词，请把它写进每条描述。",
+    ),
+    "Training does what Set up says, and goes on where it was stopped. It goes on without this page, too.": (
+        "O treino faz o que Configurar diz e continua de onde parou. Ele segue também sem esta página.",
+        "训练按照“设置”进行，停止后可以接着练。关掉本页，训练也会继续。",
+    ),
+    "Draw prompts with the base model and with a LoRA, from the same noise.": ("Desenhe prompts com o modelo base e com um LoRA, a partir do mesmo ruído.", "用基础模型和 LoRA 从同样的噪声出发画提示词。"),
     "Start from": ("Partir de", "从这里开始"),
     "Folder with your pictures": ("Pasta com as suas imagens", "图片文件夹"),
     "Trigger words": ("Palavras-gatilho", "触发词"),
@@ -892,14 +912,8 @@ TEXTS = {
     "Previews": ("Prévias", "预览"),
     "Download the LoRA": ("Baixar o LoRA", "下载 LoRA"),
     "⚠ This job is not at work.": ("⚠ Esta tarefa não está em andamento.", "⚠ 这个任务没有在运行。"),
-    "⚠ Only training can go on.": ("⚠ Só um treino pode continuar.", "⚠ 只有训练可以继续。"),
-    "⚠ Choose a job or a run.": ("⚠ Escolha uma tarefa ou um treino.", "⚠ 请选择一个任务或训练。"),
+    "⚠ Choose a job that trains, or a run.": ("⚠ Escolha uma tarefa de treino ou um treino anterior.", "⚠ 请选择一个训练任务，或以前的训练。"),
     "⚠ Mend this in Set up:": ("⚠ Corrija isto em Configurar:", "⚠ 请在设置里改正："),
-    "⚠ Set up: name the folder with your pictures.": ("⚠ Configurar: indique a pasta com as suas imagens.", "⚠ 设置：请填写图片文件夹。"),
-    "⚠ A job is at work in this folder; stop it first, or choose another folder for the results. Job:": (
-        "⚠ Uma tarefa está usando esta pasta; pare-a primeiro ou escolha outra pasta para os resultados. Tarefa:",
-        "⚠ 有任务正在使用这个文件夹；请先停止它，或换一个结果文件夹。任务：",
-    ),
     "Run": ("Treino", "训练"),
     "LoRA": ("LoRA", "LoRA"),
     "of the last step, or of a checkpoint": ("do último passo ou de um checkpoint", "最后一步的，或某个检查点的"),

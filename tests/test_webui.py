@@ -90,13 +90,17 @@ def test_a_path_cannot_leave_the_folders(name, place, tmp_path, monkeypatch):
         assert "'/etc'" in webui.read_form({**good, name: sources}, place)[1][name]
 
 
-def test_lists_of_pictures_and_prompt_files_are_not_read(place, tmp_path, monkeypatch):
+def test_files_that_name_files_are_not_read(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "list.jsonl").write_text('{"img_path": "/etc/hostname"}')  # could name anything
     given = {"output_dir": "output/run", "cache_dir": "output/cache"}
     assert "no folder" in webui.read_form({**given, "data_dir": "data/list.jsonl"}, place)[1]["data_dir"]
-    config, problems = webui.read_form({**given, "validation_prompts": "/etc/hosts.txt"}, place)
-    assert not problems and config.validation_prompts == ["/etc/hosts.txt"]  # a prompt
+    for path in ("/etc/hosts.txt", "data/../private.txt"):
+        assert "outside" in webui.read_form({**given, "validation_prompts": path}, place)[1]["validation_prompts"]
+    (tmp_path / "data" / "prompts.txt").write_text("a cat\n一只猫\n", encoding="utf-8")
+    for text, prompts in (("data/prompts.txt", ["a cat", "一只猫"]), ("/etc/hosts.txt\na cat", ["/etc/hosts.txt", "a cat"])):
+        config, problems = webui.read_form({**given, "validation_prompts": text}, place)
+        assert not problems and config.validation_prompts == prompts
 
 
 def test_a_default_outside_the_folders_is_no_way_out(place):
@@ -106,7 +110,7 @@ def test_a_default_outside_the_folders_is_no_way_out(place):
 
 
 def test_the_log_shows_of_a_bar_what_it_shows_last(tmp_path):
-    (tmp_path / "log").write_bytes("begun\n\rsteps:   0%|  | 0/9\n\rpictures:   0%|  | 0/2\x1b[A\r\n\x1b[A\rsteps:  11%|█ | 1/9\rsteps:  22%|█ | 2/9\nended\n".encode())
+    (tmp_path / "log").write_bytes("begun\n\rsteps:   0%|  | 0/9\n\rpictures:   0%|  | 0/2\x1b[A\r\n\x1b[A\rsteps:  11%|█ | 1/9\rsteps:  22%|█ | 2/9\n\rgone:   0%|  | 0/9\r                  \rended\n".encode())
     assert webui.log_tail(tmp_path / "log").splitlines() == ["begun", "pictures:   0%|  | 0/2", "steps:  22%|█ | 2/9", "ended"]
 
 
@@ -377,7 +381,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.click("#start")
         until(lambda: "running" in text("state"))
         page.click("#start")
-        until(lambda: "at work in this folder" in text("jobs-message"))
+        until(lambda: "job 1 is at work in output/page" in text("jobs-message"))
         step = lambda: int(re.match(r"(\d+)", page.locator("#step input, #step textarea").first.input_value() or "0")[1])
         until(lambda: step() >= 10, 120)
         page.click("#stop")
