@@ -684,6 +684,12 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not tensor.is_cuda else tensor.to(device)
 
 
+def synchronize(device):
+    """Waits for the device's work that is under way."""
+    if device.type != "cpu":
+        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
+
+
 def peak_memory(device):
     """The most device memory that this process has used so far, in GiB; on a Mac what it uses now, on the CPU nan."""
     device = torch.device(device)
@@ -751,7 +757,12 @@ def leaves_nothing(main):
 
 def model_folder(config, part):
     """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
-    return find_model(config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour], part)
+    return find_model(base_model(config), part)
+
+
+def base_model(config):
+    """The base model's hub name or local folder."""
+    return config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 
 
 @functools.cache
@@ -1632,6 +1643,11 @@ def generate(pipe, config, prompts, size=None, seed=None):
 
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc")
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
+
+
+def picture_settings(config, without):
+    """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
+    return {name: getattr(config, name) for name in KEYS["validation"] if name.startswith("validation_") and name != without}
 
 
 def is_chinese(text):

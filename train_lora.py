@@ -31,7 +31,6 @@ import torch
 
 import cache_latents
 from longcat_common import (
-    FLAVOURS,
     TEXT_TOKENS,
     VERSION,
     FlowMatchEulerDiscreteScheduler,
@@ -40,6 +39,7 @@ from longcat_common import (
     add_lora,
     autocast,
     available_memory,
+    base_model,
     buckets,
     check_precision,
     checkpoint_folders,
@@ -64,6 +64,7 @@ from longcat_common import (
     peak_memory,
     pick_device,
     picture_grid,
+    picture_settings,
     plain_tensors,
     position_ids,
     process_count,
@@ -81,6 +82,7 @@ from longcat_common import (
     send,
     step_of,
     sum_over_processes,
+    synchronize,
     write_file,
     write_tensors,
 )
@@ -402,7 +404,7 @@ def set_aside(folder, why):
 def lora_metadata(config, step):
     """What the LoRA file's header says about its making."""
     return {
-        "base_model": config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour],
+        "base_model": base_model(config),
         "lora_rank": config.lora_rank,
         "resolution": str(config.resolution),
         "steps": step,
@@ -558,8 +560,7 @@ def preview(config, transformer, device, step):
         for i, image in enumerate(images):
             column.paste(image, (0, i * height))
         folder, prompts = Path(config.output_dir) / "validation", json.dumps(config.validation_prompts, ensure_ascii=False)
-        drawn_with = [name for name in vars(config) if name.startswith("validation_") and name not in ("validation_split", "validation_step_interval", "validation_lora_strength")]
-        settings = json.dumps({name: getattr(config, name) for name in drawn_with}, ensure_ascii=False)
+        settings = json.dumps(picture_settings(config, without="validation_lora_strength"), ensure_ascii=False)
         columns = {step: column}
         for path in sorted(folder.glob("step-*.png")):
             with Image.open(path) as earlier:
@@ -701,12 +702,11 @@ def benchmark(config, device):
     dtype, batch = compute_dtype(config, device), config.train_batch_size
     latents, noise = torch.randn(2, batch, 16, height // 8, width // 8)
     tensors = (latents, noise, torch.randn(batch), torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim), torch.ones(batch))
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds = []
     for step in tqdm(range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0):
         start = time.perf_counter()
         train_step(config, run, step, [(step, tensors)] * config.gradient_accumulation_steps)
-        wait()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     seconds_per_step = statistics.median(seconds[1:] or seconds)  # the first one warms up
 
@@ -738,14 +738,13 @@ def random_transformer(config, device, sizes):
 
 def matmul_rate(device, dtype, d, tokens):
     """The device's speed in products [tokens, d] x [d, 4 d], in FLOP/s."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     for repeats in (3, 20):  # the first warms up
-        wait()
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
             a @ b
-        wait()
+        synchronize(device)
     return repeats * 8 * d * d * tokens / (time.perf_counter() - start)
 
 

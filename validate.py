@@ -18,14 +18,15 @@ from tqdm import tqdm
 
 from longcat_common import (
     CHINESE_FONTS,
-    FLAVOURS,
     UserError,
     as_list,
+    base_model,
     cache_prompts,
     check_fit,
     checkpoint_folders,
     generate,
     is_chinese,
+    is_readable,
     leaves_nothing,
     limit_memory,
     load_lora,
@@ -35,6 +36,7 @@ from longcat_common import (
     peak_memory,
     pick_device,
     picture_grid,
+    picture_settings,
     process_count,
     read_header,
     read_lora,
@@ -69,6 +71,9 @@ def find_loras(config):
         if config.lora:
             raise UserError("compare_checkpoints: shows every checkpoint, and lora names one; leave one of them out")
         found = [folder / LORA_NAME for folder in checkpoint_folders(config)]
+        for lora in [lora for lora in found if not is_readable(lora)]:
+            print(f"{lora}: is missing or damaged, and left out")
+            found.remove(lora)
         if not found:
             raise UserError(f"compare_checkpoints: {output} holds no checkpoint yet; train first, or name its output_dir")
         return found
@@ -166,14 +171,12 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
     """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's path."""
     sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed)))
     rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
-    base_model = config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
     several = lambda size, seed: (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
     title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
     title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (f", seed {seeds[0]}" if len(seeds) == 1 else "")
     title += ("" if config.validation_cfg_renorm else ", CFG-renorm off") + (f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else "")
     title += f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1") if len(loras) == 1 else f"\n{Path(config.output_dir).name}"
-    settings = {name: value for name, value in vars(config).items() if name.startswith("validation_") and name not in ("validation_prompts", "validation_split", "validation_step_interval")}
-    settings |= {"base_model_precision": config.base_model_precision, "mixed_precision": config.mixed_precision}
+    settings = picture_settings(config, without="validation_prompts") | {"base_model_precision": config.base_model_precision, "mixed_precision": config.mixed_precision}
 
     started = time.perf_counter()
     with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
@@ -183,12 +186,12 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
             for (i, size, seed), images in rows.items():
                 images += generate(pipe, config, [prompts[i]], size, seed)
                 own = {"validation_resolution": f"{size[0]}x{size[1]}", "validation_seed": seed, "validation_lora_strength": strength}
-                text = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model, "settings": json.dumps(settings | own, ensure_ascii=False)}
+                text = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model(config), "settings": json.dumps(settings | own, ensure_ascii=False)}
                 save_picture(images[-1], folder / f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png", **text)
                 bar.update()
             labels = [several(size, seed) + prompts[i] for i, size, seed in rows]
             grid = picture_grid(list(rows.values()), labels, [label for label, *_ in columns[:number]], title)
-            save_picture(grid, folder / "comparison.png", lora=", ".join(map(str, loras)) or "none", base_model=base_model)
+            save_picture(grid, folder / "comparison.png", lora=", ".join(map(str, loras)) or "none", base_model=base_model(config))
     seconds = (time.perf_counter() - started) / bar.total
     memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
     print(f"{seconds:.1f} s a picture{memory}")

@@ -37,6 +37,7 @@ from longcat_common import (
     position_ids,
     quantize,
     sample_sigmas,
+    synchronize,
 )
 
 import torch
@@ -90,7 +91,6 @@ def run_way(name, steps, limit):
     config = load_config(vram_limit_gb=limit, resolution="1024x1024" if on_gpu else "256x256", lr_warmup_steps=0, **(WAYS[name] or {}))
     limit_memory(config, device)
     dtype, sizes, side = compute_dtype(config, device), REAL if on_gpu else SMALL, 1024 if on_gpu else 256
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
     draw = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
     prompt_embeds, normal = torch.randn(1, 512, 3584, generator=draw), torch.zeros(1)
@@ -118,23 +118,23 @@ def run_way(name, steps, limit):
     ahead = 0.0
     if name != "plain" and run.transformer.modulations:
         for sigmas in torch.rand(2, 64).tolist():  # the first warms up
-            wait()
+            synchronize(device)
             start = time.perf_counter()
             run.transformer.modulations.prepare(sigmas)
-            wait()
+            synchronize(device)
             ahead = (time.perf_counter() - start) / 64
     for n in range(1, steps + 4):
         if n == 4 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        wait()
+        synchronize(device)
         start = time.perf_counter()
         do(n)
-        wait()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
         if name != "plain" and n > 3:
             start = time.perf_counter()
             forward_and_backward()
-            wait()
+            synchronize(device)
             inner.append(time.perf_counter() - start)
     seconds, first = statistics.median(seconds[3:]) + ahead, seconds[0]
     outside = 1 - statistics.median(inner) / seconds if inner else None

@@ -58,7 +58,13 @@ def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
     names = {path.name for path in first.parent.glob("00-*.png")}
     assert names == {f"00-128x128-seed42-{what}.png" for what in ("base", "step-000002", "step-000004")}
     assert capsys.readouterr().out.count("held-out loss") == 2
-    assert validate.main(run).parent == first.parent.with_name("compare-002") != first.parent
+    damaged = Path(run.output_dir) / "checkpoints" / "step-000003" / "pytorch_lora_weights.safetensors"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"half a file")
+    again = validate.main(run).parent
+    assert again == first.parent.with_name("compare-002") and {path.name for path in again.glob("00-*.png")} == names
+    assert f"{damaged}: is missing or damaged, and left out" in capsys.readouterr().out
+    shutil.rmtree(damaged.parent)
     run.compare_checkpoints, run.lora = False, f"{run.output_dir}/checkpoints/step-000002"
     alone = validate.main(run).parent / "00-128x128-seed42-lora.png"
     assert np.abs(pixels(alone) - pixels(first.parent / "00-128x128-seed42-step-000002.png")).max() <= 1
