@@ -250,9 +250,7 @@ def load_config(path=None, **overrides):
     `path`: a JSON file (`//` comments allowed) or None; `overrides` win over the file, defaults fill the rest.
     Raises UserError (a ValueError), in one line, for an unknown key, a wrong type or an impossible value.
     """
-    given = read_json(path) if path else {}
-    # Some trainers' files hold flags: "--learning_rate": "1e-4".
-    values = {name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value for name, value in given.items()} | overrides
+    values = (read_config_file(path) if path else {}) | overrides
     config = SimpleNamespace(**{name: copy.deepcopy(key.default) for name, key in ALL_KEYS.items()})
     for name, value in values.items():
         if name in IGNORED_KEYS:
@@ -282,6 +280,11 @@ def load_config(path=None, **overrides):
     return config
 
 
+def read_config_file(path):
+    """{key: value} of a config file, as it stands there. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
+    return {name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value for name, value in read_json(path).items()}
+
+
 def as_list(value):
     """A value that may be a list or a single one, as a list."""
     return value if isinstance(value, list) else [value]
@@ -291,7 +294,7 @@ def read_prompts(prompts):
     """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
     if isinstance(prompts, str) and prompts.lstrip().startswith("["):
         raise UserError(f"validation_prompts: found {prompts[:80]!r}, which begins as a list and is none; write it as JSON, with double quotes: '[\"a cat\", \"a dog\"]'")
-    if isinstance(prompts, list) or not re.fullmatch(r"(\S+|.*[/\\\\].*)\.txt", prompts, re.IGNORECASE):
+    if isinstance(prompts, list) or not is_prompt_file(prompts):
         return as_list(prompts)
     try:
         lines = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
@@ -300,6 +303,11 @@ def read_prompts(prompts):
     if not any(map(str.strip, lines)):
         raise UserError(f"validation_prompts: {prompts}: holds no prompt; write one a line")
     return [line.strip() for line in lines if line.strip()]
+
+
+def is_prompt_file(text):
+    """Whether `validation_prompts` names a file, and is no prompt."""
+    return re.fullmatch(r"(\S+|.*[/\\\\].*)\.txt", text, re.IGNORECASE) is not None
 
 
 def validation_sizes(config):

@@ -185,61 +185,86 @@ def table_captions(path, findings, pictures=None):
 
 
 def write_captions(file, picture, captions):
-    """Puts `captions`, a list, in the place of a picture's in `file`, where read_source found them: its own .txt or .json, a
-    table, or a list. All else in it stays; it is written whole or not at all, in UTF-8. Raises UserError if it cannot be."""
+    """Puts `captions`, a list, in the place of a picture's in `file`, its own .txt or .json or a table, where read_source found
+    them. All else in it stays; it is written whole or not at all, in UTF-8. Raises UserError if it cannot be."""
     try:
-        text = "" if file.suffix.lower() == ".txt" else read_text(file)[0]
-        text = text_with_captions(text, file, picture, captions)
+        data = file.read_bytes() if file.exists() else b""
+        text = read_text(file)[0].replace("\r\n", "\n") if data else ""
+        text = own_text(text, file, captions) if is_own(file, picture) else table_text(text, file, picture, captions)
     except (ValueError, OSError, csv.Error, RecursionError) as error:
         raise UserError(f"{file}: {reason(error)}") from None
-    write_file(file, text)
+    text = text.replace("\n", "\r\n") if b"\r\n" in data else text
+    write_file(os.path.realpath(file), ("\ufeff" if data.startswith(b"\xef\xbb\xbf") else "") + text)
 
 
-def text_with_captions(text, file, picture, captions):
-    """What the text of a caption file becomes when these are the captions of `picture`. Raises ValueError if it has no place
-    for them."""
-    suffix, is_table = file.suffix.lower(), file.name in TABLES
-    is_own = not is_table and plain_name(file.with_suffix("")) == plain_name(picture.with_suffix(""))
-    if suffix == ".txt" and is_own:
-        return " ".join(captions) + "\n"
-    if is_own:
-        rows = [json.loads(text, object_pairs_hook=unique_keys)]
-    elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-        rows = list(reader)
-    elif is_table and suffix == ".json":
-        rows = [{"file_name": name, "text": value} for name, value in json.loads(text, object_pairs_hook=unique_keys).items()]
+def is_own(file, picture):
+    """Whether a caption file belongs to this picture by its name, and is no table."""
+    return file.name not in TABLES and plain_name(file.with_suffix("")) == plain_name(picture.with_suffix(""))
+
+
+def own_text(text, file, captions):
+    """The text of a picture's own file with these captions."""
+    if file.suffix.lower() == ".json":
+        return json.dumps(with_captions(json.loads(text, object_pairs_hook=unique_keys), captions), ensure_ascii=False, indent=indent_of(text)) + "\n"
+    if len(captions) > 1:
+        raise ValueError("holds one caption; write it on one line")
+    return captions[0] + "\n"
+
+
+def table_text(text, file, picture, captions):
+    """The text of a table with these captions in the picture's row; further rows of the picture are left out. Raises
+    ValueError if it has none."""
+    is_named = lambda name: plain_name(file.parent / os.path.normpath(str(name).replace("\\", "/"))) == plain_name(picture)
+    is_row = lambda row: isinstance(row, dict) and any(is_named(row[name]) for name in PATH_NAMES if row.get(name))
+    if file.suffix == ".json":
+        table = json.loads(text, object_pairs_hook=unique_keys)
+        mine = [name for name in table if is_named(name)]
+        changed = {name: with_captions(value, captions) if name in mine else value for name, value in table.items() if name not in mine[1:]}
+        changed = json.dumps(changed, ensure_ascii=False, indent=indent_of(text)) + "\n"
+    elif file.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        rows, out = list(table), io.StringIO(newline="")
+        if len(set(table.fieldnames)) < len(table.fieldnames):
+            raise ValueError("has two columns of one name; rename one")
+        mine = [i for i, row in enumerate(rows) if is_row(row)]
+        name = next((name for name in CAPTION_NAMES if mine and rows[mine[0]].get(name)), next((name for name in CAPTION_NAMES if name in table.fieldnames), None))
+        writer = csv.DictWriter(out, table.fieldnames, lineterminator="\n")
+        writer.writeheader()
+        for i, row in enumerate(rows):  # a ValueError if a row has more fields than there are columns
+            writer.writerows([{**row, name: caption} for caption in captions] if i in mine[:1] else [] if i in mine else [row])
+        changed = out.getvalue()
     else:
-        rows = text.split("\n")  # of JSON; only the picture's own are parsed to stay so
-
-    def own_row(row):
-        """The row as a dictionary if it is the picture's, else None."""
-        with contextlib.suppress(ValueError):
-            row = json.loads(row) if isinstance(row, str) else row
-            name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
-            name = Path(os.path.normpath(str(name).replace("\\", "/")))
-            if is_own or plain_name(file.parent / name if is_table or not os.path.exists(name) else name) == plain_name(picture):
-                return row
-
-    mine = {i: row for i, row in enumerate(map(own_row, rows)) if row}
+        mine, lines = [], []
+        for line in text.split("\n"):
+            row = None
+            with contextlib.suppress(ValueError):  # what is no JSON is not the picture's
+                row = json.loads(line)
+            if not is_row(row):
+                lines.append(line)
+            elif not mine:
+                lines.append(json.dumps(with_captions(row, captions), ensure_ascii=False))
+            mine += [line] if is_row(row) else []
+        changed = "\n".join(lines)
     if not mine:
         raise ValueError(f"names {picture} no longer; look at the data again")
-    first = min(mine)
-    name = next((n for n in CAPTION_NAMES if mine[first].get(n)), next((n for n in CAPTION_NAMES if n in mine[first]), CAPTION_NAMES[0]))
-    old = mine[first].get(name)
-    in_languages = isinstance(old, dict) and len(old) == len(captions)
-    values = captions if suffix == ".csv" else [dict(zip(old, captions)) if in_languages else captions if len(captions) > 1 else captions[0]]
-    rows = [new for i, row in enumerate(rows) for new in ([row] if i not in mine else [{**mine[i], name: value} for value in values] if i == first else [])]
+    return changed
 
-    if suffix == ".csv":
-        out = io.StringIO(newline="")
-        table = csv.DictWriter(out, reader.fieldnames, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)  # a ValueError if a row has more fields than there are columns
-        return out.getvalue()
-    if is_table and suffix == ".json":
-        return json.dumps({row["file_name"]: row["text"] for row in rows}, ensure_ascii=False, indent=2) + "\n"
-    return "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+
+def with_captions(value, captions):
+    """A JSON value, such as captions_in reads, with these captions in the place of its own."""
+    if isinstance(value, dict):
+        name = next((name for name in CAPTION_NAMES if value.get(name)), next((name for name in CAPTION_NAMES if name in value), None))
+        if name or any(name in value for name in PATH_NAMES):
+            return {**value, (name or CAPTION_NAMES[0]): with_captions(value.get(name), captions)}
+        if len(value) == len(captions):
+            return dict(zip(value, captions))  # {"en": ..., "zh": ...}
+    return captions if len(captions) > 1 else captions[0]
+
+
+def indent_of(text):
+    """The indentation of a JSON file: that of its second line, or None if it is all in one."""
+    found = re.search(r"\n( *)\S", text.strip())
+    return len(found[1]) if found else None
 
 
 def plain_name(path):

@@ -1,7 +1,7 @@
 """The scripts as a page in the browser: settings, data, jobs, pictures.
 
     python webui.py                                            # then open http://localhost:8001
-    python webui.py --folders data models /mnt/pictures        # the folders that the page may use, beside --output
+    python webui.py --folders /mnt/pictures                    # a further folder that the page may use
     python webui.py --host 0.0.0.0 --password "a long one"     # for other machines, too
 
 The page edits a config and starts `train_lora.py` or `validate.py` with it; what it shows it reads from the files that they
@@ -41,12 +41,31 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
 import prepare_data
-from longcat_common import ALL_KEYS, IGNORED_KEYS, KEYS, UserError, checked, checkpoint_folders, flag_value, in_parallel, load_config, read_json, types_of, write_file
+from longcat_common import (
+    ALL_KEYS,
+    IGNORED_KEYS,
+    KEYS,
+    UserError,
+    checked,
+    checkpoint_folders,
+    flag_value,
+    in_parallel,
+    is_prompt_file,
+    load_config,
+    read_config_file,
+    read_json,
+    sources,
+    step_of,
+    types_of,
+    write_file,
+)
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
+FOLDERS = ("data", "cache", "models", "tests/tiny_longcat")  # that the page may use, beside --output and --folders
 THUMBNAILS = 24  # a page of the gallery
 LOG_LINES, REFRESH_SECONDS = 14, 2
+STOPPING = "stopping: saves this step first"
 # The keys in front, with labels of their own; the rest are under "more", by name.
 FRONT = {
     "data_dir": "Folder with your pictures",
@@ -64,6 +83,7 @@ FRONT = {
     "pretrained_model_name_or_path": "Model: local folder or hub name",
     "base_model_precision": "Precision",
 }
+OTHER_STAGES = ("prune", "benchmark", "lora", "compare_checkpoints", "validation_lora_strength")  # mean nothing in training
 TRY = {
     "validation_prompts": "Prompts to draw, one a line",
     "validation_negative_prompt": "Negative prompt",
@@ -102,7 +122,7 @@ def from_text(name, text):
         return None
     if name in ("validation_prompts", "trigger_words", "lora_target_modules"):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[0] if name == "validation_prompts" and len(lines) == 1 and re.fullmatch(r"\S+\.txt", lines[0]) else lines
+        return lines[0] if name == "validation_prompts" and len(lines) == 1 and is_prompt_file(lines[0]) else lines
     if name == "data_dir" and text.startswith("["):
         try:
             return json.loads(text)
@@ -134,18 +154,18 @@ def read_form(texts, place, **fixed):
 def confine(name, value, place):
     """Raises UserError if a path in this key's value lies outside the page's folders."""
     paths, folders = [], [place.output] if name == "output_dir" else [place.output, *place.folders]
-    if name in ("output_dir", "cache_dir", "init_lora") or (name == "validation_prompts" and isinstance(value, str)) or (name in ("lora", "resume_from_checkpoint") and value not in ("latest", "none")):
-        paths = [value]
-    elif name == "pretrained_model_name_or_path" and value and (os.path.exists(value) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)):
-        paths = [value]
-    elif name == "data_dir":
-        paths = [value] if isinstance(value, str) else [str(source.get("path")) for source in value or [] if isinstance(source, dict)]
-    for path in filter(None, paths):
-        if not is_inside(path, folders):
-            flag = "--output" if name == "output_dir" else f"--folders {' '.join(map(str, place.folders))}"
+    if name == "data_dir":
+        paths = [source["path"] for source in sources(SimpleNamespace(data_dir=value))]
+    elif name in ("output_dir", "cache_dir", "init_lora", "lora", "resume_from_checkpoint", "pretrained_model_name_or_path", "validation_prompts") and isinstance(value, str):
+        is_word = name in ("lora", "resume_from_checkpoint") and value in ("latest", "none")
+        is_hub_name = name == "pretrained_model_name_or_path" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not os.path.exists(value)
+        paths = [] if is_word or is_hub_name else [value]
+    for path in paths:
+        if "\0" in path or not is_inside(path, folders):
+            flag = "--output" if name == "output_dir" else "--folders"
             raise UserError(f"{name}: found {path!r}, which is outside this page's folders ({', '.join(map(str, folders))}); start webui.py with {flag} {path}")
         if name == "data_dir" and not os.path.isdir(path):  # a list may name pictures anywhere
-            raise UserError(f"data_dir: {path} is no folder")
+            raise UserError(f"data_dir: {path} is no folder" + ("; the page takes folders, only the command line takes lists" if os.path.exists(path) else ""))
 
 
 def is_inside(path, folders):
@@ -164,10 +184,11 @@ def fields(names, labels, defaults):
         if types_of(name) == (bool,):
             made[name] = gr.Checkbox(value, **shared)
         elif key.choices:
-            made[name] = gr.Dropdown([choice if isinstance(choice, str) else json.dumps(choice) for choice in key.choices], value=value, **shared)
+            allowed = [choice if isinstance(choice, str) else json.dumps(choice) for choice in key.choices]
+            made[name] = gr.Dropdown(allowed, value=value, allow_custom_value=True, **shared)  # a wrong one of a file is told in load_config's words
         else:
-            many = list in types_of(name) and name != "validation_seed" and name != "validation_lora_strength"
-            made[name] = gr.Textbox(value, placeholder=to_text(name, key.default), lines=3 if many else 1, max_lines=8, **shared)
+            lines = 3 if list in types_of(name) and not {int, float} & {*types_of(name)} else 1
+            made[name] = gr.Textbox(value, placeholder=to_text(name, key.default), lines=lines, max_lines=8, **shared)
     return made
 
 
@@ -179,7 +200,7 @@ def description(name, labels):
 def marked(names, labels, problems):
     """Updates for these keys' fields: each problem stands where the description was."""
     return [
-        gr.update(info=f"⚠ {problems[name]}", elem_classes=["wrong"]) if name in problems else gr.update(info=description(name, labels), elem_classes=[])
+        gr.update(info=f"⚠ {plain(problems[name])}", elem_classes=["wrong"]) if name in problems else gr.update(info=description(name, labels), elem_classes=[])
         for name in names
     ]
 
@@ -216,7 +237,7 @@ try:
     runpy.run_path(script, run_name="__main__")
     code = 0
 except SystemExit as end:
-    code = end.code
+    code = end.code if isinstance(end.code, int) else int(end.code is not None)
     raise
 finally:
     os.write(int(lock), f"{code}\\n".encode())
@@ -239,7 +260,7 @@ def start_job(place, what, script, config, device):
         for job in jobs:
             if what == job.what == "training" and job.alive and os.path.realpath(job.output_dir) == os.path.realpath(config.output_dir):
                 raise UserError(f"output_dir: job {job.number} is at work in {config.output_dir}; stop it first, or choose another folder")
-        folder = place.jobs / str(1 + max([job.number for job in jobs], default=0))
+        folder = place.jobs / str(1 + max([int(path.name) for path in place.jobs.iterdir() if path.name.isdecimal()], default=0))
         earlier = [str(job.folder / "lock") for job in jobs if job.alive and job.device == device]
         write_file(folder / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
         facts = {"what": what, "output_dir": config.output_dir, "device": device, "time": datetime.datetime.now().isoformat(" ", "minutes")}
@@ -258,9 +279,10 @@ def start_job(place, what, script, config, device):
 def read_jobs(place):
     """All jobs, oldest first: number, folder, what, output_dir, device, time, alive, pid and state."""
     jobs, busy = [], set()
-    for folder in sorted(place.jobs.glob("[0-9]*"), key=lambda folder: int(folder.name)):
+    for folder in sorted((path for path in place.jobs.glob("[0-9]*") if path.name.isdecimal()), key=lambda folder: int(folder.name)):
         try:
             facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            facts = {name: str(facts[name]) for name in ("what", "output_dir", "device", "time")}
             with open(folder / "lock") as lock:
                 numbers = [int(line) for line in lock.read().split()]
                 try:
@@ -268,11 +290,11 @@ def read_jobs(place):
                     alive = False
                 except BlockingIOError:
                     alive = True
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # not a job's folder, or one that is just being made
         code, told = numbers[1] if len(numbers) > 1 else None, (folder / "stop").exists()
         if alive:
-            state = "stopping" if told else "waiting" if facts["device"] in busy else "running"
+            state = STOPPING if told else "waiting" if facts["device"] in busy else "running"
             busy.add(facts["device"])
         else:
             state = "finished" if code == 0 else "stopped" if code in (130, 143) or (told and code is None) else "failed" if code else "cut off"
@@ -282,7 +304,7 @@ def read_jobs(place):
 
 def stop_job(job):
     """SIGTERM, once, for a second one would leave at once: training finishes its step and saves; who waits leaves the line."""
-    if job.alive and job.pid and job.state != "stopping":
+    if job.alive and job.pid and job.state != STOPPING:
         (job.folder / "stop").touch()
         os.kill(job.pid, signal.SIGTERM)
 
@@ -306,20 +328,21 @@ def log_tail(path):
 # ---------------------------------------------------------------- runs: what training leaves
 
 
-def find_runs(place):
-    """The folders under the output folder that hold a run, newest first."""
-    found = [path.parent for pattern in ("config.json", "*/config.json", "*/*/config.json") for path in place.output.glob(pattern)]
-    found = [folder for folder in found if not any(part.startswith(".") for part in folder.relative_to(place.output).parts)]
-    return sorted(found, key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
+def find_runs(place, jobs):
+    """The folders under the output folder that hold a run, newest first: those of jobs, and of others two folders deep."""
+    found = {path.parent: path for pattern in ("config.json", "*/config.json", "*/*/config.json") for path in place.output.glob(pattern)}
+    found |= {Path(job.output_dir): Path(job.output_dir) / "config.json" for job in jobs if is_inside(job.output_dir, [place.output])}
+    times = {folder: stamp(path) for folder, path in found.items() if ".webui" not in folder.parts}
+    return sorted((folder for folder, time in times.items() if time), key=lambda folder: times[folder][1], reverse=True)
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl, as dictionaries."""
+    """The lines of a run's metrics.jsonl, as dictionaries of numbers."""
     lines = []
     for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines() if (folder / "metrics.jsonl").exists() else []:
         try:
-            lines.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            lines.append({name: float(value) for name, value in json.loads(line).items()} | {"step": int(json.loads(line)["step"])})
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue  # the last one may be half written
     return lines
 
@@ -356,10 +379,11 @@ def loras_of(folder):
 
 
 def set_up_tab(place, start):
-    """Settings: choose a config, change it, save it. Returns the form's components."""
+    """Settings: choose a config, change it, save it. Returns the form's components, and what is to be done when the page is
+    loaded."""
     with gr.Row():
         chosen = gr.Dropdown(config_names(), value=start, label=t("Start from"), elem_id="config", scale=2)
-        about = gr.Markdown(about_config(start), elem_id="about")
+        about = gr.Markdown(plain(about_config(start)), elem_id="about")
     config = load_config(CONFIGS / start)
     with gr.Row():
         names = list(FRONT)
@@ -371,7 +395,7 @@ def set_up_tab(place, start):
             form |= fields(names[10:], FRONT, config)
     for group, keys in KEYS.items():
         with gr.Accordion(t(f"More: {group}"), open=False, elem_id=f"more-{group}"):
-            rest = [name for name in keys if name not in FRONT]
+            rest = [name for name in keys if name not in FRONT and name not in OTHER_STAGES]
             for i in range(0, len(rest), 3):
                 with gr.Row():
                     form |= fields(rest[i : i + 3], {}, config)
@@ -383,47 +407,55 @@ def set_up_tab(place, start):
     names, components = list(form), list(form.values())
     kept = gr.BrowserState({}, storage_key="longcat-webui", secret="form")  # a reloaded page shows what was typed
 
-    def check(*texts):
+    def check(file, *texts):
         _, problems = read_form(dict(zip(names, texts)), place)
-        return [*marked(names, FRONT, problems), said(problems), dict(zip(names, texts))]
+        return [*marked(names, FRONT, problems), said(problems), {"file": file, "texts": dict(zip(names, texts))}]
 
     def load(file):
         if file not in config_names():
             raise gr.Error(f"{file}: there is no such file")
         try:
-            given = {name.removeprefix("--"): value for name, value in read_json(CONFIGS / file).items()}
+            given = read_config_file(CONFIGS / file)
         except UserError as error:
-            return [*[gr.skip() for _ in names], "", f"⚠ {plain(error)}"]
-        default = load_config()
-        texts = [to_text(name, given[name] if name in given else getattr(default, name)) for name in names]
-        foreign = [f"{name} ({IGNORED_KEYS[name]})" if name in IGNORED_KEYS else f"unknown key {name!r}" for name in given if name not in names]
-        return [*texts, about_config(file), "".join(f"⚠ {plain('ignored: ' + ', '.join(foreign))}" if foreign else "")]
+            return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
+        default, texts, unused = load_config(), [], [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names]
+        for name in names:
+            value = given.get(name, getattr(default, name))
+            if types_of(name) == (bool,) and not isinstance(value, bool):  # no tick can show it
+                unused.append(f"{name}: found {value!r}, allowed is true or false")
+                value = getattr(default, name)
+            texts.append(to_text(name, value))
+        return [plain(about_config(file)) + (f"\n\n⚠ {plain('ignored: ' + ', '.join(unused))}" if unused else ""), *texts]
 
     def write(file, may_replace, *texts):
         config, problems = read_form(dict(zip(names, texts)), place)
         file = file.strip().removesuffix(".json")
         if problems:
-            return [said(problems), gr.skip()]
-        if not re.fullmatch(r"\w[\w .-]*", file):
-            return [t("⚠ The name of a file needs letters, digits, - or _."), gr.skip()]
+            return [said(problems), gr.skip(), gr.skip()]
+        if not re.fullmatch(r"\w[\w .-]{0,79}", file):
+            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 80 at most."), gr.skip(), gr.skip()]
         path = CONFIGS / f"{file}.json"
         if path.exists() and not may_replace:
-            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip()]
+            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip(), gr.skip()]
         try:
-            write_file(path, json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
+            about = f"// {about_config(path.name)}\n" if path.exists() and about_config(path.name) else ""
+            write_file(path, about + json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
         except UserError as error:
-            return [f"⚠ {plain(error)}", gr.skip()]
-        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name)]
+            return [f"⚠ {plain(error)}", gr.skip(), gr.skip()]
+        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name), False]
 
     def restore(stored):
-        texts = [stored.get(name) for name in names] if isinstance(stored, dict) and set(stored) == set(names) else []
-        return texts or [gr.skip() for _ in names]
+        file, texts = stored.get("file"), stored.get("texts", {})
+        if set(texts) != set(names) or file not in config_names():
+            return [gr.skip() for _ in range(len(names) + 2)]
+        return [gr.update(choices=config_names(), value=file), plain(about_config(file)), *(texts[name] for name in names)]
 
+    checking = [check, [chosen, *components], [*components, message, kept]]
     typed = [component.blur if isinstance(component, gr.Textbox) else component.input for component in components]
-    gr.on(typed, check, components, [*components, message, kept], show_progress="hidden", trigger_mode="always_last")
-    chosen.input(load, chosen, [*components, about, message]).then(check, components, [*components, message, kept], show_progress="hidden")
-    save.click(write, [name, replace, *components], [message, chosen])
-    return form, restore, kept, check, message
+    gr.on(typed, *checking, show_progress="hidden", trigger_mode="always_last")
+    chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
+    save.click(write, [name, replace, *components], [message, chosen, replace])
+    return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(*checking, show_progress="hidden")
 
 
 def config_names():
@@ -434,7 +466,7 @@ def config_names():
 def about_config(file):
     """A config file's first comment: what it is for, and the memory it takes."""
     first = (CONFIGS / file).read_text(encoding="utf-8", errors="replace").splitlines()[:1]
-    return plain(first[0][2:].strip()) if first and first[0].startswith("//") else ""
+    return first[0][2:].strip() if first and first[0].startswith("//") else ""
 
 
 def data_tab(place, form):
@@ -445,70 +477,80 @@ def data_tab(place, form):
     sheet = picture("What the model will see", elem_id="sheet", visible=False)
     with gr.Accordion(t("Report"), open=False, visible=False) as report_box:
         report = gr.Markdown(elem_id="report")
-    pictures = gr.State([])  # {"picture", "captions", "file", "stamp"} each
+    pictures = gr.State([])  # {"picture", "captions", "file", "stamp"} each, and "typed" if that is not saved yet
     with gr.Column(visible=False) as captions_box:
         gr.Markdown(f"### {t('Captions: choose a picture')}")
         with gr.Row():
             with gr.Column(scale=2):
                 gallery = gr.Gallery(show_label=False, columns=6, height=560, allow_preview=False, interactive=False, buttons=[], elem_id="pictures")
-                number = gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False)
+                number, first = gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False, elem_id="page"), gr.State(0)
             with gr.Column():
                 index = gr.State(None)
                 large = picture("Picture", height=300, elem_id="picture")
                 caption = gr.Textbox(label=t("Caption, one a line"), lines=4, elem_id="caption", interactive=True)
                 where = gr.Markdown(elem_id="caption-file")
                 save = gr.Button(t("Save the caption"), elem_id="save-caption")
+                saved = gr.Markdown(elem_id="caption-message")
 
     def show(*texts, progress=gr.Progress(track_tqdm=True)):
         config, problems = read_form(dict(zip(names, texts)), place)
-        nothing = [gr.skip() for _ in range(8)]
         if not problems and not config.data_dir:
             problems = {"data_dir": "data_dir: not set; name the folder with your pictures"}
         if problems:
-            return [said(problems), *nothing]
+            return [said(problems), *[gr.skip() for _ in outputs[1:]]]
+        found, output = [], Path(config.output_dir)
         try:
             prepare_data.main(config)
             line = ""
         except (UserError, OSError) as error:
             line = f"⚠ {plain(error)}"
-        found, output = [], Path(config.output_dir)
-        for source in prepare_data.sources(config):
-            for picture, captions, file in prepare_data.read_source(source, config, prepare_data.Findings(False)):
-                found.append({"picture": picture, "captions": captions, "file": file, "stamp": stamp(file)})
-        pages = math.ceil(len(found) / THUMBNAILS)
+        for source in sources(config):
+            for path, captions, file in prepare_data.read_source(source, config, prepare_data.Findings(False)):
+                file = file or path.with_suffix(".txt")
+                found.append({"picture": path, "captions": captions, "file": file, "stamp": stamp(file)})
         text = (output / "report.md").read_text(encoding="utf-8") if (output / "report.md").exists() else ""
-        preview = str(output / "preview.jpg") if not line else None
+        pages = math.ceil(len(found) / THUMBNAILS)
         return [
-            line or text.split("\n")[2], gr.update(value=preview, visible=not line), gr.update(visible=bool(text)), text.removeprefix("# Data report\n"), found,
-            gr.update(visible=bool(found)), thumbnails(found, 1), gr.update(maximum=max(2, pages), value=1, visible=pages > 1), None,
+            line or text.split("\n")[2], gr.update(value=None if line else str(output / "preview.jpg"), visible=not line), gr.update(visible=bool(text)),
+            text.removeprefix("# Data report\n"), found, gr.update(visible=bool(found)), gr.update(maximum=max(2, pages), value=1, visible=pages > 1),
+            *turn(found, 1), None, None, "", "", "",
         ]  # fmt: skip
 
-    def choose(found, page, event: gr.SelectData):
-        i = (int(page) - 1) * THUMBNAILS + event.index
-        entry = found[i]
-        return [i, thumbnail(entry["picture"], 768), "\n".join(entry["captions"]), plain(entry["file"] or entry["picture"].with_suffix(".txt"))]
+    def turn(found, page):
+        start = (int(page) - 1) * THUMBNAILS
+        return thumbnails(found[start : start + THUMBNAILS]), start
 
-    def write(found, i, text, page):
+    def choose(found, start, i, text, event: gr.SelectData):
+        left = ""
+        if i is not None and text != "\n".join(found[i]["captions"]):
+            found[i]["typed"], left = text, f"{t('⚠ Not saved yet, but kept here as you typed it:')} {plain(found[i]['picture'])}"
+        entry = found[start + event.index]
+        return found, start + event.index, thumbnail(entry["picture"], 768), entry.get("typed", "\n".join(entry["captions"])), plain(entry["file"]), left
+
+    def write(found, i, text, start):
         captions = [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
         if i is None or not captions:
-            return [t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()]
-        entry, file = found[i], found[i]["file"] or found[i]["picture"].with_suffix(".txt")
-        if stamp(file) != entry["stamp"]:
-            return [f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}", gr.skip(), gr.skip()]
+            return t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()
+        path, file = found[i]["picture"], found[i]["file"]
         try:
-            prepare_data.write_captions(file, entry["picture"], captions)
+            if not is_inside(file, [place.output, *place.folders]):
+                raise UserError(f"{file}: is a link out of this page's folders")
+            if stamp(file) != found[i]["stamp"]:
+                return f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}", gr.skip(), gr.skip()
+            prepare_data.write_captions(file, path, captions)
         except UserError as error:
-            return [f"⚠ {plain(error)}", gr.skip(), gr.skip()]
-        entry["captions"], entry["file"] = captions, file
-        for other in found:
-            other["stamp"] = stamp(file) if other["file"] == file else other["stamp"]
-        return [f"{t('Saved:')} {plain(file)}", found, thumbnails(found, int(page))]
+            return f"⚠ {plain(error)}", gr.skip(), gr.skip()
+        found[i].pop("typed", None)
+        for entry in found:
+            if entry["file"] == file:  # a table, or of pictures that share their caption
+                entry |= {"stamp": stamp(file)} | ({"captions": captions} if entry is found[i] or prepare_data.is_own(file, entry["picture"]) else {})
+        return f"{t('Saved:')} {plain(file)}", found, thumbnails(found[start : start + THUMBNAILS])
 
-    outputs = [message, sheet, report_box, report, pictures, captions_box, gallery, number, index]
+    outputs = [message, sheet, report_box, report, pictures, captions_box, number, gallery, first, index, large, caption, where, saved]
     look.click(show, components, outputs, show_progress_on=message)
-    number.release(lambda found, page: thumbnails(found, int(page)), [pictures, number], gallery, show_progress="hidden")
-    gallery.select(choose, [pictures, number], [index, large, caption, where], show_progress="hidden")
-    save.click(write, [pictures, index, caption, number], [message, pictures, gallery], show_progress="hidden")
+    number.change(turn, [pictures, number], [gallery, first], show_progress="hidden")
+    gallery.select(choose, [pictures, first, index, caption], [pictures, index, large, caption, where, saved], show_progress="hidden")
+    save.click(write, [pictures, index, caption, first], [saved, pictures, gallery], show_progress="hidden")
 
 
 def picture(label, **options):
@@ -521,11 +563,10 @@ def stamp(file):
     return prepare_data.file_stamp(os.stat(file)) if file and os.path.exists(file) else None
 
 
-def thumbnails(found, page):
-    """A page of the gallery: (picture, its first caption)."""
-    some = found[(page - 1) * THUMBNAILS : page * THUMBNAILS]
-    images = in_parallel(lambda entry: thumbnail(entry["picture"], 192), some)
-    return [(image, entry["captions"][0] if entry["captions"] else "⚠") for image, entry in zip(images, some)]
+def thumbnails(entries):
+    """What the gallery shows of these pictures: (picture, its first caption) each."""
+    images = in_parallel(lambda entry: thumbnail(entry["picture"], 192), entries)
+    return [(image, entry["captions"][0] if entry["captions"] else "⚠") for image, entry in zip(images, entries)]
 
 
 def thumbnail(path, side):
@@ -566,20 +607,20 @@ def jobs_tab(place, form):
     seen = gr.State([])
 
     def begin(device, *texts, benchmark=0):
-        config, problems = read_form(dict(zip(names, texts)), place, **({"benchmark": benchmark} if benchmark else {}))
-        if not problems and not benchmark and not config.data_dir:
-            problems = {"data_dir": "data_dir: not set; name the folder with your pictures"}
-        return [f"{t('⚠ Mend this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()] if problems else begin_with(config, device)
+        config, problems = read_form(dict(zip(names, texts)), place, benchmark=benchmark)
+        if not problems and not benchmark:
+            problems = why_not(config)
+        return [f"{t('⚠ Correct this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()] if problems else begin_with(config, device)
 
     def begin_with(config, device):
         try:
             number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
         except UserError as error:
             return [f"⚠ {plain(error)}", gr.skip()]
-        return ["", gr.update(choices=choices(place), value=str(number))]
+        return ["", gr.update(choices=choices(place, read_jobs(place)), value=str(number))]
 
     def go_on(value, device):
-        job, run = find(place, value)
+        job, run = find(place, read_jobs(place), value)
         if not run or (job and job.what != "training"):
             return [t("⚠ Choose a job that trains, or a run."), gr.skip()]
         try:
@@ -592,16 +633,17 @@ def jobs_tab(place, form):
         return [said(problems), gr.skip()] if problems else begin_with(config, device)
 
     def end(value):
-        job, _ = find(place, value)
+        job, _ = find(place, read_jobs(place), value)
         if not job or not job.alive:
             return t("⚠ This job is not at work.")
         stop_job(job)
         return ""
 
     def refresh(value, before):
-        listed = choices(place)
+        jobs = read_jobs(place)
+        listed = choices(place, jobs)
         value = value if value in dict(map(reversed, listed)) else listed[0][1] if listed else None
-        job, run = find(place, value)
+        job, run = find(place, jobs, value)
         state, metrics, steps, text, previews, final = t("No job yet."), [], 0, "", None, None
         if run:
             state, text = (f"**{t(job.state)}**", log_tail(job.folder / "log.txt")) if job else (t("not started from this page"), "")
@@ -610,7 +652,7 @@ def jobs_tab(place, form):
         return what_changed(before, [
             ((listed, value), gr.update(choices=listed, value=value)),
             (state, state),
-            *((figure, figure) for figure in figures(metrics, steps, job and job.state in ("running", "stopping"))),
+            *((figure, figure) for figure in (figures(metrics, steps, job and job.state in ("running", STOPPING)) if steps else [""] * 6)),
             ((value, len(metrics)), curves(metrics)),
             (text, text),
             *((f"{path} {stamp(path)}", gr.update(value=str(path) if stamp(path) else None, visible=bool(stamp(path)))) for path in (previews, final)),
@@ -642,22 +684,39 @@ def total_steps(folder):
         return 0
 
 
-def choices(place):
+def why_not(config):
+    """{key: why training cannot start with this}, or {}: a folder that holds another run, or one that has all its steps."""
+    if not config.data_dir:
+        return {"data_dir": "data_dir: not set; name the folder with your pictures"}
+    folders, output = checkpoint_folders(config), Path(config.output_dir)
+    if not folders or config.resume_from_checkpoint != "latest":
+        return {}
+    try:
+        before = sources(SimpleNamespace(data_dir=read_json(output / "config.json").get("data_dir")))
+    except UserError:
+        return {}
+    if {source["path"] for source in before}.isdisjoint(source["path"] for source in sources(config)):
+        return {"output_dir": f"output_dir: {output} holds a run with other pictures ({', '.join(source['path'] for source in before)}); choose another folder for this one"}
+    if step_of(folders[-1]) >= config.max_train_steps and not config.num_train_epochs:
+        return {"max_train_steps": f"max_train_steps: {output} has {step_of(folders[-1])} steps already; take more, or choose another output_dir"}
+    return {}
+
+
+def choices(place, jobs):
     """What can be looked at: (label, value) of every job, the newest first, and of the runs that no job has made."""
-    jobs, made = [], []
-    for job in reversed(read_jobs(place)):
+    listed, made = [], {os.path.realpath(job.output_dir) for job in jobs}
+    for job in reversed(jobs):
         what = {"measurement": " · --benchmark", "pictures": " · validate.py"}.get(job.what, "")
-        jobs.append((f"{job.number}. {job.output_dir}{what} · {job.time} · {t(job.state)}", str(job.number)))
-        made.append(os.path.realpath(job.output_dir))
-    return jobs + [(str(run), f"run:{run}") for run in find_runs(place) if os.path.realpath(run) not in made]
+        listed.append((f"{job.number}. {job.output_dir}{what} · {job.time} · {t(job.state)}", str(job.number)))
+    return listed + [(str(run), f"run:{run}") for run in find_runs(place, []) if os.path.realpath(run) not in made]
 
 
-def find(place, value):
+def find(place, jobs, value):
     """(the job or None, the run's folder) that a choice stands for; (None, None) for one that is not there."""
-    for job in read_jobs(place):
+    for job in jobs:
         if str(job.number) == value:
             return job, Path(job.output_dir)
-    return None, next((run for run in find_runs(place) if f"run:{run}" == value), None)
+    return None, next((run for run in find_runs(place, []) if f"run:{run}" == value), None)
 
 
 def try_tab(place, device):
@@ -680,10 +739,13 @@ def try_tab(place, device):
             log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_classes=["log"])
     seen, components = gr.State([]), list(form.values())
 
+    def runs_now():
+        return [str(path) for path in find_runs(place, read_jobs(place))]
+
     def settings(folder):
         """A run's own settings for its pictures."""
         try:
-            given = read_json(Path(folder) / "config.json") if folder in map(str, find_runs(place)) else {}
+            given = read_json(Path(folder) / "config.json") if folder in runs_now() else {}
             config = load_config(**{name: given[name] for name in names if name in given})
         except UserError:
             config = load_config()
@@ -691,13 +753,13 @@ def try_tab(place, device):
 
     def begin(folder, lora, device, *texts):
         nothing = [gr.skip() for _ in names]
-        if folder not in map(str, find_runs(place)):
+        if folder not in runs_now():
             return [t("⚠ Choose a run: train one first."), *nothing]
-        loras = {**loras_of(Path(folder)), "none": "none"}
+        loras = {"latest": "latest", **loras_of(Path(folder)), "none": "none"}
         if lora not in loras:
             return [t("⚠ Choose a LoRA of this run."), *nothing]
         try:
-            given = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name not in names}
+            given = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name not in names and name != "data_dir"}
             given |= {"output_dir": folder, "lora": str(loras[lora]), "compare_checkpoints": False, "benchmark": 0}
             config, problems = read_form(dict(zip(names, texts)), place, **given)
             if not problems:
@@ -706,10 +768,10 @@ def try_tab(place, device):
             return [f"⚠ {plain(error)}", *nothing]
         return [said(problems), *marked(names, TRY, problems)]
 
-    def refresh(folder, before):
-        runs = [str(path) for path in find_runs(place)]
+    def refresh(folder, lora, before):
+        runs = runs_now()
         folder = folder if folder in runs else next(iter(runs), None)
-        loras = [*(loras_of(Path(folder)) if folder else []), "none"]
+        loras = ["latest", *(loras_of(Path(folder)) if folder else []), "none"]
         jobs = [job for job in read_jobs(place) if job.what == "pictures" and job.output_dir == folder]
         job, text = (jobs[-1], log_tail(jobs[-1].folder / "log.txt")) if jobs else (None, "")
         drawn = re.findall(r"^base beside LoRA: (.+)$", text, re.MULTILINE) if job and job.state == "finished" else []
@@ -718,7 +780,7 @@ def try_tab(place, device):
         state = f"{t(job.state)} · {job.number}" if job and job.state != "finished" else ""
         return what_changed(before, [
             ((runs, folder), gr.update(choices=runs, value=folder)),
-            ((folder, loras), gr.update(choices=loras, value=loras[0])),
+            ((folder, loras), gr.update(choices=loras, value=lora if lora in loras else "latest")),
             (state, state),
             (grid, str(grid) if grid else None),
             (grid, [(str(path), re.sub(r".*-seed\d+-", "", path.stem)) for path in pictures]),
@@ -727,7 +789,7 @@ def try_tab(place, device):
 
     run.change(settings, run, components, show_progress="hidden")
     draw.click(begin, [run, lora, device, *components], [message, *components])
-    return refresh, [run, seen], [run, lora, state, grid, single, log, seen]
+    return refresh, [run, lora, seen], [run, lora, state, grid, single, log, seen]
 
 
 def make_page(place, start):
@@ -736,7 +798,7 @@ def make_page(place, start):
         gr.Markdown(f"# {t('LoRA training for LongCat-Image')}")
         with gr.Tab(t("1 Set up")):
             gr.Markdown(t("Choose the file for your machine, then name the folder with your pictures. What is under More can stay as it is."))
-            form, restore, kept, check, problem = set_up_tab(place, start)
+            form, when_loaded = set_up_tab(place, start)
         with gr.Tab(t("2 Data")):
             gr.Markdown(t("See what the model will see, and correct captions. To teach a new word, write it into every caption."))
             data_tab(place, form)
@@ -746,8 +808,7 @@ def make_page(place, start):
         with gr.Tab(t("4 Try it")):
             gr.Markdown(t("Draw prompts with the base model and with a LoRA, from the same noise."))
             pictures, picture_inputs, picture_views = try_tab(place, device)
-        components = list(form.values())
-        page.load(restore, kept, components, show_progress="hidden").then(check, components, [*components, problem, kept], show_progress="hidden")
+        when_loaded(page)
         timer = gr.Timer(REFRESH_SECONDS)
         for views in ((jobs, job_inputs, job_views), (pictures, picture_inputs, picture_views)):
             gr.on([page.load, timer.tick], *views, show_progress="hidden", trigger_mode="once", queue=False)
@@ -795,15 +856,15 @@ def main(arguments=None):
     parser.add_argument("--port", type=int, default=8001, help="[%(default)s]")
     parser.add_argument("--password", default=os.environ.get("WEBUI_PASSWORD"), help="asked for before anything is shown; or in the environment as WEBUI_PASSWORD")
     parser.add_argument("--output", default="output", help="folder of all runs; nothing else is served from the disk as it is [%(default)s]")
-    parser.add_argument("--folders", nargs="+", default=["data", "cache", "models", "tests/tiny_longcat"], help="further folders that the page may use: pictures, cache, models %(default)s")
+    parser.add_argument("--folders", nargs="+", default=[], help=f"folders of pictures, caches and models that the page may use, besides {', '.join(FOLDERS)}")
     options = parser.parse_args(arguments)
     if not is_loopback(options.host) and not options.password:
         sys.exit(f"error: --host {options.host}: other machines could use this page; give it a password with --password")
-    place = SimpleNamespace(output=Path(options.output), folders=[Path(folder) for folder in options.folders])
+    place = SimpleNamespace(output=Path(options.output), folders=[Path(folder) for folder in (*FOLDERS, *options.folders)])
     place.jobs = place.output / ".webui" / "jobs"
     os.environ["GRADIO_TEMP_DIR"] = str((place.output / ".webui" / "shown").absolute())  # what the page has shown
     # Names that lead to this machine; the last are Colab's. A site that gives its own name to 127.0.0.1 is turned away.
-    own = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "*.googleusercontent.com"])] if is_loopback(options.host) else []
+    own = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"])] if is_loopback(options.host) else []
     start = "24gb.json" if torch.cuda.is_available() else "mps.json" if torch.backends.mps.is_available() else "tiny.json"
     print(f"open http://{'localhost' if is_loopback(options.host) else options.host}:{options.port}", flush=True)
     try:
@@ -823,8 +884,8 @@ def main(arguments=None):
 
 def translations():
     """{language: {text: translation}} for Gradio; a key's description has the name `help:` and the key."""
-    described = {f"help:{name}": (key.help, *HELP[name]) for name, key in ALL_KEYS.items()}
-    texts = {english: (english, *others) for english, others in TEXTS.items()} | described
+    described = {f"help:{name}": (key.help.replace("null:", "empty:"), *HELP[name]) for name, key in ALL_KEYS.items()}
+    texts = {english: (english, *others) for english, others in TEXTS.items()} | described  # a form's field is empty where a file has null
     languages = {"en": 0, "pt": 1, "pt-BR": 1, "zh": 2, "zh-CN": 2, "zh-TW": 2}
     return {language: {name: given[i] for name, given in texts.items()} for language, i in languages.items()}
 
@@ -847,12 +908,12 @@ TEXTS = {
         "O treino faz o que Configurar diz e continua de onde parou. Ele segue também sem esta página.",
         "训练按照“设置”进行，停止后可以接着练。关掉本页，训练也会继续。",
     ),
-    "Draw prompts with the base model and with a LoRA, from the same noise.": ("Desenhe prompts com o modelo base e com um LoRA, a partir do mesmo ruído.", "用基础模型和 LoRA 从同样的噪声出发画提示词。"),
+    "Draw prompts with the base model and with a LoRA, from the same noise.": ("Gere imagens dos prompts com o modelo base e com um LoRA, a partir do mesmo ruído.", "用基础模型和 LoRA，从同样的噪声出发，按提示词生成图片。"),
     "Start from": ("Partir de", "从这里开始"),
     "Folder with your pictures": ("Pasta com as suas imagens", "图片文件夹"),
     "Trigger words": ("Palavras-gatilho", "触发词"),
     "Caption for pictures without one": ("Legenda para imagens sem legenda", "没有描述的图片用的描述"),
-    "Prompts to draw, one a line": ("Prompts a desenhar, um por linha", "要画的提示词，每行一条"),
+    "Prompts to draw, one a line": ("Prompts das imagens, um por linha", "用来出图的提示词，每行一条"),
     "Folder for the results": ("Pasta dos resultados", "结果文件夹"),
     "Steps": ("Passos", "训练步数"),
     "Learning rate": ("Taxa de aprendizado", "学习率"),
@@ -867,7 +928,7 @@ TEXTS = {
     "More: data": ("Mais: dados", "更多：数据"),
     "More: LoRA": ("Mais: LoRA", "更多：LoRA"),
     "More: training": ("Mais: treino", "更多：训练"),
-    "More: memory": ("Mais: memória", "更多：内存"),
+    "More: memory": ("Mais: memória", "更多：显存与内存"),
     "More: output": ("Mais: saída", "更多：输出"),
     "More: validation": ("Mais: validação", "更多：验证"),
     "Save as": ("Salvar como", "另存为"),
@@ -875,7 +936,10 @@ TEXTS = {
     "Replace the file of that name": ("Substituir o arquivo com esse nome", "替换同名文件"),
     "Save": ("Salvar", "保存"),
     "Saved:": ("Salvo:", "已保存："),
-    "⚠ The name of a file needs letters, digits, - or _.": ("⚠ O nome do arquivo leva letras, algarismos, - ou _.", "⚠ 文件名只能用字母、数字、- 或 _。"),
+    "⚠ The name of a file needs letters, digits, spaces, dots, - or _, 80 at most.": (
+        "⚠ O nome do arquivo leva letras, algarismos, espaços, pontos, - ou _, no máximo 80.",
+        "⚠ 文件名只能用字母、数字、空格、点、- 或 _，最多 80 个。",
+    ),
     "⚠ There is such a file already; choose another name, or tick Replace:": ("⚠ Já existe um arquivo assim; escolha outro nome ou marque Substituir:", "⚠ 已有这个文件；请换个名字，或勾选替换："),
     "Look at the data": ("Examinar os dados", "检查数据"),
     "What the model will see": ("O que o modelo vai ver", "模型将看到的图片"),
@@ -886,10 +950,11 @@ TEXTS = {
     "Caption, one a line": ("Legenda, uma por linha", "描述，每行一条"),
     "Save the caption": ("Salvar a legenda", "保存描述"),
     "⚠ Choose a picture, and write a caption.": ("⚠ Escolha uma imagem e escreva uma legenda.", "⚠ 请选择一张图片并写上描述。"),
+    "⚠ Not saved yet, but kept here as you typed it:": ("⚠ Ainda não salvo, mas guardado aqui como você digitou:", "⚠ 还没有保存，但你输入的内容保留在这里："),
     "⚠ This file has changed meanwhile; look at the data again:": ("⚠ Este arquivo mudou nesse meio-tempo; examine os dados de novo:", "⚠ 这个文件刚被改过；请重新检查数据："),
     "Device": ("Dispositivo", "设备"),
     "Start training": ("Iniciar o treino", "开始训练"),
-    "Measure speed and memory": ("Medir velocidade e memória", "测量速度和内存"),
+    "Measure speed and memory": ("Medir velocidade e memória", "测量速度和显存"),
     "Job or earlier run": ("Tarefa ou treino anterior", "任务或以前的训练"),
     "Stop": ("Parar", "停止"),
     "Go on": ("Continuar", "继续"),
@@ -897,7 +962,7 @@ TEXTS = {
     "waiting": ("na fila", "排队中"),
     "running": ("em andamento", "进行中"),
     "finished": ("concluída", "已完成"),
-    "stopping": ("parando: termina e salva o passo", "正在停止：先完成并保存这一步"),
+    "stopping: saves this step first": ("parando: salva antes este passo", "正在停止：先保存这一步"),
     "stopped": ("parada", "已停止"),
     "failed": ("falhou", "失败"),
     "cut off": ("interrompida de repente", "意外中断"),
@@ -906,14 +971,14 @@ TEXTS = {
     "Loss": ("Perda (loss)", "损失（loss）"),
     "Held-out loss / base": ("Perda nas imagens reservadas / base", "留出图片的损失 / 基础模型"),
     "Seconds a step": ("Segundos por passo", "每步秒数"),
-    "Peak memory": ("Pico de memória", "内存峰值"),
+    "Peak memory": ("Pico de memória", "显存峰值"),
     "Time left": ("Tempo restante", "剩余时间"),
     "Last lines of the log": ("Últimas linhas do registro", "日志末尾"),
     "Previews": ("Prévias", "预览"),
     "Download the LoRA": ("Baixar o LoRA", "下载 LoRA"),
     "⚠ This job is not at work.": ("⚠ Esta tarefa não está em andamento.", "⚠ 这个任务没有在运行。"),
     "⚠ Choose a job that trains, or a run.": ("⚠ Escolha uma tarefa de treino ou um treino anterior.", "⚠ 请选择一个训练任务，或以前的训练。"),
-    "⚠ Mend this in Set up:": ("⚠ Corrija isto em Configurar:", "⚠ 请在设置里改正："),
+    "⚠ Correct this in Set up:": ("⚠ Corrija isto em Configurar:", "⚠ 请在设置里改正："),
     "Run": ("Treino", "训练"),
     "LoRA": ("LoRA", "LoRA"),
     "of the last step, or of a checkpoint": ("do último passo ou de um checkpoint", "最后一步的，或某个检查点的"),
@@ -923,10 +988,10 @@ TEXTS = {
     "Sampling steps": ("Passos de amostragem", "采样步数"),
     "Guidance": ("Orientação (guidance)", "引导系数"),
     "Size": ("Tamanho", "尺寸"),
-    "Draw": ("Desenhar", "开始画"),
+    "Draw": ("Gerar", "生成"),
     "Base beside LoRA": ("Base ao lado do LoRA", "基础模型与 LoRA 对比"),
     "Each picture, to be saved": ("Cada imagem, para salvar", "每张图片，可保存"),
-    "⚠ Choose a run: train one first.": ("⚠ Escolha um treino: treine primeiro.", "⚠ 请选择一次训练：先训练一个。"),
+    "⚠ Choose a run: train one first.": ("⚠ Escolha um treino: treine primeiro.", "⚠ 请选择一次训练：请先完成一次训练。"),
     "⚠ Choose a LoRA of this run.": ("⚠ Escolha um LoRA deste treino.", "⚠ 请选择这次训练的 LoRA。"),
 }
 
@@ -944,9 +1009,9 @@ HELP = {
     "aspect_bucket_alignment": ("grade dos tamanhos, em pixels", "尺寸的网格，单位像素"),
     "skip_upscaled": ("deixar de fora imagens menores que o tamanho escolhido", "略过比目标尺寸小的图片"),
     "strict": ("parar na primeira imagem ou legenda inutilizável, em vez de só relatar", "遇到第一张不能用的图片或描述就停止，而不只是报告"),
-    "validation_split": ("parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma", "从不参与训练、只用来评分的图片比例（最多 8 张）；0：没有"),
+    "validation_split": ("parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma", "从不参与训练、只和同样多的训练图片一起评分的图片比例（最多 8 张）；0：没有"),
     "caption_dropout_probability": ("parte das amostras treinada com o prompt vazio", "用空提示词训练的样本比例"),
-    "cache_dir": ("pasta do cache de latents e embeddings; vários treinos podem partilhá-la", "latent 和提示词嵌入的缓存文件夹；多次训练可以共用"),
+    "cache_dir": ("pasta do cache de latents e embeddings; vários treinos podem compartilhá-la", "latent 和提示词嵌入的缓存文件夹；多次训练可以共用"),
     "vae_batch_size": ("imagens por lote ao guardar latents no cache", "缓存 latent 时每批图片数"),
     "text_encoder_batch_size": ("prompts por lote ao guardar embeddings no cache", "缓存嵌入时每批提示词数"),
     "prune": ("cache_latents.py: apagar de cache_dir o que nenhum treino usa, e nada mais", "cache_latents.py：从 cache_dir 删除没有训练需要的文件，此外什么也不做"),

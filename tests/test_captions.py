@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -11,13 +10,14 @@ from longcat_common import UserError, load_config
 from prepare_data import Findings, read_source, write_captions
 
 ROWS = '{"file_name": "a.png", "text": "one", "width": 5}\nno JSON\n{"file_name": "b.png", "text": "two"}\n{"file_name": "a.png", "text": "again"}\n'
+# file: before, after, the new captions
 FORMS = {
     "a.txt": ("an old caption", "a new caption\n", ["a new caption"]),
-    "a.json": ('{"prompt": "old", "by": "me"}', '{"prompt": "a new caption", "by": "me"}', ["a new caption"]),
+    "a.json": ('{"prompt": "old", "by": "me"}', '{"prompt": "a new caption", "by": "me"}\n', ["a new caption"]),
     "metadata.jsonl": (ROWS, '{"file_name": "a.png", "text": ["x", "红色"], "width": 5}\nno JSON\n{"file_name": "b.png", "text": "two"}\n', ["x", "红色"]),
-    "metadata.csv": ("text,file_name,by\none,a.png,me\n,b.png,\ntwo,./a.png,you\n", 'text,file_name,by\n"x, y",a.png,me\nz,a.png,me\n,b.png,\n', ["x, y", "z"]),
-    "captions.json": ('{"b.png": "two", "a.png": {"en": "one", "zh": "一"}}', '{\n  "b.png": "two",\n  "a.png": {\n    "en": "x",\n    "zh": "y"\n  }\n}\n', ["x", "y"]),
-}
+    "metadata.csv": ("\ufefftext,file_name,by\r\none,a.png,me\r\n,b.png,\r\ntwo,./a.png,you\r\n", '\ufefftext,file_name,by\r\n"x, y",a.png,me\r\nz,a.png,me\r\n,b.png,\r\n', ["x, y", "z"]),
+    "captions.json": ('{\n    "b.png": {"caption": "two", "tag": 5},\n    "a.png": {"en": "one", "zh": "一"}\n}', '{\n    "b.png": {\n        "caption": "two",\n        "tag": 5\n    },\n    "a.png": {\n        "en": "x",\n        "zh": "y"\n    }\n}\n', ["x", "y"]),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,35 +34,54 @@ def captions_of(path):
 @pytest.mark.parametrize("name", FORMS)
 def test_captions_go_where_they_came_from(pictures, name):
     before, after, captions = FORMS[name]
-    (pictures / name).write_text(before, encoding="utf-8")
+    (pictures / name).write_bytes(before.encode())
     file = captions_of(pictures)["a.png"][1]
     assert file == pictures / name
     write_captions(file, pictures / "a.png", captions)
-    assert file.read_text(encoding="utf-8") == after
+    assert file.read_bytes().decode() == after
     assert captions_of(pictures)["a.png"] == (captions, file)
 
 
-def test_languages_keep_their_names_as_long_as_there_are_as_many(pictures):
-    (pictures / "a.json").write_text('{"caption": {"en": "one", "zh": "一"}}', encoding="utf-8")
-    write_captions(pictures / "a.json", pictures / "a.png", ["two", "二"])
-    assert json.loads((pictures / "a.json").read_text(encoding="utf-8")) == {"caption": {"en": "two", "zh": "二"}}
-    write_captions(pictures / "a.json", pictures / "a.png", ["three"])
-    assert captions_of(pictures)["a.png"][0] == ["three"]
+def test_what_stands_beside_a_caption_stays(pictures):
+    (pictures / "captions.json").write_text('{"a.png": {"caption": {"en": "one", "zh": "一"}, "tag": 5}}', encoding="utf-8")
+    for captions, shown in ((["two", "二"], {"en": "two", "zh": "二"}), (["three"], "three"), (["four", "四"], ["four", "四"])):
+        write_captions(pictures / "captions.json", pictures / "a.png", captions)
+        assert json.loads((pictures / "captions.json").read_text(encoding="utf-8")) == {"a.png": {"caption": shown, "tag": 5}}
 
 
-def test_a_list_of_pictures_anywhere(pictures):
-    (pictures / "other").mkdir()
-    line = json.dumps({"img_path": str(pictures / "a.png"), "prompt": "one"})
-    (pictures / "other" / "list.json").write_text(line + '\n{"img_path": "../b.png", "prompt": "two"}\n', encoding="utf-8")
-    for name in ("a.png", "b.png"):
-        (picture,) = [p for p, _, _ in read_source({"path": str(pictures / "other" / "list.json")}, load_config(), Findings(False)) if p.name == name]
-        write_captions(pictures / "other" / "list.json", picture, [f"new {name}"])
-    assert {name: captions for name, (captions, _) in captions_of(pictures / "other" / "list.json").items()} == {"a.png": ["new a.png"], "b.png": ["new b.png"]}
+def test_a_linked_caption_file_stays_a_link(pictures):
+    (pictures / "elsewhere").mkdir()
+    (pictures / "elsewhere" / "text").write_text("one")
+    (pictures / "a.txt").symlink_to(pictures / "elsewhere" / "text")
+    write_captions(pictures / "a.txt", pictures / "a.png", ["two"])
+    assert (pictures / "a.txt").is_symlink() and (pictures / "elsewhere" / "text").read_text() == "two\n"
 
 
-@pytest.mark.parametrize("name, text", [("metadata.jsonl", '{"file_name": "b.png", "text": "two"}'), ("metadata.csv", "file_name,text\nb.png,x\n"), ("a.json", "{")])
-def test_a_file_that_has_changed_meanwhile_is_left_as_it_is(pictures, name, text):
+def test_other_encodings_become_utf8(pictures):
+    (pictures / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "红色"}\n{"file_name": "b.png", "text": "蓝色"}'.encode("utf-16"))
+    write_captions(pictures / "metadata.jsonl", pictures / "a.png", ["绿色"])
+    assert (pictures / "metadata.jsonl").read_text(encoding="utf-8") == '{"file_name": "a.png", "text": "绿色"}\n{"file_name": "b.png", "text": "蓝色"}'
+
+
+REFUSED = {
+    "metadata.jsonl": ('{"file_name": "b.png", "text": "two"}', ["x"], "names .*a.png no longer"),
+    "metadata.csv": ("file_name,text\nb.png,x\n", ["x"], "names .*a.png no longer"),
+    "a.json": ("{", ["x"], "not JSON"),
+    "a.txt": ("one", ["x", "y"], "holds one caption"),
+    "captions.json": ('{"a.png": "x", "a.png": "y"}', ["x"], "twice|2 times"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_has_no_place_for_them_is_left_as_it_is(pictures, name):
+    text, captions, said = REFUSED[name]
     (pictures / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=name):
-        write_captions(pictures / name, pictures / "a.png", ["x"])
-    assert (pictures / name).read_text(encoding="utf-8") == text and not list(Path(pictures).glob(".*"))
+    with pytest.raises(UserError, match=f"{name}: .*({said})"):
+        write_captions(pictures / name, pictures / "a.png", captions)
+    assert (pictures / name).read_text(encoding="utf-8") == text and not list(pictures.glob(".*"))
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(pictures):
+    (pictures / "metadata.csv").write_text("file_name,text,x,x\na.png,one,1,2\n")
+    with pytest.raises(UserError, match="two columns of one name"):
+        write_captions(pictures / "metadata.csv", pictures / "a.png", ["y"])

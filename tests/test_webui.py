@@ -42,7 +42,7 @@ def texts_of(config):
 def test_every_text_is_there_in_portuguese_and_chinese():
     source = (ROOT / "webui.py").read_text(encoding="utf-8")
     used = set(re.findall(r'\bt\("([^"]+)"\)', source)) | set(re.findall(r'picture\("([^"]+)"', source)) | {*webui.FRONT.values(), *webui.TRY.values()}
-    used |= {f"More: {group}" for group in webui.KEYS} | {"Step", "waiting", "running", "stopping", "stopped", "failed", "finished", "cut off"}
+    used |= {f"More: {group}" for group in webui.KEYS} | {"Step", "waiting", "running", webui.STOPPING, "stopped", "failed", "finished", "cut off"}
     used -= {"a text"}
     assert used and not used - webui.TEXTS.keys()
     assert all(re.search("[\u4e00-\u9fff]|LoRA", chinese) and portuguese for portuguese, chinese in [*webui.TEXTS.values(), *webui.HELP.values()])
@@ -94,11 +94,15 @@ def test_files_that_name_files_are_not_read(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "list.jsonl").write_text('{"img_path": "/etc/hostname"}')  # could name anything
     given = {"output_dir": "output/run", "cache_dir": "output/cache"}
-    assert "no folder" in webui.read_form({**given, "data_dir": "data/list.jsonl"}, place)[1]["data_dir"]
+    assert "the page takes folders" in webui.read_form({**given, "data_dir": "data/list.jsonl"}, place)[1]["data_dir"]
+    for odd in ('["data"]', '[{"path": ["x"]}]', '[{"path": "data", "repeat": 2}]', "[1"):
+        assert webui.read_form({**given, "data_dir": odd}, place)[1]["data_dir"].startswith("data_dir: "), odd
+    assert "NUL" in webui.read_form({**given, "data_dir": "data/\0"}, place)[1]["data_dir"]
     for path in ("/etc/hosts.txt", "data/../private.txt"):
         assert "outside" in webui.read_form({**given, "validation_prompts": path}, place)[1]["validation_prompts"]
-    (tmp_path / "data" / "prompts.txt").write_text("a cat\n一只猫\n", encoding="utf-8")
-    for text, prompts in (("data/prompts.txt", ["a cat", "一只猫"]), ("/etc/hosts.txt\na cat", ["/etc/hosts.txt", "a cat"])):
+    for name in ("prompts.txt", "my prompts.TXT"):
+        (tmp_path / "data" / name).write_text("a cat\n一只猫\n", encoding="utf-8")
+    for text, prompts in (("data/prompts.txt", ["a cat", "一只猫"]), ("data/my prompts.TXT", ["a cat", "一只猫"]), ("/etc/hosts.txt\na cat", ["/etc/hosts.txt", "a cat"])):
         config, problems = webui.read_form({**given, "validation_prompts": text}, place)
         assert not problems and config.validation_prompts == prompts
 
@@ -138,6 +142,82 @@ def script(tmp_path):
 
 def start(place, script, name, device="CPU", code=0):
     return webui.start_job(place, "training", script, load_config(output_dir=str(place.output / name), license=str(code)), device)
+
+
+def test_a_gpu_is_chosen_among_those_that_are_there(place, script, monkeypatch):
+    script.write_text("import os\nprint(os.environ['CUDA_VISIBLE_DEVICES'])")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    start(place, script, "run0", "GPU 0")
+    start(place, script, "run1", "GPU 1")
+    wait_for(lambda: states(place) == {1: "finished", 2: "finished"})
+    assert [webui.log_tail(job.folder / "log.txt") for job in webui.read_jobs(place)] == ["3", "5"]
+
+
+@pytest.mark.parametrize("ending, state", [("sys.exit()", "finished"), ("sys.exit('a text')", "failed"), ("1 / 0", "failed"), ("os.kill(os.getpid(), 9)", "cut off"), ("", "finished")])
+def test_every_ending_of_a_job_is_told(place, script, ending, state):
+    script.write_text(f"import os, sys\n{ending}")
+    start(place, script, "run0")
+    assert wait_for(lambda: not webui.read_jobs(place)[0].alive and states(place)) == {1: state}
+
+
+def test_a_second_stop_is_not_sent(place, script):
+    script.write_text(
+        "import json, pathlib, signal, sys, time\nfolder, count = pathlib.Path(json.load(open(sys.argv[1]))['output_dir']), []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: count.append(1))\nfolder.mkdir(parents=True)\n(folder / 'begun').touch()\n"
+        "while not (folder / 'end').exists(): time.sleep(0.01)\nsys.exit(100 + len(count))\n"
+    )
+    start(place, script, "run0")
+    wait_for(lambda: (place.output / "run0" / "begun").exists())
+    for _ in range(3):
+        webui.stop_job(webui.read_jobs(place)[0])
+        assert states(place) == {1: webui.STOPPING}
+    finish(place, "run0")
+    wait_for(lambda: not webui.read_jobs(place)[0].alive)
+    assert (place.jobs / "1" / "lock").read_text().split()[1] == "101"
+
+
+def test_what_is_no_job_or_run_is_passed_over(place, script):
+    for name, text in (("5/job.json", '{"what": "tra'), ("6/job.json", '{"what": "training"}'), ("7/other", ""), ("8.bak/job.json", "{}"), ("9/job.json", "[]")):
+        (place.jobs / name).parent.mkdir(parents=True)
+        (place.jobs / name).write_text(text)
+        (place.jobs / name).with_name("lock").touch()
+    assert webui.read_jobs(place) == []
+    assert start(place, script, "run0") == 10  # nothing is overwritten
+    finish(place, "run0")
+    wait_for(lambda: states(place) == {10: "finished"})
+    for name, text in (("made/config.json", "{}"), ("odd/config.json", "no JSON"), ("no/run.txt", ""), ("made/metrics.jsonl", '[1]\n{"loss": 1}\n{"step": 5, "loss": 0.5}\n{"step": 6, "lo')):
+        (place.output / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.output / name).write_text(text)
+    jobs = webui.read_jobs(place)
+    listed = dict(map(reversed, webui.choices(place, jobs)))
+    assert set(listed) == {"10", f"run:{place.output / 'made'}", f"run:{place.output / 'odd'}"}
+    assert webui.find(place, jobs, f"run:{place.output / 'made'}") == (None, place.output / "made")
+    assert webui.find(place, jobs, "run:/etc") == webui.find(place, jobs, None) == (None, None)
+    assert webui.read_metrics(place.output / "made") == [{"step": 5, "loss": 0.5}] and webui.total_steps(place.output / "odd") == 0
+
+
+def test_the_figures_of_a_run(tmp_path):
+    metrics = [{"step": 0, "held_out_loss": 0.5, "held_out_base": 0.5}, {"step": 10, "loss": 0.4, "seconds_per_step": 2.0, "peak_memory_gib": 9.96}, {"step": 10, "held_out_loss": 0.25, "held_out_base": 0.5}]
+    assert webui.figures(metrics, 100, True) == ["10 / 100", "0.4000", "0.2500 / 0.5000", "2", "10.0 GiB", "0:03:00"]
+    assert webui.figures(metrics, 100, False)[-1] == "" and webui.figures([], 100, True) == ["0 / 100", "", "", "", "", ""]
+    table = webui.curves(metrics).dropna()
+    assert table[table.curve == "held_out_loss"].value.tolist() == [0.5, 0.25] and table[table.curve == "loss"].step.tolist() == [10]
+    (tmp_path / "config.json").write_text('{"max_train_steps": 100, "num_train_epochs": 3}')
+    assert webui.total_steps(tmp_path) == 100
+    (tmp_path / "log.txt").write_text("said\n42 steps of 1 x 1: each picture\n")
+    assert webui.total_steps(tmp_path) == 42
+
+
+def test_a_run_is_not_gone_on_with_by_mistake(tmp_path):
+    config = load_config(output_dir=str(tmp_path), data_dir="data/cat", max_train_steps=100)
+    assert webui.why_not(config) == {} and "not set" in webui.why_not(load_config())["data_dir"]
+    (tmp_path / "config.json").write_text('{"data_dir": [{"path": "data/cat"}, {"path": "data/plain"}]}')
+    (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
+    assert webui.why_not(config) == {}
+    config.max_train_steps = 50
+    assert "has 50 steps already" in webui.why_not(config)["max_train_steps"]
+    config.data_dir = "data/dog"
+    assert "other pictures (data/cat, data/plain)" in webui.why_not(config)["output_dir"]
 
 
 def wait_for(condition, seconds=20):
@@ -261,6 +341,9 @@ def clone(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), ROOT / "configs", TINY]:
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, folder / path.relative_to(ROOT))
+    (folder / "configs" / "odd.json").write_text(
+        '// An odd one.\n{"base_model_precision": "int7", "--enable_group_offload": "true", "torch_compile": "yes", "optimizer": "x", "lora": "y", "nonsense": 1, "data_dir": "tests/tiny_longcat/pictures", "output_dir": "output/odd"}'
+    )
     return folder
 
 
@@ -339,6 +422,15 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: page.locator("#key-output_dir").count())
         until(lambda: field("output_dir").input_value() == "output/tiny")
         assert "on any CPU" in text("about")
+        choose = lambda box, text: (page.click(f"#{box} input"), page.get_by_role("option", name=text).click())
+        choose("config", "odd.json")
+        until(lambda: "found 'int7', allowed: \"int8-quanto\"" in text("key-base_model_precision"))
+        for told in ("An odd one", "optimizer (it is AdamW)", "lora (no key for training)", "nonsense (no key for training)", "torch_compile: found 'yes', allowed is true or false"):
+            assert told in text("about")
+        page.locator("#more-memory button").first.click()
+        assert page.locator("#key-enable_group_offload input").is_checked() and not page.locator("#key-torch_compile input").is_checked()
+        choose("config", "tiny.json")
+        until(lambda: field("output_dir").input_value() == "output/tiny" and "⚠" not in text("set-up-message"))
         field("max_train_steps").fill("many")
         field("output_dir").fill("/etc/run")
         field("lora_rank").fill("8")
@@ -369,10 +461,28 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         caption = page.locator("#caption textarea")
         until(lambda: caption.input_value().startswith("a blue triangle in neonix style"))
         caption.fill("a corrected caption in neonix style\nneonix风格，改过的描述")
+        thumbnails = page.locator("#pictures button.thumbnail-item")
+        thumbnails.nth(2).click()
+        until(lambda: "Not saved yet" in text("caption-message") and "a purple square" in caption.input_value())
+        thumbnails.nth(1).click()
+        until(lambda: caption.input_value().startswith("a corrected caption"))
         page.click("#save-caption")
-        until(lambda: "Saved" in text("data-message"))
-        written = json.loads((clone / "tests/tiny_longcat/pictures/neonix-01.json").read_text(encoding="utf-8"))
+        until(lambda: "Saved" in text("caption-message"))
+        pictures = clone / "tests/tiny_longcat/pictures"
+        written = json.loads((pictures / "neonix-01.json").read_text(encoding="utf-8"))
         assert written == {"caption": {"en": "a corrected caption in neonix style", "zh": "neonix风格，改过的描述"}}
+        thumbnails.nth(3).click()
+        until(lambda: caption.input_value().startswith("a blue square"))
+        (pictures / "neonix-03.json").write_text('{"caption": "changed elsewhere"}')
+        caption.fill("from the page")
+        page.click("#save-caption")
+        until(lambda: "changed meanwhile" in text("caption-message"))
+        assert (pictures / "neonix-03.json").read_text() == '{"caption": "changed elsewhere"}'
+        page.locator("#page input[type=range]").focus()
+        page.keyboard.press("ArrowRight")
+        until(lambda: thumbnails.count() == 16)
+        thumbnails.nth(0).click()
+        until(lambda: text("caption-file").strip() == "tests/tiny_longcat/regularisation/plain-00.txt")
         page.wait_for_timeout(1000)
         shot("2-data")
 
@@ -410,6 +520,8 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         assert len(jobs) == 2 and (clone / "output/page/pytorch_lora_weights.safetensors").exists()
         page.wait_for_timeout(1500)
         shot("3-finished")
+        page.click("#start")
+        until(lambda: "has 240 steps already" in text("jobs-message"))
         with page.expect_download() as download:
             page.click("#download")
         assert Path(download.value.path()).read_bytes() == (clone / "output/page/pytorch_lora_weights.safetensors").read_bytes()
@@ -432,6 +544,15 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         with page.expect_download() as download:
             page.locator("#grid button[aria-label*=ownload], #grid a[download]").first.click()
         assert Path(download.value.path()).read_bytes() == grid.read_bytes()
+
+        # A measurement, and a run that no job has made.
+        tab(3)
+        page.click("#measure")
+        until(lambda: "finished" in text("state") and "steps take" in page.locator("#log textarea").input_value(), 120)
+        shutil.copytree(clone / "output/page", clone / "output/elsewhere")
+        until(lambda: (page.click("#job input"), page.get_by_role("option", name="output/elsewhere").count())[1])
+        page.get_by_role("option", name="output/elsewhere").click()
+        until(lambda: "not started from this page" in text("state") and step() == 240)
 
         # Portuguese and Chinese.
         for language, word in (("pt-BR", "Configurar"), ("zh-CN", "设置")):
