@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -229,7 +230,7 @@ def read_json(path):
         values = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys and values")
@@ -377,8 +378,8 @@ def buckets(config):
     if not text.isdecimal():
         return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
     side = int(text)
-    if side < grid or side % grid:
-        raise UserError(f"resolution: found {text!r}, allowed is a multiple of {grid}, or sizes such as 1024x1024,1344x768")
+    if side < grid or side % grid or side > 8192:
+        raise UserError(f"resolution: found {text!r}, allowed is a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768")
     sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
     sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
     return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
@@ -451,7 +452,7 @@ def flag_value(name, text):
     types = types_of(name)
     if list in types and str not in types and re.fullmatch(r"[\d.\s-]+(,[\d.\s-]+)+", text):
         text = f"[{text}]"  # several numbers
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text.lower() if bool in types else text)  # Python's True, too
         if str not in types or type(value) in types or value is None:
             return value
@@ -498,6 +499,8 @@ def write_file(path, data):
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None

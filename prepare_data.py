@@ -191,6 +191,7 @@ def write_captions(file, picture, captions):
         data = file.read_bytes() if file.exists() else b""
         text = read_text(file)[0].replace("\r\n", "\n") if data else ""
         text = own_text(text, file, captions) if is_own(file, picture) else table_text(text, file, picture, captions)
+        text.encode("utf-8")  # half a character is a ValueError
     except (ValueError, OSError, csv.Error, RecursionError) as error:
         raise UserError(f"{file}: {reason(error)}") from None
     text = text.replace("\n", "\r\n") if b"\r\n" in data else text
@@ -212,8 +213,8 @@ def own_text(text, file, captions):
 
 
 def table_text(text, file, picture, captions):
-    """The text of a table with these captions in the picture's row; further rows of the picture are left out. Raises
-    ValueError if it has none."""
+    """The text of a table with these captions in the picture's rows: one each if there are as many, and in a .csv, else all
+    in the first, and the others are left out. Raises ValueError if it has no row of the picture."""
     is_named = lambda name: plain_name(file.parent / os.path.normpath(str(name).replace("\\", "/"))) == plain_name(picture)
     is_row = lambda row: isinstance(row, dict) and any(is_named(row[name]) for name in PATH_NAMES if row.get(name))
     if file.suffix == ".json":
@@ -226,25 +227,25 @@ def table_text(text, file, picture, captions):
         rows, out = list(table), io.StringIO(newline="")
         if len(set(table.fieldnames)) < len(table.fieldnames):
             raise ValueError("has two columns of one name; rename one")
+        if any(None in row for row in rows):
+            raise ValueError("has a row with more fields than there are columns; put captions with commas in quotes")
         mine = [i for i, row in enumerate(rows) if is_row(row)]
         name = next((name for name in CAPTION_NAMES if mine and rows[mine[0]].get(name)), next((name for name in CAPTION_NAMES if name in table.fieldnames), None))
         writer = csv.DictWriter(out, table.fieldnames, lineterminator="\n")
         writer.writeheader()
-        for i, row in enumerate(rows):  # a ValueError if a row has more fields than there are columns
-            writer.writerows([{**row, name: caption} for caption in captions] if i in mine[:1] else [] if i in mine else [row])
+        for i, row in enumerate(rows):
+            own = captions[mine.index(i) :] if i in mine else []
+            writer.writerows([row] if i not in mine else [{**row, name: caption} for caption in (own if i == mine[-1] else own[:1])])
         changed = out.getvalue()
     else:
-        mine, lines = [], []
-        for line in text.split("\n"):
-            row = None
+        lines, mine = text.split("\n"), {}
+        for i, line in enumerate(lines):
             with contextlib.suppress(ValueError):  # what is no JSON is not the picture's
                 row = json.loads(line)
-            if not is_row(row):
-                lines.append(line)
-            elif not mine:
-                lines.append(json.dumps(with_captions(row, captions), ensure_ascii=False))
-            mine += [line] if is_row(row) else []
-        changed = "\n".join(lines)
+                mine |= {i: row} if is_row(row) else {}
+        shares = [[caption] for caption in captions] if len(captions) == len(mine) else [captions]
+        new = {i: json.dumps(with_captions(row, share), ensure_ascii=False) for (i, row), share in zip(mine.items(), shares)}
+        changed = "\n".join(new.get(i, line) for i, line in enumerate(lines) if i in new or i not in mine)
     if not mine:
         raise ValueError(f"names {picture} no longer; look at the data again")
     return changed
@@ -256,7 +257,7 @@ def with_captions(value, captions):
         name = next((name for name in CAPTION_NAMES if value.get(name)), next((name for name in CAPTION_NAMES if name in value), None))
         if name or any(name in value for name in PATH_NAMES):
             return {**value, (name or CAPTION_NAMES[0]): with_captions(value.get(name), captions)}
-        if len(value) == len(captions):
+        if len(value) == len(captions) and all(isinstance(old, str) for old in value.values()):
             return dict(zip(value, captions))  # {"en": ..., "zh": ...}
     return captions if len(captions) > 1 else captions[0]
 

@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import datetime
 import hmac
-import ipaddress
+import html
 import json
 import math
 import os
@@ -126,17 +126,20 @@ def from_text(name, text):
     if name == "data_dir" and text.startswith("["):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return flag_value(name, text)
 
 
-def read_form(texts, place, **fixed):
-    """The configuration that a form's {key: text} and the `fixed` values stand for, or None, and {key: what is wrong with it}."""
+def read_form(texts, place, fixed={}):
+    """The configuration that a form's {key: text} and the `fixed` {key: value} stand for, or None, and {key: what is wrong with it}."""
     given, problems = {name: from_text(name, text) for name, text in texts.items()}, {}
     given = {**{name: value for name, value in given.items() if value is not None}, **fixed}
     for name, value in given.items():
         try:
+            if name not in ALL_KEYS:
+                load_config(**{name: value})  # says so
+                continue
             confine(name, checked(name, value), place)
         except UserError as error:
             problems[name] = str(error)
@@ -161,7 +164,7 @@ def confine(name, value, place):
         is_hub_name = name == "pretrained_model_name_or_path" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not os.path.exists(value)
         paths = [] if is_word or is_hub_name else [value]
     for path in paths:
-        if "\0" in path or not is_inside(path, folders):
+        if "\0" in path or not is_inside(path, folders) or is_inside(path, [place.output / ".webui"]):
             flag = "--output" if name == "output_dir" else "--folders"
             raise UserError(f"{name}: found {path!r}, which is outside this page's folders ({', '.join(map(str, folders))}); start webui.py with {flag} {path}")
         if name == "data_dir" and not os.path.isdir(path):  # a list may name pictures anywhere
@@ -212,7 +215,7 @@ def said(problems):
 
 def plain(text):
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", str(text))
+    return re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", html.escape(str(text), quote=False))
 
 
 def settings_of(config):
@@ -229,6 +232,8 @@ JOB = """
 import fcntl, os, runpy, sys
 lock, script, config, *earlier = sys.argv[1:]
 os.write(int(lock), f"{os.getpid()}\\n".encode())
+if os.path.exists(os.path.join(os.path.dirname(config), "stop")):
+    sys.exit()
 for path in earlier:
     with open(path) as other:
         fcntl.flock(other, fcntl.LOCK_SH)
@@ -277,12 +282,12 @@ def start_job(place, what, script, config, device):
 
 
 def read_jobs(place):
-    """All jobs, oldest first: number, folder, what, output_dir, device, time, alive, pid and state."""
+    """All jobs, oldest first: number, folder, what, output_dir, device, time, alive and state."""
     jobs, busy = [], set()
     for folder in sorted((path for path in place.jobs.glob("[0-9]*") if path.name.isdecimal()), key=lambda folder: int(folder.name)):
         try:
             facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-            facts = {name: str(facts[name]) for name in ("what", "output_dir", "device", "time")}
+            facts = {name: str(facts[name]).replace("\0", "").encode().decode() for name in ("what", "output_dir", "device", "time")}
             with open(folder / "lock") as lock:
                 numbers = [int(line) for line in lock.read().split()]
                 try:
@@ -298,27 +303,29 @@ def read_jobs(place):
             busy.add(facts["device"])
         else:
             state = "finished" if code == 0 else "stopped" if code in (130, 143) or (told and code is None) else "failed" if code else "cut off"
-        jobs.append(SimpleNamespace(number=int(folder.name), folder=folder, alive=alive, pid=numbers[0] if numbers else None, state=state, **facts))
+        jobs.append(SimpleNamespace(number=int(folder.name), folder=folder, alive=alive, state=state, **facts))
     return jobs
 
 
 def stop_job(job):
     """SIGTERM, once, for a second one would leave at once: training finishes its step and saves; who waits leaves the line."""
-    if job.alive and job.pid and job.state != STOPPING:
+    if job.alive and job.state != STOPPING:
         (job.folder / "stop").touch()
-        os.kill(job.pid, signal.SIGTERM)
+        started = (job.folder / "lock").read_text().split()  # if not yet: it looks for the file itself
+        if started:
+            os.kill(int(started[0]), signal.SIGTERM)
 
 
 def log_tail(path):
     """The last lines of a log; of each progress bar what it shows last, if it has not been wiped away."""
-    if not path.exists():
+    if not path.is_file():
         return ""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 60_000))
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", "replace"))  # without a terminal's commands
     lines, last = {}, None
     for i, line in enumerate(re.split(r"[\r\n]+", text)):
-        bar = re.match(r"\s*([^:|]+):\s+\d+%\|", line)
+        bar = re.match(r"([^:|]+): +\d+%\|", line.lstrip()[:200])
         last = bar[1] if bar else last if line.isspace() else i
         lines.pop(last, None)
         lines[last] = line.rstrip()
@@ -332,17 +339,19 @@ def find_runs(place, jobs):
     """The folders under the output folder that hold a run, newest first: those of jobs, and of others two folders deep."""
     found = {path.parent: path for pattern in ("config.json", "*/config.json", "*/*/config.json") for path in place.output.glob(pattern)}
     found |= {Path(job.output_dir): Path(job.output_dir) / "config.json" for job in jobs if is_inside(job.output_dir, [place.output])}
-    times = {folder: stamp(path) for folder, path in found.items() if ".webui" not in folder.parts}
+    times = {folder: stamp(path) for folder, path in found.items() if ".webui" not in folder.parts and str(folder).isprintable()}
     return sorted((folder for folder, time in times.items() if time), key=lambda folder: times[folder][1], reverse=True)
 
 
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl, as dictionaries of numbers."""
-    lines = []
-    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines() if (folder / "metrics.jsonl").exists() else []:
+    path, lines = folder / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append({name: float(value) for name, value in json.loads(line).items()} | {"step": int(json.loads(line)["step"])})
-        except (ValueError, TypeError, KeyError, AttributeError):
+            values = {name: float(value) for name, value in json.loads(line).items()}
+            if all(map(math.isfinite, values.values())):
+                lines.append({**values, "step": int(values["step"])})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue  # the last one may be half written
     return lines
 
@@ -421,8 +430,8 @@ def set_up_tab(place, start):
         default, texts, unused = load_config(), [], [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names]
         for name in names:
             value = given.get(name, getattr(default, name))
-            if types_of(name) == (bool,) and not isinstance(value, bool):  # no tick can show it
-                unused.append(f"{name}: found {value!r}, allowed is true or false")
+            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_text(value):  # no field can show it
+                unused.append(f"{name}: found {ascii(value)}")
                 value = getattr(default, name)
             texts.append(to_text(name, value))
         return [plain(about_config(file)) + (f"\n\n⚠ {plain('ignored: ' + ', '.join(unused))}" if unused else ""), *texts]
@@ -435,10 +444,10 @@ def set_up_tab(place, start):
         if not re.fullmatch(r"\w[\w .-]{0,79}", file):
             return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 80 at most."), gr.skip(), gr.skip()]
         path = CONFIGS / f"{file}.json"
-        if path.exists() and not may_replace:
+        if path.is_file() and not may_replace:
             return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip(), gr.skip()]
         try:
-            about = f"// {about_config(path.name)}\n" if path.exists() and about_config(path.name) else ""
+            about = f"// {about_config(path.name)}\n" if path.is_file() and about_config(path.name) else ""
             write_file(path, about + json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
         except UserError as error:
             return [f"⚠ {plain(error)}", gr.skip(), gr.skip()]
@@ -447,7 +456,7 @@ def set_up_tab(place, start):
     def restore(stored):
         file, texts = stored.get("file"), stored.get("texts", {})
         if set(texts) != set(names) or file not in config_names():
-            return [gr.skip() for _ in range(len(names) + 2)]
+            return [gr.update(choices=config_names()), *[gr.skip() for _ in range(len(names) + 1)]]
         return [gr.update(choices=config_names(), value=file), plain(about_config(file)), *(texts[name] for name in names)]
 
     checking = [check, [chosen, *components], [*components, message, kept]]
@@ -456,6 +465,14 @@ def set_up_tab(place, start):
     chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
     save.click(write, [name, replace, *components], [message, chosen, replace])
     return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(*checking, show_progress="hidden")
+
+
+def is_text(value):
+    """Whether a value can be sent to a browser: no half characters."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def config_names():
@@ -475,7 +492,7 @@ def data_tab(place, form):
     look = gr.Button(t("Look at the data"), variant="primary", elem_id="look")
     message = gr.Markdown(elem_id="data-message")
     sheet = picture("What the model will see", elem_id="sheet", visible=False)
-    with gr.Accordion(t("Report"), open=False, visible=False) as report_box:
+    with gr.Accordion(t("Report"), open=False, visible=False, elem_id="report-box") as report_box:
         report = gr.Markdown(elem_id="report")
     pictures = gr.State([])  # {"picture", "captions", "file", "stamp"} each, and "typed" if that is not saved yet
     with gr.Column(visible=False) as captions_box:
@@ -485,7 +502,7 @@ def data_tab(place, form):
                 gallery = gr.Gallery(show_label=False, columns=6, height=560, allow_preview=False, interactive=False, buttons=[], elem_id="pictures")
                 number, first = gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False, elem_id="page"), gr.State(0)
             with gr.Column():
-                index = gr.State(None)
+                index = gr.Number(visible=False, precision=0)  # in the browser, so that it changes together with the caption
                 large = picture("Picture", height=300, elem_id="picture")
                 caption = gr.Textbox(label=t("Caption, one a line"), lines=4, elem_id="caption", interactive=True)
                 where = gr.Markdown(elem_id="caption-file")
@@ -511,8 +528,8 @@ def data_tab(place, form):
         text = (output / "report.md").read_text(encoding="utf-8") if (output / "report.md").exists() else ""
         pages = math.ceil(len(found) / THUMBNAILS)
         return [
-            line or text.split("\n")[2], gr.update(value=None if line else str(output / "preview.jpg"), visible=not line), gr.update(visible=bool(text)),
-            text.removeprefix("# Data report\n"), found, gr.update(visible=bool(found)), gr.update(maximum=max(2, pages), value=1, visible=pages > 1),
+            line or plain(text.split("\n")[2]), gr.update(value=None if line else str(output / "preview.jpg"), visible=not line), gr.update(visible=bool(text)),
+            report_as_text(text), found, gr.update(visible=bool(found)), gr.update(maximum=max(2, pages), value=1, visible=pages > 1),
             *turn(found, 1), None, None, "", "", "",
         ]  # fmt: skip
 
@@ -522,20 +539,20 @@ def data_tab(place, form):
 
     def choose(found, start, i, text, event: gr.SelectData):
         left = ""
-        if i is not None and text != "\n".join(found[i]["captions"]):
+        if i is not None and i < len(found) and text != found[i].get("typed", "\n".join(found[i]["captions"])):
             found[i]["typed"], left = text, f"{t('⚠ Not saved yet, but kept here as you typed it:')} {plain(found[i]['picture'])}"
         entry = found[start + event.index]
         return found, start + event.index, thumbnail(entry["picture"], 768), entry.get("typed", "\n".join(entry["captions"])), plain(entry["file"]), left
 
     def write(found, i, text, start):
         captions = [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
-        if i is None or not captions:
+        if i is None or not 0 <= i < len(found) or not captions:
             return t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()
         path, file = found[i]["picture"], found[i]["file"]
         try:
             if not is_inside(file, [place.output, *place.folders]):
                 raise UserError(f"{file}: is a link out of this page's folders")
-            if stamp(file) != found[i]["stamp"]:
+            if stamp(file) != found[i]["stamp"] or not path.exists():
                 return f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}", gr.skip(), gr.skip()
             prepare_data.write_captions(file, path, captions)
         except UserError as error:
@@ -553,6 +570,11 @@ def data_tab(place, form):
     save.click(write, [pictures, index, caption, first], [saved, pictures, gallery], show_progress="hidden")
 
 
+def report_as_text(report):
+    """report.md for the page: what stands in its lists, file names and captions, is shown as it is."""
+    return "\n".join(f"- {plain(line[2:])}" if line.startswith("- ") else line for line in report.split("\n")[4:])
+
+
 def picture(label, **options):
     """A place for a picture; without a label on it, which would hide a part."""
     return gr.Image(label=t(label), show_label=False, interactive=False, buttons=["download", "fullscreen"], **options)
@@ -560,7 +582,7 @@ def picture(label, **options):
 
 def stamp(file):
     """What tells that a file has not changed; None if there is none."""
-    return prepare_data.file_stamp(os.stat(file)) if file and os.path.exists(file) else None
+    return prepare_data.file_stamp(os.stat(file)) if file and os.path.isfile(file) else None
 
 
 def thumbnails(entries):
@@ -607,7 +629,7 @@ def jobs_tab(place, form):
     seen = gr.State([])
 
     def begin(device, *texts, benchmark=0):
-        config, problems = read_form(dict(zip(names, texts)), place, benchmark=benchmark)
+        config, problems = read_form(dict(zip(names, texts)), place, {"benchmark": benchmark})
         if not problems and not benchmark:
             problems = why_not(config)
         return [f"{t('⚠ Correct this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()] if problems else begin_with(config, device)
@@ -615,7 +637,7 @@ def jobs_tab(place, form):
     def begin_with(config, device):
         try:
             number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
-        except UserError as error:
+        except (UserError, OSError) as error:
             return [f"⚠ {plain(error)}", gr.skip()]
         return ["", gr.update(choices=choices(place, read_jobs(place)), value=str(number))]
 
@@ -624,10 +646,10 @@ def jobs_tab(place, form):
         if not run or (job and job.what != "training"):
             return [t("⚠ Choose a job that trains, or a run."), gr.skip()]
         try:
-            given = {**read_json((job.folder if job else run) / "config.json"), "output_dir": str(run)}
+            given = {**read_config_file((job.folder if job else run) / "config.json"), "output_dir": str(run)}
             if checkpoint_folders(SimpleNamespace(output_dir=run)):
                 given["resume_from_checkpoint"] = "latest"
-            config, problems = read_form({}, place, **given)
+            config, problems = read_form({}, place, given)
         except UserError as error:
             problems = {"config": str(error)}
         return [said(problems), gr.skip()] if problems else begin_with(config, device)
@@ -648,7 +670,7 @@ def jobs_tab(place, form):
         if run:
             state, text = (f"**{t(job.state)}**", log_tail(job.folder / "log.txt")) if job else (t("not started from this page"), "")
         if run and not (job and job.what == "measurement"):
-            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"
+            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), *(path if is_inside(path, [place.output]) else None for path in (run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"))
         return what_changed(before, [
             ((listed, value), gr.update(choices=listed, value=value)),
             (state, state),
@@ -678,9 +700,10 @@ def total_steps(folder):
     """The steps that a job or a run is told to take; of epochs, what its log says."""
     try:
         config, log = read_json(folder / "config.json"), folder / "log.txt"
-        told = re.findall(r"^(\d+) steps of ", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if config["num_train_epochs"] and log.exists() else []
-        return int(told[-1]) if told else int(config["max_train_steps"])
-    except (UserError, OSError, KeyError, ValueError, TypeError):
+        with open(log if log.is_file() else os.devnull, "rb") as file:
+            told = re.search(rb"^(\d+) steps of ", file.read(1_000_000), re.MULTILINE) if config["num_train_epochs"] else None
+        return int(told[1] if told else config["max_train_steps"])
+    except (UserError, OSError, KeyError, ValueError, TypeError, OverflowError):
         return 0
 
 
@@ -759,12 +782,12 @@ def try_tab(place, device):
         if lora not in loras:
             return [t("⚠ Choose a LoRA of this run."), *nothing]
         try:
-            given = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name not in names and name != "data_dir"}
+            given = {name: value for name, value in read_config_file(Path(folder) / "config.json").items() if name not in names and name != "data_dir"}
             given |= {"output_dir": folder, "lora": str(loras[lora]), "compare_checkpoints": False, "benchmark": 0}
-            config, problems = read_form(dict(zip(names, texts)), place, **given)
+            config, problems = read_form(dict(zip(names, texts)), place, given)
             if not problems:
                 start_job(place, "pictures", "validate.py", config, device)
-        except UserError as error:
+        except (UserError, OSError) as error:
             return [f"⚠ {plain(error)}", *nothing]
         return [said(problems), *marked(names, TRY, problems)]
 
@@ -821,10 +844,10 @@ def make_page(place, start):
 
 
 async def refuse_other_sites(request, call_next):
-    """Another site's page, open in the same browser, must not use this one."""
+    """Another site's page, open in the same browser, must not use this one; it may link here."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
     foreign = site in ("cross-site", "same-site") if site else origin and urlsplit(origin).netloc != request.headers.get("host")
-    if foreign and request.method not in ("GET", "HEAD"):
+    if foreign and (request.method != "GET" or request.headers.get("sec-fetch-mode") != "navigate"):
         return PlainTextResponse("this page takes no orders from another site", 403)
     return await call_next(request)
 
@@ -843,16 +866,14 @@ def password_check(password):
 
 
 def is_loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Whether an address is this machine's own."""
+    return host == "localhost" or host.startswith("127.")
 
 
 def main(arguments=None):
     """Serves the page, until Ctrl-C; in a notebook it shows it and returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another one than this machine's own needs a password [%(default)s]")
+    parser.add_argument("--host", default="127.0.0.1", help="IPv4 address to listen on; another one than this machine's own needs a password [%(default)s]")
     parser.add_argument("--port", type=int, default=8001, help="[%(default)s]")
     parser.add_argument("--password", default=os.environ.get("WEBUI_PASSWORD"), help="asked for before anything is shown; or in the environment as WEBUI_PASSWORD")
     parser.add_argument("--output", default="output", help="folder of all runs; nothing else is served from the disk as it is [%(default)s]")
@@ -862,11 +883,15 @@ def main(arguments=None):
         sys.exit(f"error: --host {options.host}: other machines could use this page; give it a password with --password")
     place = SimpleNamespace(output=Path(options.output), folders=[Path(folder) for folder in (*FOLDERS, *options.folders)])
     place.jobs = place.output / ".webui" / "jobs"
+    try:
+        place.jobs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output {place.output}: cannot be written ({error.strerror})")
     os.environ["GRADIO_TEMP_DIR"] = str((place.output / ".webui" / "shown").absolute())  # what the page has shown
     # Names that lead to this machine; the last are Colab's. A site that gives its own name to 127.0.0.1 is turned away.
     own = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"])] if is_loopback(options.host) else []
     start = "24gb.json" if torch.cuda.is_available() else "mps.json" if torch.backends.mps.is_available() else "tiny.json"
-    print(f"open http://{'localhost' if is_loopback(options.host) else options.host}:{options.port}", flush=True)
+    print(f"open http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}", flush=True)
     try:
         make_page(place, start).launch(
             server_name=options.host, server_port=options.port, share=False, quiet=True, ssr_mode=False, footer_links=["settings"], run_history=False,

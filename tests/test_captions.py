@@ -14,8 +14,8 @@ ROWS = '{"file_name": "a.png", "text": "one", "width": 5}\nno JSON\n{"file_name"
 FORMS = {
     "a.txt": ("an old caption", "a new caption\n", ["a new caption"]),
     "a.json": ('{"prompt": "old", "by": "me"}', '{"prompt": "a new caption", "by": "me"}\n', ["a new caption"]),
-    "metadata.jsonl": (ROWS, '{"file_name": "a.png", "text": ["x", "红色"], "width": 5}\nno JSON\n{"file_name": "b.png", "text": "two"}\n', ["x", "红色"]),
-    "metadata.csv": ("\ufefftext,file_name,by\r\none,a.png,me\r\n,b.png,\r\ntwo,./a.png,you\r\n", '\ufefftext,file_name,by\r\n"x, y",a.png,me\r\nz,a.png,me\r\n,b.png,\r\n', ["x, y", "z"]),
+    "metadata.jsonl": (ROWS, '{"file_name": "a.png", "text": ["x", "红色", "y"], "width": 5}\nno JSON\n{"file_name": "b.png", "text": "two"}\n', ["x", "红色", "y"]),
+    "metadata.csv": ("\ufefftext,file_name,by\r\none,a.png,me\r\n,b.png,\r\ntwo,./a.png,you\r\n", '\ufefftext,file_name,by\r\n"x, y",a.png,me\r\n,b.png,\r\nz,./a.png,you\r\n', ["x, y", "z"]),
     "captions.json": ('{\n    "b.png": {"caption": "two", "tag": 5},\n    "a.png": {"en": "one", "zh": "一"}\n}', '{\n    "b.png": {\n        "caption": "two",\n        "tag": 5\n    },\n    "a.png": {\n        "en": "x",\n        "zh": "y"\n    }\n}\n', ["x", "y"]),
 }  # fmt: skip
 
@@ -49,6 +49,26 @@ def test_what_stands_beside_a_caption_stays(pictures):
         assert json.loads((pictures / "captions.json").read_text(encoding="utf-8")) == {"a.png": {"caption": shown, "tag": 5}}
 
 
+def test_several_rows_of_a_picture_keep_what_else_is_in_them(pictures):
+    rows = [{"file_name": "a.png", "text": "one", "lang": "en"}, {"file_name": "b.png", "text": "two"}, {"file_name": "a.png", "text": "一", "lang": "zh"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_captions(pictures / "metadata.jsonl", pictures / "a.png", ["x", "y"])
+    assert [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().split("\n")] == [{**rows[0], "text": "x"}, rows[1], {**rows[2], "text": "y"}]
+    (pictures / "metadata.jsonl").unlink()
+    (pictures / "metadata.csv").write_text("file_name,text,lang\na.png,one,en\nb.png,two,\na.png,一,zh\n", encoding="utf-8")
+    for captions, rows in ((["x", "y"], "a.png,x,en\nb.png,two,\na.png,y,zh\n"), (["x", "y", "z"], "a.png,x,en\nb.png,two,\na.png,y,zh\na.png,z,zh\n"), (["x"], "a.png,x,en\nb.png,two,\n")):
+        write_captions(pictures / "metadata.csv", pictures / "a.png", captions)
+        assert (pictures / "metadata.csv").read_text(encoding="utf-8") == "file_name,text,lang\n" + rows
+        assert captions_of(pictures)["a.png"][0] == captions
+
+
+def test_a_caption_file_keeps_its_permissions(pictures):
+    (pictures / "a.txt").write_text("one")
+    (pictures / "a.txt").chmod(0o600)
+    write_captions(pictures / "a.txt", pictures / "a.png", ["two"])
+    assert (pictures / "a.txt").stat().st_mode & 0o777 == 0o600 and captions_of(pictures)["a.png"][0] == ["two"]
+
+
 def test_a_linked_caption_file_stays_a_link(pictures):
     (pictures / "elsewhere").mkdir()
     (pictures / "elsewhere" / "text").write_text("one")
@@ -68,7 +88,7 @@ REFUSED = {
     "metadata.csv": ("file_name,text\nb.png,x\n", ["x"], "names .*a.png no longer"),
     "a.json": ("{", ["x"], "not JSON"),
     "a.txt": ("one", ["x", "y"], "holds one caption"),
-    "captions.json": ('{"a.png": "x", "a.png": "y"}', ["x"], "twice|2 times"),
+    "captions.json": ('{"a.png": "x", "b.png": "\\ud83d"}', ["x"], "half a character"),
 }
 
 
@@ -81,7 +101,9 @@ def test_a_file_that_has_no_place_for_them_is_left_as_it_is(pictures, name):
     assert (pictures / name).read_text(encoding="utf-8") == text and not list(pictures.glob(".*"))
 
 
-def test_a_table_with_two_columns_of_one_name_is_refused(pictures):
-    (pictures / "metadata.csv").write_text("file_name,text,x,x\na.png,one,1,2\n")
-    with pytest.raises(UserError, match="two columns of one name"):
+@pytest.mark.parametrize("text, said", [("file_name,text,x,x\na.png,one,1,2\n", "two columns of one name"), ("file_name,text\na.png,one\nb.png,two,three\n", "more fields than there are columns")])
+def test_a_table_that_cannot_be_written_as_it_was_is_refused(pictures, text, said):
+    (pictures / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
         write_captions(pictures / "metadata.csv", pictures / "a.png", ["y"])
+    assert (pictures / "metadata.csv").read_text() == text

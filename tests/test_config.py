@@ -51,6 +51,7 @@ def test_file_flags_and_defaults(tmp_path):
         ({"base_model_precision": "int9"}, ["base_model_precision", "int9", "int8-quanto"]),
         ({"aspect_bucket_alignment": 32}, ["aspect_bucket_alignment", "32", "64"]),
         ({"resolution": "1000"}, ["resolution", "1000", "multiple of 64"]),
+        ({"resolution": "64000000"}, ["resolution", "64000000", "up to 8192"]),
         ({"resolution": "1024x1000"}, ["resolution", "1024x1000", "multiples of 64"]),
         ({"validation_resolution": "big"}, ["validation_resolution", "big", "1024x1024"]),
         ({"caption_dropout_probability": 1.5}, ["caption_dropout_probability", "1.5", "0 up to 1"]),
