@@ -441,8 +441,8 @@ def set_up_tab(place, start):
         file = file.strip().removesuffix(".json")
         if problems:
             return [said(problems), gr.skip(), gr.skip()]
-        if not re.fullmatch(r"\w[\w .-]{0,79}", file):
-            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 80 at most."), gr.skip(), gr.skip()]
+        if not re.fullmatch(r"\w[\w .-]{0,49}", file):
+            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most."), gr.skip(), gr.skip()]
         path = CONFIGS / f"{file}.json"
         if path.is_file() and not may_replace:
             return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip(), gr.skip()]
@@ -961,9 +961,9 @@ TEXTS = {
     "Replace the file of that name": ("Substituir o arquivo com esse nome", "替换同名文件"),
     "Save": ("Salvar", "保存"),
     "Saved:": ("Salvo:", "已保存："),
-    "⚠ The name of a file needs letters, digits, spaces, dots, - or _, 80 at most.": (
-        "⚠ O nome do arquivo leva letras, algarismos, espaços, pontos, - ou _, no máximo 80.",
-        "⚠ 文件名只能用字母、数字、空格、点、- 或 _，最多 80 个。",
+    "⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most.": (
+        "⚠ O nome do arquivo leva letras, algarismos, espaços, pontos, - ou _, no máximo 50.",
+        "⚠ 文件名只能用字母、数字、空格、点、- 或 _，最多 50 个。",
     ),
     "⚠ There is such a file already; choose another name, or tick Replace:": ("⚠ Já existe um arquivo assim; escolha outro nome ou marque Substituir:", "⚠ 已有这个文件；请换个名字，或勾选替换："),
     "Look at the data": ("Examinar os dados", "检查数据"),
