@@ -440,18 +440,18 @@ def set_up_tab(place, start):
         config, problems = read_form(dict(zip(names, texts)), place)
         file = file.strip().removesuffix(".json")
         if problems:
-            return [said(problems), gr.skip(), gr.skip()]
+            return [said(problems), *[gr.skip()] * 3]
         if not re.fullmatch(r"\w[\w .-]{0,49}", file):
-            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most."), gr.skip(), gr.skip()]
+            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most."), *[gr.skip()] * 3]
         path = CONFIGS / f"{file}.json"
         if path.is_file() and not may_replace:
-            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", gr.skip(), gr.skip()]
+            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", *[gr.skip()] * 3]
         try:
             about = f"// {about_config(path.name)}\n" if path.is_file() and about_config(path.name) else ""
             write_file(path, about + json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
         except UserError as error:
-            return [f"⚠ {plain(error)}", gr.skip(), gr.skip()]
-        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name), False]
+            return [f"⚠ {plain(error)}", *[gr.skip()] * 3]
+        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name), plain(about_config(path.name)), False]
 
     def restore(stored):
         file, texts = stored.get("file"), stored.get("texts", {})
@@ -463,7 +463,7 @@ def set_up_tab(place, start):
     typed = [component.blur if isinstance(component, gr.Textbox) else component.input for component in components]
     gr.on(typed, *checking, show_progress="hidden", trigger_mode="always_last")
     chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
-    save.click(write, [name, replace, *components], [message, chosen, replace])
+    save.click(write, [name, replace, *components], [message, chosen, about, replace])
     return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(*checking, show_progress="hidden")
 
 
