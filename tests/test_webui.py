@@ -178,6 +178,7 @@ def test_a_second_stop_is_not_sent(place, script):
     wait_for(lambda: (place.output / "run0" / "begun").exists())
     for _ in range(3):
         webui.stop_job(webui.read_jobs(place)[0])
+        time.sleep(0.1)  # a signal that waits for another of its kind is lost
         assert states(place) == {1: webui.STOPPING}
     finish(place, "run0")
     wait_for(lambda: not webui.read_jobs(place)[0].alive)
@@ -275,6 +276,17 @@ def test_a_job_is_stopped_in_line_and_at_work_and_by_its_own_error(place, script
     finish(place, "run2")
     wait_for(lambda: states(place) == {1: "stopped", 2: "stopped", 3: "failed"})
     assert webui.log_tail(jobs[1].folder / "log.txt") == "at work"
+
+
+def test_two_jobs_do_not_train_in_one_folder(place, script):
+    start(place, script, "run0")
+    with pytest.raises(ValueError, match="output_dir: job 1 is at work in"):
+        start(place, script, "other/../run0", "Mac GPU")
+    webui.start_job(place, "pictures", script, load_config(output_dir=str(place.output / "run0"), license="0"), "Mac GPU")
+    finish(place, "run0")
+    wait_for(lambda: states(place) == {1: "finished", 2: "finished"})
+    assert start(place, script, "run0") == 3
+    wait_for(lambda: states(place)[3] == "finished")
 
 
 def test_a_killed_job_is_told_and_frees_the_device(place, script):
