@@ -245,6 +245,7 @@ def flags(config):
     return ["configs/tiny.json", "--output_dir", config.output_dir, "--cache_dir", config.cache_dir, "--pretrained_model_name_or_path", MODEL]
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_divide_the_work(tiny_config, tmp_path):
     alone = tiny_config()
     cache_latents.main(alone)

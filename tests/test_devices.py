@@ -230,6 +230,7 @@ def test_what_a_mac_cannot_do_is_refused_by_name():
 EVERY_STEP = "import train_lora; from longcat_common import run_stage; train_lora.LOG_EVERY = 1; run_stage(train_lora.main, '')"
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_accumulation(quick_config, tmp_path, monkeypatch):
     settings = dict(resolution="128x128", lora_dropout=0.1, validation_split=0.2, validation_step_interval=3, validation_prompts=[])
     monkeypatch.setattr(train_lora, "LOG_EVERY", 1)

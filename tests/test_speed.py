@@ -146,6 +146,7 @@ def test_modulations_ahead_give_the_same_loss_gradients_and_pictures(tiny_config
     assert weights[1] < 0.8 * weights[0], "a quarter of the weights is on the host"
 
 
+@pytest.mark.slow
 def test_modulations_ahead_in_training(quick_config, tmp_path, monkeypatch):
     settings = dict(max_train_steps=3, gradient_accumulation_steps=2, validation_split=0.2, validation_step_interval=2, gradient_checkpointing=True)
     plain = quick_config(**settings)
