@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name == "fcntl":
         sys.exit("error: the page needs Linux or macOS; on Windows start it in WSL")
-    sys.exit("error: the page needs Gradio; install it with: pip install 'gradio>=6.20,<7'")
+    sys.exit("error: the page needs Gradio; install it with: pip install 'gradio>=6.31,<7'")
 import pandas as pd
 import torch
 from PIL import Image, ImageOps

@@ -19,7 +19,7 @@ from conftest import MODEL, ROOT, TINY
 
 from longcat_common import ALL_KEYS, load_config
 
-pytest.importorskip("gradio", reason="webui.py's tests need Gradio: pip install 'gradio>=6.20,<7'")
+pytest.importorskip("gradio", reason="webui.py's tests need Gradio: pip install 'gradio>=6.31,<7'")
 import webui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -415,7 +415,7 @@ def test_other_machines_need_the_password(clone):
 def test_without_gradio_it_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(\"No module named 'gradio'\", name='gradio')")
     done = subprocess.run([sys.executable, ROOT / "webui.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines() == ["error: the page needs Gradio; install it with: pip install 'gradio>=6.20,<7'"]
+    assert done.returncode == 1 and done.stderr.splitlines() == ["error: the page needs Gradio; install it with: pip install 'gradio>=6.31,<7'"]
 
 
 # ---------------------------------------------------------------- in a browser
