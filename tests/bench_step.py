@@ -23,7 +23,6 @@ import cache_latents
 import train_lora
 from longcat_common import (
     TARGET_MODULES,
-    add_lora,
     autocast,
     compute_dtype,
     flow_matching_loss,

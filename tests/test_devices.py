@@ -1,6 +1,5 @@
 """Offloading, precisions, several processes, a Mac's rules, memory: what can be shown of them on a CPU."""
 
-import json
 import os
 import weakref
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_iter
 import longcat_common
 import train_lora
 import validate
-from longcat_common import add_lora, check_precision, flow_matching_loss, load_config, load_lora, load_transformer, save_lora
+from longcat_common import add_lora, check_precision, flow_matching_loss, load_config, load_transformer
 
 
 def draws(batch=2):

@@ -498,7 +498,7 @@ def test_a_messy_folder(tiny_config, tmp_path, data):
         assert any(line.startswith(f"- {data / name}: {words}") for line in report.splitlines()), (name, report)
     assert f"8 pictures, {len(bad)} left out" in report and f"## Left out: {len(bad)}" in report and report.split("\n\n")[1] in done.stdout
     assert f"{data}/lonely.txt: there is no picture" in report and f"- {data}/notes.pdf" in report
-    assert f"same.TXT: same.jpg, same.png" in report and f"- {data}/same.txt: is not read, same.TXT is" in report
+    assert "same.TXT: same.jpg, same.png" in report and f"- {data}/same.txt: is not read, same.TXT is" in report
     assert f"- {data}/sub/metadata.csv: is no file" in report and f"- {data}/run" in report and "Traceback" not in done.stderr
 
     again = run_script("prepare_data.py", "--data_dir", data, *flags)  # its own preview.jpg is no training picture

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
 from optimum import quanto
 from PIL import Image
 from test_devices import draws
@@ -15,7 +14,7 @@ from test_survival import lora_bytes, metrics
 
 import train_lora
 import validate
-from longcat_common import Int8Linear, add_lora, flow_matching_loss, generate, load_config, load_lora, load_pipeline, load_transformer
+from longcat_common import Int8Linear, add_lora, flow_matching_loss, generate, load_config, load_pipeline, load_transformer
 
 
 def distance(a, b):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import MODEL, ROOT, TINY
+from conftest import ROOT, TINY
 
 from longcat_common import ALL_KEYS, load_config
 
