@@ -509,7 +509,7 @@ def data_tab(place, form):
                 save = gr.Button(t("Save the caption"), elem_id="save-caption")
                 saved = gr.Markdown(elem_id="caption-message")
 
-    def show(*texts, progress=gr.Progress(track_tqdm=True)):
+    def show(before, i, text, *texts, progress=gr.Progress(track_tqdm=True)):
         config, problems = read_form(dict(zip(names, texts)), place)
         if not problems and not config.data_dir:
             problems = {"data_dir": "data_dir: not set; name the folder with your pictures"}
@@ -525,6 +525,9 @@ def data_tab(place, form):
             for path, captions, file in prepare_data.read_source(source, config, prepare_data.Findings(False)):
                 file = file or path.with_suffix(".txt")
                 found.append({"picture": path, "captions": captions, "file": file, "stamp": stamp(file)})
+        keep_typed(before, i, text)
+        typed = {entry["picture"]: {"typed": entry["typed"]} for entry in before if "typed" in entry}
+        found = [entry | typed.get(entry["picture"], {}) for entry in found]
         text = (output / "report.md").read_text(encoding="utf-8") if (output / "report.md").exists() else ""
         pages = math.ceil(len(found) / THUMBNAILS)
         return [
@@ -538,14 +541,12 @@ def data_tab(place, form):
         return thumbnails(found[start : start + THUMBNAILS]), start
 
     def choose(found, start, i, text, event: gr.SelectData):
-        left = ""
-        if i is not None and i < len(found) and text != found[i].get("typed", "\n".join(found[i]["captions"])):
-            found[i]["typed"], left = text, f"{t('⚠ Not saved yet, but kept here as you typed it:')} {plain(found[i]['picture'])}"
-        entry = found[start + event.index]
+        kept, entry = keep_typed(found, i, text), found[start + event.index]
+        left = f"{t('⚠ Not saved yet, but kept here as you typed it:')} {plain(found[i]['picture'])}" if kept else ""
         return found, start + event.index, thumbnail(entry["picture"], 768), entry.get("typed", "\n".join(entry["captions"])), plain(entry["file"]), left
 
     def write(found, i, text, start):
-        captions = [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
+        captions = lines_of(text)
         if i is None or not 0 <= i < len(found) or not captions:
             return t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()
         path, file = found[i]["picture"], found[i]["file"]
@@ -564,10 +565,26 @@ def data_tab(place, form):
         return f"{t('Saved:')} {plain(file)}", found, thumbnails(found[start : start + THUMBNAILS])
 
     outputs = [message, sheet, report_box, report, pictures, captions_box, number, gallery, first, index, large, caption, where, saved]
-    look.click(show, components, outputs, show_progress_on=message)
+    look.click(show, [pictures, index, caption, *components], outputs, show_progress_on=message)
     number.change(turn, [pictures, number], [gallery, first], show_progress="hidden")
     gallery.select(choose, [pictures, first, index, caption], [pictures, index, large, caption, where, saved], show_progress="hidden")
     save.click(write, [pictures, index, caption, first], [saved, pictures, gallery], show_progress="hidden")
+
+
+def lines_of(text):
+    """Captions as typed, one a line."""
+    return [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
+
+
+def keep_typed(found, i, text):
+    """Notes what is typed for the picture `i`, if that is not what its file holds. Returns whether it is not."""
+    if i is None or not 0 <= i < len(found):
+        return False
+    found[i].pop("typed", None)
+    if lines_of(text) == found[i]["captions"]:
+        return False
+    found[i]["typed"] = text
+    return True
 
 
 def report_as_text(report):
@@ -586,9 +603,9 @@ def stamp(file):
 
 
 def thumbnails(entries):
-    """What the gallery shows of these pictures: (picture, its first caption) each."""
+    """What the gallery shows of these pictures: (picture, its first caption) each; ✎ if another one is typed, but not saved."""
     images = in_parallel(lambda entry: thumbnail(entry["picture"], 192), entries)
-    return [(image, entry["captions"][0] if entry["captions"] else "⚠") for image, entry in zip(images, entries)]
+    return [(image, "✎ " * ("typed" in entry) + (entry["captions"][0] if entry["captions"] else "⚠")) for image, entry in zip(images, entries)]
 
 
 def thumbnail(path, side):

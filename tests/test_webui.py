@@ -510,6 +510,13 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.click("#save-caption")
         until(lambda: "changed meanwhile" in text("caption-message"))
         assert (pictures / "neonix-03.json").read_text() == '{"caption": "changed elsewhere"}'
+        page.click("#look")  # what was typed is not lost
+        until(lambda: "✎ changed elsewhere" in thumbnails.nth(3).inner_text())
+        thumbnails.nth(3).click()
+        until(lambda: caption.input_value() == "from the page")
+        page.click("#save-caption")
+        until(lambda: "Saved" in text("caption-message") and "✎" not in thumbnails.nth(3).inner_text())
+        assert json.loads((pictures / "neonix-03.json").read_text()) == {"caption": "from the page"}
         page.locator("#page input[type=range]").focus()
         page.keyboard.press("ArrowRight")
         until(lambda: thumbnails.count() == 16)
