@@ -335,10 +335,8 @@ def checked(name, value):
         return "tensorboard"
     if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt", "trigger_words"):
         raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{name}: found {value!r}, which holds half a character; write it again") from None
+    if not is_whole_text(value):
+        raise UserError(f"{name}: found {value!r}, which holds half a character; write it again")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{name}: found {value!r}, which holds a NUL character; write it again")
     if float in types and type(value) is int:
@@ -358,6 +356,15 @@ def checked(name, value):
         if key.minimum is not None and type(number) in (int, float) and number < key.minimum:
             raise UserError(f"{name}: found {value!r}, allowed is {key.minimum} or more")
     return value
+
+
+def is_whole_text(value):
+    """Whether no text in a value holds half a character, which could not be written or sent."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_size(name, text, alignment):

@@ -230,7 +230,7 @@ def table_text(text, file, picture, captions):
         if any(None in row for row in rows):
             raise ValueError("has a row with more fields than there are columns; put captions with commas in quotes")
         mine = [i for i, row in enumerate(rows) if is_row(row)]
-        name = next((name for name in CAPTION_NAMES if mine and rows[mine[0]].get(name)), next((name for name in CAPTION_NAMES if name in table.fieldnames), None))
+        name = caption_name(rows[mine[0]]) if mine else None
         writer = csv.DictWriter(out, table.fieldnames, lineterminator="\n")
         writer.writeheader()
         for i, row in enumerate(rows):
@@ -251,10 +251,15 @@ def table_text(text, file, picture, captions):
     return changed
 
 
+def caption_name(row):
+    """The key of a dictionary under which its captions stand, or would; None if it has no such key."""
+    return next((name for name in CAPTION_NAMES if row.get(name)), next((name for name in CAPTION_NAMES if name in row), None))
+
+
 def with_captions(value, captions):
     """A JSON value, such as captions_in reads, with these captions in the place of its own."""
     if isinstance(value, dict):
-        name = next((name for name in CAPTION_NAMES if value.get(name)), next((name for name in CAPTION_NAMES if name in value), None))
+        name = caption_name(value)
         if name or any(name in value for name in PATH_NAMES):
             return {**value, (name or CAPTION_NAMES[0]): with_captions(value.get(name), captions)}
         if len(value) == len(captions) and all(isinstance(old, str) for old in value.values()):

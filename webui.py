@@ -51,6 +51,7 @@ from longcat_common import (
     flag_value,
     in_parallel,
     is_prompt_file,
+    is_whole_text,
     load_config,
     read_config_file,
     read_json,
@@ -59,6 +60,7 @@ from longcat_common import (
     types_of,
     write_file,
 )
+from validate import LORA_NAME
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -379,9 +381,9 @@ def curves(metrics):
 
 def loras_of(folder):
     """{label: path} of a run's LoRAs, the newest first, to choose from."""
-    name = "pytorch_lora_weights.safetensors"
-    found = {f"{path.name}": path / name for path in reversed(checkpoint_folders(SimpleNamespace(output_dir=str(folder)))) if (path / name).exists()}
-    return {**({name: folder / name} if (folder / name).exists() else {}), **found}
+    found = {LORA_NAME: folder / LORA_NAME}
+    found |= {path.name: path / LORA_NAME for path in reversed(checkpoint_folders(SimpleNamespace(output_dir=folder)))}
+    return {label: path for label, path in found.items() if path.exists()}
 
 
 # ---------------------------------------------------------------- the page
@@ -430,7 +432,7 @@ def set_up_tab(place, start):
         default, texts, unused = load_config(), [], [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names]
         for name in names:
             value = given.get(name, getattr(default, name))
-            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_text(value):  # no field can show it
+            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_whole_text(value):  # no field can show it
                 unused.append(f"{name}: found {ascii(value)}")
                 value = getattr(default, name)
             texts.append(to_text(name, value))
@@ -465,14 +467,6 @@ def set_up_tab(place, start):
     chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
     save.click(write, [name, replace, *components], [message, chosen, about, replace])
     return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(*checking, show_progress="hidden")
-
-
-def is_text(value):
-    """Whether a value can be sent to a browser: no half characters."""
-    try:
-        return bool(json.dumps(value, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def config_names():
@@ -687,7 +681,7 @@ def jobs_tab(place, form):
         if run:
             state, text = (f"**{t(job.state)}**", log_tail(job.folder / "log.txt")) if job else (t("not started from this page"), "")
         if run and not (job and job.what == "measurement"):
-            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), *(path if is_inside(path, [place.output]) else None for path in (run / "validation" / "progress.png", run / "pytorch_lora_weights.safetensors"))
+            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), *(path if is_inside(path, [place.output]) else None for path in (run / "validation" / "progress.png", run / LORA_NAME))
         return what_changed(before, [
             ((listed, value), gr.update(choices=listed, value=value)),
             (state, state),
@@ -779,13 +773,13 @@ def try_tab(place, device):
             log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_classes=["log"])
     seen, components = gr.State([]), list(form.values())
 
-    def runs_now():
-        return [str(path) for path in find_runs(place, read_jobs(place))]
+    def runs_of(jobs):
+        return [str(path) for path in find_runs(place, jobs)]
 
     def settings(folder):
         """A run's own settings for its pictures."""
         try:
-            given = read_json(Path(folder) / "config.json") if folder in runs_now() else {}
+            given = read_json(Path(folder) / "config.json") if folder in runs_of(read_jobs(place)) else {}
             config = load_config(**{name: given[name] for name in names if name in given})
         except UserError:
             config = load_config()
@@ -793,7 +787,7 @@ def try_tab(place, device):
 
     def begin(folder, lora, device, *texts):
         nothing = [gr.skip() for _ in names]
-        if folder not in runs_now():
+        if folder not in runs_of(read_jobs(place)):
             return [t("⚠ Choose a run: train one first."), *nothing]
         loras = {"latest": "latest", **loras_of(Path(folder)), "none": "none"}
         if lora not in loras:
@@ -809,10 +803,11 @@ def try_tab(place, device):
         return [said(problems), *marked(names, TRY, problems)]
 
     def refresh(folder, lora, before):
-        runs = runs_now()
+        jobs = read_jobs(place)
+        runs = runs_of(jobs)
         folder = folder if folder in runs else next(iter(runs), None)
         loras = ["latest", *(loras_of(Path(folder)) if folder else []), "none"]
-        jobs = [job for job in read_jobs(place) if job.what == "pictures" and job.output_dir == folder]
+        jobs = [job for job in jobs if job.what == "pictures" and job.output_dir == folder]
         job, text = (jobs[-1], log_tail(jobs[-1].folder / "log.txt")) if jobs else (None, "")
         drawn = re.findall(r"^base beside LoRA: (.+)$", text, re.MULTILINE) if job and job.state == "finished" else []
         grid = Path(drawn[-1]) if drawn and is_inside(drawn[-1], [place.output]) else None
