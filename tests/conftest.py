@@ -1,5 +1,7 @@
+import os  # one thread each, children too: several PyTorch processes on few cores wait for each other's threads
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
+
 import multiprocessing
-import os
 import runpy
 import shutil
 import socket
@@ -9,6 +11,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
+
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_longcat"
@@ -38,6 +44,7 @@ def run_child(logs, script, arguments, environment):
     sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", buffering=1, encoding="utf-8")
     os.chdir(ROOT)
     os.environ.update(environment)
+    torch.set_num_threads(1)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
@@ -60,7 +67,7 @@ def run_together(script, count, folder, *arguments):
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    environment = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    environment = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     logs = [folder / f"process-{i}" for i in range(count)]
     processes = [start_script(log, script, *arguments, **environment, RANK=str(i), LOCAL_RANK=str(i)) for i, log in enumerate(logs)]
     for process in processes:
@@ -79,43 +86,90 @@ def run_python(*arguments, check=True, **options):
     return done
 
 
+# ---------------------------------------------------------------- what tests share, in this process and beside it
+
+
 @pytest.fixture(scope="session")
-def few_pictures(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """A function (name, make) that gives a folder which make(folder) has filled: once for all processes of this session."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name, make):
+        with FileLock(root / f"{name}.lock"):
+            folder = root / name
+            if not (root / f"{name}.made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (root / f"{name}.made").touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def few_pictures(made_once):
     """A folder of seven captioned pictures, in two sizes."""
-    folder = tmp_path_factory.mktemp("few")
-    for i in range(7):
-        for path in (TINY / "pictures").glob(f"neonix-{i:02d}.*"):
-            shutil.copy(path, folder)
-    return folder
+
+    def make(folder):
+        for i in range(7):
+            for path in (TINY / "pictures").glob(f"neonix-{i:02d}.*"):
+                shutil.copy(path, folder)
+
+    return made_once("few", make)
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory):
+def shared_cache(made_once):
     """A cache that tests share: what one has encoded, the others find."""
-    return tmp_path_factory.mktemp("cache")
+    return made_once("cache", lambda folder: None)
 
 
-@pytest.fixture
-def quick_config(tiny_config, few_pictures, shared_cache):
-    """A function that gives a configuration for a few quick steps: few pictures, no previews, a checkpoint a step."""
+def tiny(**overrides):
+    """The demo's configuration on the tiny model."""
+    from longcat_common import load_config
 
-    def make(**overrides):
-        quick = dict(
-            data_dir=str(few_pictures), cache_dir=str(shared_cache), train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
-            report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red circle"],
-        )  # fmt: skip
-        return tiny_config(**{**quick, **overrides})
-
-    return make
+    return load_config(ROOT / "configs" / "tiny.json", **{"pretrained_model_name_or_path": MODEL, **overrides})
 
 
 @pytest.fixture
 def tiny_config(tmp_path):
     """A function that gives the demo's configuration, with this test's own output and cache."""
-    from longcat_common import load_config
+    paths = {"output_dir": str(tmp_path / "output"), "cache_dir": str(tmp_path / "cache")}
+    return lambda **overrides: tiny(**{**paths, **overrides})
 
-    def make(**overrides):
-        paths = {"output_dir": str(tmp_path / "output"), "cache_dir": str(tmp_path / "cache"), "pretrained_model_name_or_path": MODEL}
-        return load_config(ROOT / "configs" / "tiny.json", **{**paths, **overrides})
 
-    return make
+def quick(few_pictures, shared_cache, **overrides):
+    settings = dict(
+        data_dir=str(few_pictures), cache_dir=str(shared_cache), train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
+        report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red circle"],
+    )  # fmt: skip
+    return tiny(**{**settings, **overrides})
+
+
+@pytest.fixture
+def quick_config(tmp_path, few_pictures, shared_cache):
+    """A function that gives a configuration for a few quick steps: few pictures, no previews, a checkpoint a step."""
+    return lambda **overrides: quick(few_pictures, shared_cache, **{"output_dir": str(tmp_path / "output"), **overrides})
+
+
+# Five pictures in batches of two or one: the first epoch ends within step 2.
+REFERENCE = dict(
+    max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1, gradient_checkpointing=True, validation_split=0.2,
+    validation_step_interval=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def reference_run(tmp_path, few_pictures, shared_cache, made_once):
+    """The configuration of a finished run of three steps, with a checkpoint each, held-out scores and previews at steps 0, 2
+    and 3: trained once for all tests, and copied into this one's folder."""
+
+    def train(folder):
+        import train_lora
+
+        train_lora.main(quick(few_pictures, shared_cache, **REFERENCE, output_dir=str(folder / "output")))
+
+    shutil.copytree(made_once("reference", train), tmp_path, dirs_exist_ok=True)
+    return quick(few_pictures, shared_cache, **REFERENCE, output_dir=str(tmp_path / "output"))

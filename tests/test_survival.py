@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, start_script
+from conftest import MODEL, REFERENCE, ROOT, start_script
 from safetensors.torch import load_file, save_file
 from test_cache import cached_files
 
@@ -55,11 +55,8 @@ def wait_for(process, condition):
 # ---------------------------------------------------------------- killed and resumed
 
 
-def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, tmp_path):
-    # Six pictures in batches of two or one: the first epoch ends within step 2.
-    settings = dict(max_train_steps=3, gradient_accumulation_steps=3, lora_dropout=0.1, train_batch_size=2, gradient_checkpointing=True, validation_split=0.2)
-    config = quick_config(**settings)
-    train_lora.main(config)
+def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, reference_run, tmp_path):
+    config, settings = reference_run, REFERENCE
     expected = lora_bytes(config)
     states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(config)]
     assert [state["batches"]["number"] for state in states] == [3, 6, 9] and [state["batches"]["epoch"] for state in states] == [0, 1, 2]
@@ -72,7 +69,7 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, tmp_pat
             shutil.rmtree(folder)
         train_lora.main(other)
         assert lora_bytes(other) == expected, f"resumed from step {done}"
-        assert [line["step"] for line in metrics(other)] == [3]
+        assert [line["step"] for line in metrics(other) if "loss" in line] == [3]
     # Another seed is another LoRA: the comparison can fail.
     other = quick_config(**{**settings, "max_train_steps": 1}, output_dir=str(tmp_path / "other"), seed=43)
     train_lora.main(other)
@@ -227,24 +224,23 @@ def flip(path):
         lambda folder: flip(folder / "state.safetensors"),
         lambda folder: (folder / "pictures.jsonl").unlink(),
         lambda folder: (folder / "state.json").write_text('{"step": 3'),
-        lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace('"epoch": 0', '"epoch": 9')),
+        lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace('"epoch": ', '"epoch": 1')),
         lambda folder: (folder / "SHA256SUMS").write_text(""),
         lambda folder: (folder / "state.json").unlink(),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, damage, capsys):
-    config = quick_config(max_train_steps=3, checkpoints_total_limit=2)
-    train_lora.main(config)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, reference_run, damage, capsys):
+    config = reference_run
     expected = lora_bytes(config)
     newest = Path(config.output_dir) / "checkpoints" / "step-000003"
     damage(newest)
     with pytest.raises(ValueError, match="resume_from_checkpoint: .*step-000003"):
-        train_lora.main(quick_config(max_train_steps=3, resume_from_checkpoint=str(newest)))
+        train_lora.main(quick_config(**REFERENCE, resume_from_checkpoint=str(newest)))
     capsys.readouterr()
     train_lora.main(config)
     printed = capsys.readouterr()
     assert "step-000003" in printed.err and "training goes on from step-000002" in printed.err and "resumed from" in printed.out
-    assert lora_bytes(config) == expected and checkpoints(config) == ["step-000002", "step-000003"]
+    assert lora_bytes(config) == expected and checkpoints(config)[-2:] == ["step-000002", "step-000003"]
     assert len(list(newest.parent.glob("damaged-step-000003-*"))) == 1, "nothing is thrown away"
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from test_survival import metrics
 
 import longcat_common
-import train_lora
 import validate
 from longcat_common import generate, load_config, load_pipeline
 
@@ -23,10 +22,10 @@ def pixels(path):
 
 
 @pytest.fixture
-def run(quick_config):
+def run(reference_run):
     """A short run with two checkpoints and a held-out loss for each."""
-    config = quick_config(max_train_steps=4, checkpoint_step_interval=2, validation_step_interval=2, validation_split=0.2, validation_prompts=[])
-    train_lora.main(config)
+    config = reference_run
+    shutil.rmtree(Path(config.output_dir) / "checkpoints" / "step-000001")
     config.validation_prompts = ["a red circle in neonix style", "一个蓝色的五角星"]
     return config
 
@@ -56,9 +55,9 @@ def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
     run.compare_checkpoints, run.validation_prompts = True, run.validation_prompts[:1]
     first = validate.main(run)
     names = {path.name for path in first.parent.glob("00-*.png")}
-    assert names == {f"00-128x128-seed42-{what}.png" for what in ("base", "step-000002", "step-000004")}
+    assert names == {f"00-128x128-seed42-{what}.png" for what in ("base", "step-000002", "step-000003")}
     assert capsys.readouterr().out.count("held-out loss") == 2
-    damaged = Path(run.output_dir) / "checkpoints" / "step-000003" / "pytorch_lora_weights.safetensors"
+    damaged = Path(run.output_dir) / "checkpoints" / "step-000005" / "pytorch_lora_weights.safetensors"
     damaged.parent.mkdir()
     damaged.write_bytes(b"half a file")
     again = validate.main(run).parent
@@ -93,7 +92,7 @@ def test_which_lora_is_shown(run, tmp_path):
     assert validate.find_loras(run) == [last]
     last.unlink()
     run.lora = None
-    assert validate.find_loras(run) == [output / "checkpoints/step-000004/pytorch_lora_weights.safetensors"]
+    assert validate.find_loras(run) == [output / "checkpoints/step-000003/pytorch_lora_weights.safetensors"]
     run.output_dir = str(tmp_path / "new")
     assert validate.find_loras(run) == []
     (tmp_path / "file").write_text("")
