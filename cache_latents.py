@@ -94,7 +94,9 @@ def encode_pictures(vae, pixels):
     if len(pixels) > 1:
         return tuple(torch.cat(tensors) for tensors in zip(*(encode_pictures(vae, one) for one in pixels.split(1))))
     if vae.use_tiling:
-        raise UserError(f"the device has too little memory for a picture of {pixels.shape[3]}x{pixels.shape[2]}; choose a smaller resolution")
+        raise UserError(
+            f"the device has too little memory for a picture of {pixels.shape[3]}x{pixels.shape[2]}; choose a smaller resolution"
+        )
     usual = vae.tile_sample_min_size, vae.tile_latent_min_size
     vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, TILE, TILE * usual[1] // usual[0]
     try:
@@ -146,7 +148,10 @@ def cache_pictures(config, batches, device):
             for name, start, end in zip(spent, clock, clock[1:]):
                 spent[name] += end - start
             bar.update(len(batch))
-    print("latents: " + ", ".join(f"{seconds:.1f} s {'waiting for ' * (name == 'decoding')}{name}" for name, seconds in spent.items()))
+    print(
+        "latents: "
+        + ", ".join(f"{seconds:.1f} s {'waiting for ' * (name == 'decoding')}{name}" for name, seconds in spent.items())
+    )
     del vae
     free_memory()
 
@@ -169,7 +174,9 @@ def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
     print(f"{work}; {size / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
     needed = size * process_count()  # their shares are about equal
     if needed > free:
-        raise UserError(f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another")
+        raise UserError(
+            f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another"
+        )
 
 
 def register(config, files):
@@ -177,7 +184,9 @@ def register(config, files):
     manifest, cache = (Path(config.output_dir) / "manifest.jsonl").absolute(), Path(config.cache_dir)
     names = sorted({path.relative_to(cache).as_posix() for path in files})
     key = content_key(str(manifest), platform.node())  # another machine may have another run at the same path
-    write_file(cache / "runs" / f"{key}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False))
+    write_file(
+        cache / "runs" / f"{key}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False)
+    )
 
 
 def prune(config):
@@ -186,7 +195,9 @@ def prune(config):
     Raises UserError if a registered manifest cannot be reached: its disk may only be away.
     """
     cache, needed = Path(config.cache_dir), set()
-    files = [path for part in ("latents", "prompts") for path in (cache / part).rglob("*") if path.is_file()]  # before the runs: one may be starting
+    files = [
+        path for part in ("latents", "prompts") for path in (cache / part).rglob("*") if path.is_file()
+    ]  # before the runs: one may be starting
     runs = sorted((cache / "runs").glob("*.json"))
     if not runs:
         raise UserError(f"cache_dir: no run is registered in {cache}; nothing is deleted")
@@ -197,7 +208,9 @@ def prune(config):
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{run}: is damaged; start its run again, or delete it if that run is gone") from None
         if not os.path.exists(manifest):
-            raise UserError(f"{run}: its manifest {manifest} cannot be reached; if that run is gone, delete {run} and prune again")
+            raise UserError(
+                f"{run}: its manifest {manifest} cannot be reached; if that run is gone, delete {run} and prune again"
+            )
         needed.update(names)
     old = time.time() - 3600  # a younger temporary file may be another process's work
     unneeded, size = [], 0
@@ -231,7 +244,9 @@ def read_manifest(config):
             raise ValueError
         return entries
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); machines that work together must share output_dir") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); machines that work together must share output_dir"
+        ) from None
     except (ValueError, AttributeError):
         raise UserError(f"{path}: is damaged; set data_dir, and it is made again") from None
 

@@ -35,7 +35,12 @@ for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+)
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
@@ -90,23 +95,39 @@ KEYS = {
         "model_family": Key(str, "longcat_image", "the model family", ("longcat_image",)),
         "model_flavour": Key(str, "final", "the main release, or the mid-training checkpoint", tuple(FLAVOURS)),
         "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
-        "base_model_precision": Key(str, "int8-quanto", "how the frozen transformer is stored; int8-matmul: its products, too, are in 8 bits", PRECISIONS),
+        "base_model_precision": Key(
+            str,
+            "int8-quanto",
+            "how the frozen transformer is stored; int8-matmul: its products, too, are in 8 bits",
+            PRECISIONS,
+        ),
         "text_encoder_precision": Key(
-            str, "no_change", "of the text encoder; quantizing it saves little here, and changes the embeddings", PRECISIONS[:5]
+            str,
+            "no_change",
+            "of the text encoder; quantizing it saves little here, and changes the embeddings",
+            PRECISIONS[:5],
         ),
         "mixed_precision": Key(
-            str, "auto", "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU", ("auto", "bf16", "fp16", "no")
+            str,
+            "auto",
+            "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU",
+            ("auto", "bf16", "fp16", "no"),
         ),
     },
     "data": {
-        "data_dir": Key((str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'),
+        "data_dir": Key(
+            (str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'
+        ),
         "instance_prompt": Key(str, None, "caption for pictures that have none"),
         "resolution": Key((str, int), "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"'),
         "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
         "skip_upscaled": Key(bool, False, "leave out pictures that are smaller than their bucket"),
         "strict": Key(bool, False, "stop at the first picture or caption that cannot be used, instead of reporting it"),
         "validation_split": Key(
-            float, 0.0, "share of the pictures (8 at most) that is never trained on and scored beside as many others; 0: none", minimum=0
+            float,
+            0.0,
+            "share of the pictures (8 at most) that is never trained on and scored beside as many others; 0: none",
+            minimum=0,
         ),
         "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
         "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
@@ -141,19 +162,35 @@ KEYS = {
         "adam_weight_decay": Key(float, 0.01, "AdamW's weight decay", minimum=0),
         "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm; 0: not clipped", minimum=0),
         "gradient_checkpointing": Key(
-            (bool, str), True, "recompute activations in the backward pass: less memory, 1.5 times the time; auto: in as many blocks as memory demands", (True, False, "auto")
+            (bool, str),
+            True,
+            "recompute activations in the backward pass: less memory, 1.5 times the time; auto: in as many blocks as memory demands",
+            (True, False, "auto"),
         ),  # fmt: skip
         "seed": Key(int, 42, "every random draw follows from it", minimum=0),
-        "flow_schedule_auto_shift": Key(bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"),
+        "flow_schedule_auto_shift": Key(
+            bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"
+        ),
     },
     "memory": {
-        "enable_group_offload": Key(bool, False, "keep the frozen blocks in host memory; they visit the device one after another"),
+        "enable_group_offload": Key(
+            bool, False, "keep the frozen blocks in host memory; they visit the device one after another"
+        ),
         "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
         "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
-        "enable_modulation_offload": Key(bool, False, "keep the layers that see only the noise level, a quarter of the weights, in host memory; their outputs are computed ahead"),
+        "enable_modulation_offload": Key(
+            bool,
+            False,
+            "keep the layers that see only the noise level, a quarter of the weights, in host memory; their outputs are computed ahead",
+        ),
         "torch_compile": Key(bool, False, "compile the blocks: minutes at the start, less time and memory a step"),
         "vram_limit_gb": Key(float, None, "CUDA: use no more memory than a card of this size has, in GiB", minimum=2),
-        "benchmark": Key(int, 0, "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else", minimum=0),
+        "benchmark": Key(
+            int,
+            0,
+            "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else",
+            minimum=0,
+        ),
     },
     "output": {
         "output_dir": Key(str, "output", "folder of this run's files"),
@@ -161,18 +198,36 @@ KEYS = {
         "checkpoints_total_limit": Key(int, 3, "how many checkpoints are kept", minimum=1),
         "resume_from_checkpoint": Key(str, "latest", 'checkpoint to go on from: "latest", a folder, or "none"'),
         "report_to": Key(str, "tensorboard", "where curves go, besides metrics.jsonl", ("tensorboard", "none")),
-        "validation_step_interval": Key(int, 500, "steps between preview pictures and held-out scores; 0: none", minimum=0),
+        "validation_step_interval": Key(
+            int, 500, "steps between preview pictures and held-out scores; 0: none", minimum=0
+        ),
     },
     "validation": {
-        "validation_prompts": Key((list, str), [], "prompts of previews and of validate.py: a list, one, or a .txt file with one a line"),
+        "validation_prompts": Key(
+            (list, str), [], "prompts of previews and of validate.py: a list, one, or a .txt file with one a line"
+        ),
         "validation_negative_prompt": Key(str, "", "negative prompt"),
-        "validation_resolution": Key(str, "1024x1024", 'width x height of the pictures, multiples of 16; validate.py takes several, "1024x1024,1344x768"'),
+        "validation_resolution": Key(
+            str,
+            "1024x1024",
+            'width x height of the pictures, multiples of 16; validate.py takes several, "1024x1024,1344x768"',
+        ),
         "validation_guidance": Key(float, 4.5, "guidance scale", minimum=0),
         "validation_num_inference_steps": Key(int, 30, "sampling steps", minimum=1),
-        "validation_seed": Key((int, list), 42, "seed of every picture's first noise; validate.py takes a list, too", minimum=0),
-        "validation_cfg_renorm": Key(bool, True, "the pipeline's CFG-renorm: guidance does not raise the prediction's norm"),
-        "validation_lora_strength": Key((float, list), 1.0, "validate.py: strength of the LoRA; a list gives a column each"),
-        "lora": Key(str, None, 'validate.py: a LoRA file, a folder, "latest" of output_dir, or "none"; null: latest, if there is one'),
+        "validation_seed": Key(
+            (int, list), 42, "seed of every picture's first noise; validate.py takes a list, too", minimum=0
+        ),
+        "validation_cfg_renorm": Key(
+            bool, True, "the pipeline's CFG-renorm: guidance does not raise the prediction's norm"
+        ),
+        "validation_lora_strength": Key(
+            (float, list), 1.0, "validate.py: strength of the LoRA; a list gives a column each"
+        ),
+        "lora": Key(
+            str,
+            None,
+            'validate.py: a LoRA file, a folder, "latest" of output_dir, or "none"; null: latest, if there is one',
+        ),
         "compare_checkpoints": Key(bool, False, "validate.py: a column for each checkpoint of output_dir"),
     },
 }
@@ -258,22 +313,37 @@ def load_config(path=None, **overrides):
             print(f"ignored: {name} ({IGNORED_KEYS[name]})", file=sys.stderr)
         elif name not in ALL_KEYS:
             near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.4)
-            raise UserError(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"))
+            raise UserError(
+                f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys")
+            )
         else:
             setattr(config, name, checked(name, value))
-    config.validation_prompts, config.trigger_words = read_prompts(config.validation_prompts), as_list(config.trigger_words)
+    config.validation_prompts, config.trigger_words = (
+        read_prompts(config.validation_prompts),
+        as_list(config.trigger_words),
+    )
     validation_sizes(config)
     if max(as_list(config.validation_seed)) >= 2**63:
         raise UserError(f"validation_seed: found {config.validation_seed}, allowed is less than 2^63")
     buckets(config)
     sources(config)
     if config.enable_modulation_offload and any("linear" in target for target in config.lora_target_modules):
-        raise UserError("lora_target_modules: names modulation layers (norm*.linear), which enable_modulation_offload keeps on the host; leave one of them out")
+        raise UserError(
+            "lora_target_modules: names modulation layers (norm*.linear), which enable_modulation_offload keeps on the host; leave one of them out"
+        )
     if config.enable_group_offload and config.gradient_checkpointing is not True:
-        raise UserError(f"gradient_checkpointing: found {json.dumps(config.gradient_checkpointing)}, but enable_group_offload needs true: else every block's weights stay for the backward pass")
+        raise UserError(
+            f"gradient_checkpointing: found {json.dumps(config.gradient_checkpointing)}, but enable_group_offload needs true: else every block's weights stay for the backward pass"
+        )
     if config.torch_compile and (config.enable_group_offload or config.base_model_precision in PRECISIONS[:3]):
-        what = "enable_group_offload" if config.enable_group_offload else f"base_model_precision {config.base_model_precision}"
-        raise UserError(f"torch_compile: does not work with {what}; use base_model_precision int8, int8-matmul or no_change, without offload")
+        what = (
+            "enable_group_offload"
+            if config.enable_group_offload
+            else f"base_model_precision {config.base_model_precision}"
+        )
+        raise UserError(
+            f"torch_compile: does not work with {what}; use base_model_precision int8, int8-matmul or no_change, without offload"
+        )
     for name in ("adam_beta1", "adam_beta2", "lora_dropout", "validation_split", "caption_dropout_probability"):
         if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
             limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
@@ -283,7 +353,10 @@ def load_config(path=None, **overrides):
 
 def read_config_file(path):
     """{key: value} of a config file, as it stands there. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
-    return {name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value for name, value in read_json(path).items()}
+    return {
+        name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value
+        for name, value in read_json(path).items()
+    }
 
 
 def as_list(value):
@@ -294,7 +367,9 @@ def as_list(value):
 def read_prompts(prompts):
     """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
     if isinstance(prompts, str) and prompts.lstrip().startswith("["):
-        raise UserError(f"validation_prompts: found {prompts[:80]!r}, which begins as a list and is none; write it as JSON, with double quotes: '[\"a cat\", \"a dog\"]'")
+        raise UserError(
+            f'validation_prompts: found {prompts[:80]!r}, which begins as a list and is none; write it as JSON, with double quotes: \'["a cat", "a dog"]\''
+        )
     if isinstance(prompts, list) or not is_prompt_file(prompts):
         return as_list(prompts)
     try:
@@ -342,10 +417,15 @@ def checked(name, value):
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types:
-        wanted = " or ".join({str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[t] for t in types)
+        wanted = " or ".join(
+            {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[t]
+            for t in types
+        )
         raise UserError(f"{name}: found {value!r}, allowed is {wanted}")
     if type(value) is list and name != "data_dir":
-        wanted, allowed = {int: ("whole numbers", [int]), float: ("numbers", [int, float])}.get(types[0], ("texts", [str]))
+        wanted, allowed = {int: ("whole numbers", [int]), float: ("numbers", [int, float])}.get(
+            types[0], ("texts", [str])
+        )
         if not all(type(v) in allowed for v in value):
             raise UserError(f"{name}: found {value!r}, allowed is a list of {wanted}")
     if key.choices and value not in key.choices:
@@ -372,7 +452,9 @@ def parse_size(name, text, alignment):
     match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not width or not height or width % alignment or height % alignment:
-        raise UserError(f"{name}: found {text!r}, allowed is WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024")
+        raise UserError(
+            f"{name}: found {text!r}, allowed is WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024"
+        )
     return width, height
 
 
@@ -386,7 +468,9 @@ def buckets(config):
         return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
     side = int(text)
     if side < grid or side % grid or side > 8192:
-        raise UserError(f"resolution: found {text!r}, allowed is a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768")
+        raise UserError(
+            f"resolution: found {text!r}, allowed is a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768"
+        )
     sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
     sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
     return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
@@ -411,7 +495,9 @@ def sources(config):
                 "loss_weight": ("a number from 0", type(value) in (int, float) and 0 <= value < math.inf),
             }[name]
             if not good:
-                raise UserError(f"data_dir: found {name} {value!r} in the source {source['path']!r}, allowed is {allowed}")
+                raise UserError(
+                    f"data_dir: found {name} {value!r} in the source {source['path']!r}, allowed is {allowed}"
+                )
     return [{**defaults, **source} for source in given]
 
 
@@ -445,7 +531,11 @@ def config_from_flags(description, arguments):
         if name and name != "help" and name not in ALL_KEYS:
             load_config(**{name: None})  # names it and the nearest key
         bare = name == word[2:] and name in ALL_KEYS and bool in types_of(name)
-        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (["true"], ["false"], ["auto"])
+        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (
+            ["true"],
+            ["false"],
+            ["auto"],
+        )
         words.append(f"{word}=true" if bare else word)
     given = vars(parser.parse_args(words))
     path = given.pop("config")
@@ -595,7 +685,9 @@ def pick_device():
     if torch.cuda.is_available():
         number = int(os.environ.get("LOCAL_RANK", 0))
         if number >= torch.cuda.device_count():
-            raise UserError(f"torchrun: process {number + 1} of this machine has no device, there are {torch.cuda.device_count()}; start fewer")
+            raise UserError(
+                f"torchrun: process {number + 1} of this machine has no device, there are {torch.cuda.device_count()}; start fewer"
+            )
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -674,12 +766,16 @@ def check_precision(config, device):
     device, dtype = torch.device(device), compute_dtype(config, device)
     for name in ("base_model_precision", "text_encoder_precision"):
         if device.type == "mps" and getattr(config, name) not in ("no_change", "int8-quanto"):
-            raise UserError(f"{name}: {getattr(config, name)} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change")
+            raise UserError(
+                f"{name}: {getattr(config, name)} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change"
+            )
     # quanto then packs the weights for a kernel (AWQ) whose tensors cannot leave the GPU.
     offloads = config.enable_group_offload or config.enable_modulation_offload
     if offloads and config.base_model_precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
         if torch.cuda.get_device_capability(device)[0] >= 8:
-            raise UserError("mixed_precision: int4-quanto with weights on the host needs bf16 on this GPU; leave it at auto")
+            raise UserError(
+                "mixed_precision: int4-quanto with weights on the host needs bf16 on this GPU; leave it at auto"
+            )
 
 
 def limit_memory(config, device):
@@ -699,7 +795,11 @@ def limit_memory(config, device):
 
 def send(tensor, device):
     """The tensor on the device; on CUDA from page-locked memory, so that nobody waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not tensor.is_cuda else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and not tensor.is_cuda
+        else tensor.to(device)
+    )
 
 
 def synchronize(device):
@@ -713,7 +813,9 @@ def peak_memory(device):
     device = torch.device(device)
     if device.type == "cpu":
         return math.nan
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()) / 2**30
+    return (
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
+    ) / 2**30
 
 
 @contextlib.contextmanager
@@ -732,12 +834,18 @@ def available_memory(device):
     device = torch.device(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for its next allocations
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by PyTorch, for its next allocations
         limit = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)
         return int(min(free + kept, limit))
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
+    return (
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+        else 0
+    )
 
 
 def free_memory():
@@ -789,11 +897,15 @@ def find_model(name, part):
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder, and no hub name such as {FLAVOURS['final']}")
+            raise UserError(
+                f"pretrained_model_name_or_path: {name!r} is no folder, and no hub name such as {FLAVOURS['final']}"
+            )
         try:
             folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
         except Exception as error:  # the hub's client raises many kinds
-            raise UserError(f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error)[:200]!r})") from None
+            raise UserError(
+                f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error)[:200]!r})"
+            ) from None
     if not (folder / part).is_dir():
         raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
     return folder / part
@@ -807,7 +919,9 @@ def folder_identity(folder):
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + file.read(size if size < 2**26 else 2**20))
+            digest.update(
+                f"{path.name} {path.resolve().name} {size} ".encode() + file.read(size if size < 2**26 else 2**20)
+            )
     return digest.hexdigest()[:32]
 
 
@@ -830,7 +944,11 @@ def named_if_damaged(folder):
 def tensor_files(folder):
     """{tensor name: safetensors file} of a model's folder, whether it holds one file or an index and many."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index else {path.name for path in folder.glob("*.safetensors")}
+    names = (
+        set(json.loads(index.read_text())["weight_map"].values())
+        if index
+        else {path.name for path in folder.glob("*.safetensors")}
+    )
     files = {}
     for name in sorted(names):
         with safe_open(folder / name, "pt") as shard:
@@ -878,8 +996,14 @@ def fill_transformer(transformer, read, config, device):
 
     fill([name for name in names if not name.startswith(tuple(blocks))])
     offload, together = GroupOffload(device), []
-    transformer.modulations = ModulationsAhead(transformer, device, lambda: autocast(config, device)) if config.enable_modulation_offload else None
-    for prefix, block in tqdm(blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0):
+    transformer.modulations = (
+        ModulationsAhead(transformer, device, lambda: autocast(config, device))
+        if config.enable_modulation_offload
+        else None
+    )
+    for prefix, block in tqdm(
+        blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0
+    ):
         fill([name for name in names if name.startswith(prefix)])
         quantize(block, config.base_model_precision)
         if transformer.modulations:
@@ -934,15 +1058,21 @@ class GroupOffload:
                 tensors, make = plain_tensors(parameter)
                 places.append((module, name, make))
                 plains += tensors
-        ends = np.cumsum([-(-plain.nbytes // 256) * 256 for plain in plains]).tolist()  # aligned for every dtype and kernel
+        ends = np.cumsum(
+            [-(-plain.nbytes // 256) * 256 for plain in plains]
+        ).tolist()  # aligned for every dtype and kernel
         layout = [(end_before, plain.nbytes, plain.dtype, plain.shape) for end_before, plain in zip([0, *ends], plains)]
         space = torch.empty(-(-ends[-1] // 4096) * 4096 + 4096, dtype=torch.uint8)
-        host = space[-space.data_ptr() % 4096 :][: ends[-1]]  # one buffer, with pages of its own: one copy moves the whole group
+        host = space[-space.data_ptr() % 4096 :][
+            : ends[-1]
+        ]  # one buffer, with pages of its own: one copy moves the whole group
         if self.stream:
             # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
             runtime = torch.cuda.cudart()
             if code := int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-                raise UserError(f"offloading: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock")
+                raise UserError(
+                    f"offloading: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock"
+                )
             weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
         for view, plain in zip(self.views(number, host), plains):
@@ -1018,8 +1148,12 @@ class Int8Product(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         if not ctx.in_8_bits:
             return gradient @ (weight.to(gradient.dtype) * scale[:, None].to(gradient.dtype)), None, None, None
-        rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale)  # these products sum over the outputs: their scales go first
-        product = torch._int_mm(rows, weight.t().contiguous().t())  # the order in memory that CUDA's int8 kernels are made for
+        rows, row_scale = quantize_rows(
+            gradient.flatten(0, -2) * scale
+        )  # these products sum over the outputs: their scales go first
+        product = torch._int_mm(
+            rows, weight.t().contiguous().t()
+        )  # the order in memory that CUDA's int8 kernels are made for
         return (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
 
 
@@ -1067,7 +1201,9 @@ class ModulationsAhead:
         with self.autocast():
             dtype = self.transformer.x_embedder.weight.dtype
             timesteps = (torch.tensor(new, device=self.offload.device).to(dtype) * 1000).split(1)
-            embeddings = [torch.nn.functional.silu(self.transformer.time_embed(timestep, dtype)) for timestep in timesteps]
+            embeddings = [
+                torch.nn.functional.silu(self.transformer.time_embed(timestep, dtype)) for timestep in timesteps
+            ]
             outputs = [[linear(embedding) for embedding in embeddings] for linear in self.linears]
         self.offload.leave()
         self.known |= {sigma: [of_linear[i] for of_linear in outputs] for i, sigma in enumerate(new)}
@@ -1096,9 +1232,16 @@ class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
 
     def __init__(self, linear, in_8_bits):
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias, self.in_8_bits = linear.in_features, linear.out_features, linear.bias, in_8_bits
+        self.in_features, self.out_features, self.bias, self.in_8_bits = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+            in_8_bits,
+        )
         weight = linear.weight.detach()
-        scale = (weight.abs().amax(dim=1) / 127).float().clamp(min=1e-20)  # rounded to the weight's dtype, as it will be used
+        scale = (
+            (weight.abs().amax(dim=1) / 127).float().clamp(min=1e-20)
+        )  # rounded to the weight's dtype, as it will be used
         weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
 
@@ -1106,7 +1249,9 @@ class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Int8Product.apply(x, self.weight, self.scale, self.in_8_bits and x.numel() > 16 * self.in_features)  # the kernels want more rows
+        y = Int8Product.apply(
+            x, self.weight, self.scale, self.in_8_bits and x.numel() > 16 * self.in_features
+        )  # the kernels want more rows
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -1116,8 +1261,12 @@ def quantize(module, precision):
     if precision in ("int8-quanto", "int4-quanto"):
         from optimum import quanto
 
-        for lock in Path(quanto.__file__).parent.glob("library/extensions/*/build/lock") if precision == "int4-quanto" else []:
-            say_once(f"int4-quanto: waiting for another process that compiles its extension; if there is none (one was killed), delete {lock}")
+        for lock in (
+            Path(quanto.__file__).parent.glob("library/extensions/*/build/lock") if precision == "int4-quanto" else []
+        ):
+            say_once(
+                f"int4-quanto: waiting for another process that compiles its extension; if there is none (one was killed), delete {lock}"
+            )
         quanto.quantize(module, weights=quanto.qint8 if precision == "int8-quanto" else quanto.qint4)
         quanto.freeze(module)
     elif precision == "fp8-torchao":
@@ -1130,7 +1279,9 @@ def quantize(module, precision):
                 if isinstance(child, torch.nn.Linear):
                     setattr(parent, name, Int8Linear(child, precision == "int8-matmul"))
     elif precision != "no_change":
-        raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(ALL_KEYS['base_model_precision'].choices)}")
+        raise ValueError(
+            f"base_model_precision: found {precision!r}, allowed: {', '.join(ALL_KEYS['base_model_precision'].choices)}"
+        )
     return module
 
 
@@ -1173,13 +1324,23 @@ class StreamedTextEncoder(torch.nn.Module):
 
     def __init__(self, config, device):
         super().__init__()
-        self.folder, self.compute_device, self.dtype = model_folder(config, "text_encoder"), torch.device(device), text_dtype(config, device)
-        self.precision, self.batch_size, self.seconds_waiting = config.text_encoder_precision, config.text_encoder_batch_size, 0.0
+        self.folder, self.compute_device, self.dtype = (
+            model_folder(config, "text_encoder"),
+            torch.device(device),
+            text_dtype(config, device),
+        )
+        self.precision, self.batch_size, self.seconds_waiting = (
+            config.text_encoder_precision,
+            config.text_encoder_batch_size,
+            0.0,
+        )
         with named_if_damaged(self.folder):
             self.config = AutoConfig.from_pretrained(self.folder).text_config
             files = tensor_files(self.folder)
             shards = {path: safe_open(path, "pt") for path in set(files.values())}
-        self.shard_of = {re.sub(r"^(model\.|language_model\.)+", "", name): (shards[path], name) for name, path in files.items()}
+        self.shard_of = {
+            re.sub(r"^(model\.|language_model\.)+", "", name): (shards[path], name) for name, path in files.items()
+        }
         small = copy.deepcopy(self.config)
         small.num_hidden_layers, small.layer_types, small.vocab_size, small.pad_token_id = 0, [], 1, None
         self.model = Qwen2_5_VLTextModel(small).requires_grad_(False).eval().to(device)
@@ -1189,14 +1350,20 @@ class StreamedTextEncoder(torch.nn.Module):
         layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in self.weight_names]
         missing = sorted({"embed_tokens.weight", "norm.weight", *layers} - self.shard_of.keys())
         if missing:
-            raise UserError(f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+            raise UserError(
+                f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again"
+            )
         self.word_embeddings, self.norm = self.read("embed_tokens.weight"), self.model.norm
         if list(self.word_embeddings.shape) != [self.config.vocab_size, self.config.hidden_size]:
-            raise UserError(f"{self.folder}: embed_tokens.weight has the shape {list(self.word_embeddings.shape)}; download it again")
+            raise UserError(
+                f"{self.folder}: embed_tokens.weight has the shape {list(self.word_embeddings.shape)}; download it again"
+            )
         with named_if_damaged(self.folder):
             self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
         self.model.norm = torch.nn.Identity()  # it comes after the last layer only
-        self.prompts_at_once = max(1, 2**29 // (600 * self.config.hidden_size * self.dtype.itemsize))  # 512 tokens and the template
+        self.prompts_at_once = max(
+            1, 2**29 // (600 * self.config.hidden_size * self.dtype.itemsize)
+        )  # 512 tokens and the template
 
     def read(self, name):
         """One tensor of the shards, on the host."""
@@ -1211,13 +1378,18 @@ class StreamedTextEncoder(torch.nn.Module):
     def read_layer(self, i):
         """A layer's weights in host memory (on CUDA page-locked, for a fast copy). Touches no device: a second thread may."""
         weights = {name: self.read(f"layers.{i}.{name}") for name in self.weight_names}
-        return {name: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone() for name, weight in weights.items()}
+        return {
+            name: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone()
+            for name, weight in weights.items()
+        }
 
     def make_layer(self, i, weights):
         """The layer with these weights, on the device."""
         layer = self.empty_layer(i)
         with named_if_damaged(self.folder):
-            layer.load_state_dict({name: w.to(self.compute_device).to(self.dtype) for name, w in weights.items()}, assign=True)
+            layer.load_state_dict(
+                {name: w.to(self.compute_device).to(self.dtype) for name, w in weights.items()}, assign=True
+            )
         return quantize(layer.requires_grad_(False), self.precision)
 
     @torch.no_grad()
@@ -1229,16 +1401,23 @@ class StreamedTextEncoder(torch.nn.Module):
         layers = self.config.layer_types
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read_layer, 0)
-            for i, layer_type in enumerate(tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=process_rank() > 0)):
+            for i, layer_type in enumerate(
+                tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=process_rank() > 0)
+            ):
                 start = time.perf_counter()
                 weights = following.result()
                 self.seconds_waiting += time.perf_counter() - start
-                self.model.config.layer_types, self.model.layers = [layer_type], torch.nn.ModuleList()  # the old one goes first
+                self.model.config.layer_types, self.model.layers = (
+                    [layer_type],
+                    torch.nn.ModuleList(),
+                )  # the old one goes first
                 self.model.layers.append(self.make_layer(i, weights))
                 del weights
                 following = reader.submit(self.read_layer, i + 1) if i + 1 < len(layers) else None
                 for n, mask in enumerate(masks):
-                    hidden[n] = self.model(inputs_embeds=hidden[n], attention_mask=mask, use_cache=False).last_hidden_state
+                    hidden[n] = self.model(
+                        inputs_embeds=hidden[n], attention_mask=mask, use_cache=False
+                    ).last_hidden_state
                 if self.compute_device.type == "cuda":
                     torch.cuda.synchronize(self.compute_device)  # so that waiting for weights is told from computing
         self.model.layers = torch.nn.ModuleList()
@@ -1313,7 +1492,10 @@ def encode_prompts(text_encoder, tokenizer, prompts):
 
 def token_counts(tokenizer, prompts):
     """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
-    pieces = {prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])] for prompt in prompts}
+    pieces = {
+        prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
+        for prompt in prompts
+    }
     distinct, lengths = sorted({piece for prompt in pieces for piece in pieces[prompt]}), {}
     for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
         some = distinct[i : i + 1000]
@@ -1471,7 +1653,12 @@ def mean_loss(config, transformer, entries, prompt_files, scheduler, device, sto
         prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
         for normal in SCORED_NORMALS:
             noise = torch.randn(latents.shape, generator=generator("score", entry["key"], normal))
-            sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler, config.flow_schedule_auto_shift)
+            sigmas = sample_sigmas(
+                torch.tensor([normal]),
+                latents.shape[2] * latents.shape[3] // 4,
+                scheduler,
+                config.flow_schedule_auto_shift,
+            )
             tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
             with autocast(config, device):
                 total += flow_matching_loss(transformer, *tensors).item()
@@ -1491,7 +1678,12 @@ def add_lora(transformer, config):
             raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
     warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # once a layer; about merging only
     transformer.add_adapter(
-        LoraConfig(r=config.lora_rank, lora_alpha=alpha, lora_dropout=config.lora_dropout, target_modules=sorted(config.lora_target_modules))
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=sorted(config.lora_target_modules),
+        )
     )
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
     for name, parameter in parameters.items():
@@ -1503,9 +1695,13 @@ def add_lora(transformer, config):
     if config.init_lora:
         state = read_init_lora(config)
         own = get_peft_model_state_dict(transformer)
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
+        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [
+            n for n in state if n not in own
+        ]
         if wrong:
-            raise UserError(f"init_lora: {config.init_lora} cannot be trained on: it has not one rank and the same layers in every block (first: {wrong[0]})")
+            raise UserError(
+                f"init_lora: {config.init_lora} cannot be trained on: it has not one rank and the same layers in every block (first: {wrong[0]})"
+            )
         scale = config.lora_rank / alpha
         set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
     return parameters
@@ -1531,9 +1727,15 @@ def save_lora(transformer, folder, metadata=None):
     scale = peft_config.lora_alpha / peft_config.r
     state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
     state = {name: v * scale if "lora_B" in name else v for name, v in state.items()}
-    write_tensors(folder / "pytorch_lora_weights.safetensors", {f"transformer.{n}": v for n, v in state.items()}, metadata)
-    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": v for n, v in state.items()}, metadata)
-    fields = LoraConfig(r=peft_config.r, lora_alpha=peft_config.r, target_modules=peft_config.target_modules, inference_mode=True).to_dict()
+    write_tensors(
+        folder / "pytorch_lora_weights.safetensors", {f"transformer.{n}": v for n, v in state.items()}, metadata
+    )
+    write_tensors(
+        folder / "adapter_model.safetensors", {f"base_model.model.{n}": v for n, v in state.items()}, metadata
+    )
+    fields = LoraConfig(
+        r=peft_config.r, lora_alpha=peft_config.r, target_modules=peft_config.target_modules, inference_mode=True
+    ).to_dict()
     fields["target_modules"] = sorted(fields["target_modules"])
     write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
 
@@ -1564,18 +1766,29 @@ def read_lora(path):
         config = path.with_name("adapter_config.json")
         settings = read_json(config) if config.is_file() else {}
         if "lora_alpha" not in settings:
-            raise UserError(f"{path}: is PEFT's, and {config.name} with its lora_alpha is not beside it; without that its strength is unknown")
+            raise UserError(
+                f"{path}: is PEFT's, and {config.name} with its lora_alpha is not beside it; without that its strength is unknown"
+            )
     elif "lora_adapter_metadata" in (header := read_header(path)):
         with contextlib.suppress(ValueError, TypeError):  # then its tensors have to do
-            settings = {name.removeprefix("transformer."): value for name, value in dict(json.loads(header["lora_adapter_metadata"])).items()}
+            settings = {
+                name.removeprefix("transformer."): value
+                for name, value in dict(json.loads(header["lora_adapter_metadata"])).items()
+            }
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
         raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
     for name, tensor in tensors.items():
         if name.startswith(("text_encoder", "lora_te")):
-            say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
+            say_once(
+                f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here"
+            )
             continue
         name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
-        name = name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
+        name = (
+            name.replace(".lora_down.", ".lora_A.")
+            .replace(".lora_up.", ".lora_B.")
+            .replace(".default.weight", ".weight")
+        )
         if name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = tensor.float().mean().item()
         else:
@@ -1584,13 +1797,19 @@ def read_lora(path):
     complete = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
     if not state or not complete or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
         unknown = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
-        raise UserError(f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}")
+        raise UserError(
+            f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}"
+        )
     try:
         for module in modules:
             B = state[f"{module}.lora_B.weight"]
             patterns = dict(settings.get("alpha_pattern") or {})
-            alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1])))
-            state[f"{module}.lora_B.weight"] = B * (alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1]))
+            alpha = alphas.get(
+                module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1]))
+            )
+            state[f"{module}.lora_B.weight"] = B * (
+                alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1])
+            )
     except (TypeError, ValueError, re.error) as error:
         raise UserError(f"{path}: its alpha cannot be read ({error})") from None
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -1604,11 +1823,19 @@ def check_fit(transformer, path, state):
     layers = dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
         if isinstance(layers.get(module), StandIn):
-            raise UserError(f"{path}: changes {module}, which enable_modulation_offload keeps on the host; set that to false")
+            raise UserError(
+                f"{path}: changes {module}, which enable_modulation_offload keeps on the host; set that to false"
+            )
         if not hasattr(layers.get(module), "in_features"):
-            raise UserError(f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way")
+            raise UserError(
+                f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way"
+            )
         A, B = (state[f"{module}.lora_{part}.weight"] for part in "AB")
-        if (A.shape[1], B.shape[0], A.shape[0]) != (layers[module].in_features, layers[module].out_features, B.shape[1]):
+        if (A.shape[1], B.shape[0], A.shape[0]) != (
+            layers[module].in_features,
+            layers[module].out_features,
+            B.shape[1],
+        ):
             sizes = f"{tuple(A.shape)} and {tuple(B.shape)} for a layer from {layers[module].in_features} to {layers[module].out_features}"
             raise UserError(f"{path}: was made for another model, or is damaged: {module} has {sizes}")
 
@@ -1659,13 +1886,22 @@ def generate(pipe, config, prompts, size=None, seed=None):
     return images
 
 
-CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc")
+CHINESE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "STHeiti Light.ttc",
+    "msyh.ttc",
+)
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
 
 
 def picture_settings(config, without):
     """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
-    return {name: getattr(config, name) for name in KEYS["validation"] if name.startswith("validation_") and name != without}
+    return {
+        name: getattr(config, name) for name in KEYS["validation"] if name.startswith("validation_") and name != without
+    }
 
 
 def is_chinese(text):
@@ -1702,7 +1938,9 @@ def picture_grid(rows, row_labels, column_labels, title=None):
     heights = [round(images[0].height * cell / images[0].width) for images in rows]
     titles = title.splitlines() if title else []
     head = line * (len(titles) + 1)
-    grid = Image.new("RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white")
+    grid = Image.new(
+        "RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white"
+    )
     draw = ImageDraw.Draw(grid)
 
     def write(text, x, y, width, anchor, colour, instead=None):
@@ -1712,12 +1950,28 @@ def picture_grid(rows, row_labels, column_labels, title=None):
         draw.text((x, y), text, colour, font=font, anchor=anchor)
 
     for y, text in enumerate(titles):
-        write(text, gap, line * y + line / 2, grid.width - 2 * gap, "lm", "#444444", text.encode("ascii", "replace").decode())
+        write(
+            text,
+            gap,
+            line * y + line / 2,
+            grid.width - 2 * gap,
+            "lm",
+            "#444444",
+            text.encode("ascii", "replace").decode(),
+        )
     for x, text in enumerate(column_labels):
         write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
     top = head
     for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
-        write(text, gap, top + line / 2, grid.width - 2 * gap, "lm", "#444444", f"row {y + 1} (its prompt is Chinese; no Chinese font found)")
+        write(
+            text,
+            gap,
+            top + line / 2,
+            grid.width - 2 * gap,
+            "lm",
+            "#444444",
+            f"row {y + 1} (its prompt is Chinese; no Chinese font found)",
+        )
         for x, image in enumerate(images):
             grid.paste(image.resize((cell, height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
         top += line + height

@@ -43,7 +43,21 @@ from longcat_common import (
     write_file,
 )
 
-PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl"}
+PICTURES = {
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+}
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
 CAPTION_NAMES = ("caption", "text", "prompt")
 PATH_NAMES = ("file_name", "img_path")
@@ -64,7 +78,9 @@ class Findings(dict):
         self.strict = strict
 
     def note(self, title, line):
-        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()  # file names may hold anything
+        line = (
+            re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()
+        )  # file names may hold anything
         self.setdefault(title, []).append(line)
 
     def problem(self, title, line):
@@ -91,7 +107,9 @@ def read_text(path):
     except UnicodeDecodeError:
         encoding, text = "GB18030", data.decode("gb18030", "replace")
         # Western and Cyrillic text and Big5 can pass for GB18030, but then few of the characters are everyday Chinese.
-        letters = "".join(letter for letter in text if ord(letter) > 127 and unicodedata.category(letter)[0] not in "PS")
+        letters = "".join(
+            letter for letter in text if ord(letter) > 127 and unicodedata.category(letter)[0] not in "PS"
+        )
         if "\ufffd" in text or len(letters.encode("gb2312", "ignore")) < 2 * 0.9 * len(letters):
             raise ValueError("is not UTF-8, and not surely GB18030; save it as UTF-8") from None
     if "\0" in text:
@@ -134,14 +152,18 @@ def table_rows(path, is_list):
         reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
             if not set(names) & set(reader.fieldnames or []):
-                raise ValueError(f"has no column {' or '.join(names)}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}")
+                raise ValueError(
+                    f"has no column {' or '.join(names)}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}"
+                )
         return [(f"line {reader.line_num}", row) for row in reader], encoding
     if is_list or path.suffix == ".jsonl":
         return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()], encoding
     captions = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(captions, dict):
         raise ValueError("is no object of file names and captions")
-    return [(f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(captions.items(), 1)], encoding
+    return [
+        (f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(captions.items(), 1)
+    ], encoding
 
 
 def table_captions(path, findings, pictures=None):
@@ -206,7 +228,14 @@ def is_own(file, picture):
 def own_text(text, file, captions):
     """The text of a picture's own file with these captions."""
     if file.suffix.lower() == ".json":
-        return json.dumps(with_captions(json.loads(text, object_pairs_hook=unique_keys), captions), ensure_ascii=False, indent=indent_of(text)) + "\n"
+        return (
+            json.dumps(
+                with_captions(json.loads(text, object_pairs_hook=unique_keys), captions),
+                ensure_ascii=False,
+                indent=indent_of(text),
+            )
+            + "\n"
+        )
     if len(captions) > 1:
         raise ValueError("holds one caption; write it on one line")
     return captions[0] + "\n"
@@ -215,12 +244,18 @@ def own_text(text, file, captions):
 def table_text(text, file, picture, captions):
     """The text of a table with these captions in the picture's rows: one each if there are as many, and in a .csv, else all
     in the first, and the others are left out. Raises ValueError if it has no row of the picture."""
-    is_named = lambda name: plain_name(file.parent / os.path.normpath(str(name).replace("\\", "/"))) == plain_name(picture)
+    is_named = lambda name: (
+        plain_name(file.parent / os.path.normpath(str(name).replace("\\", "/"))) == plain_name(picture)
+    )
     is_row = lambda row: isinstance(row, dict) and any(is_named(row[name]) for name in PATH_NAMES if row.get(name))
     if file.suffix == ".json":
         table = json.loads(text, object_pairs_hook=unique_keys)
         mine = [name for name in table if is_named(name)]
-        changed = {name: with_captions(value, captions) if name in mine else value for name, value in table.items() if name not in mine[1:]}
+        changed = {
+            name: with_captions(value, captions) if name in mine else value
+            for name, value in table.items()
+            if name not in mine[1:]
+        }
         changed = json.dumps(changed, ensure_ascii=False, indent=indent_of(text)) + "\n"
     elif file.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
@@ -235,7 +270,9 @@ def table_text(text, file, picture, captions):
         writer.writeheader()
         for i, row in enumerate(rows):
             own = captions[mine.index(i) :] if i in mine else []
-            writer.writerows([row] if i not in mine else [{**row, name: caption} for caption in (own if i == mine[-1] else own[:1])])
+            writer.writerows(
+                [row] if i not in mine else [{**row, name: caption} for caption in (own if i == mine[-1] else own[:1])]
+            )
         changed = out.getvalue()
     else:
         lines, mine = text.split("\n"), {}
@@ -244,7 +281,10 @@ def table_text(text, file, picture, captions):
                 row = json.loads(line)
                 mine |= {i: row} if is_row(row) else {}
         shares = [[caption] for caption in captions] if len(captions) == len(mine) else [captions]
-        new = {i: json.dumps(with_captions(row, share), ensure_ascii=False) for (i, row), share in zip(mine.items(), shares)}
+        new = {
+            i: json.dumps(with_captions(row, share), ensure_ascii=False)
+            for (i, row), share in zip(mine.items(), shares)
+        }
         changed = "\n".join(new.get(i, line) for i, line in enumerate(lines) if i in new or i not in mine)
     if not mine:
         raise ValueError(f"names {picture} no longer; look at the data again")
@@ -253,7 +293,9 @@ def table_text(text, file, picture, captions):
 
 def caption_name(row):
     """The key of a dictionary under which its captions stand, or would; None if it has no such key."""
-    return next((name for name in CAPTION_NAMES if row.get(name)), next((name for name in CAPTION_NAMES if name in row), None))
+    return next(
+        (name for name in CAPTION_NAMES if row.get(name)), next((name for name in CAPTION_NAMES if name in row), None)
+    )
 
 
 def with_captions(value, captions):
@@ -338,7 +380,9 @@ def orientation_of(image):
 def srgb_transform(profile, mode):
     """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it changes next to nothing, as
     with the many profiles that are sRGB under some name."""
-    transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB")
+    transform = ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+    )
     colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
     change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
     return transform if np.abs(change).max() > 3 else None
@@ -452,7 +496,9 @@ def read_folder(folder, config, findings):
         if not served[path]:
             findings.problem(CAPTIONS, f"{path}: there is no picture to this caption")
         elif len(served[path]) > 1:
-            findings.note("One caption file, several pictures", f"{path}: {', '.join(picture.name for picture in served[path])}")
+            findings.note(
+                "One caption file, several pictures", f"{path}: {', '.join(picture.name for picture in served[path])}"
+            )
     return found
 
 
@@ -471,7 +517,9 @@ def known_pictures(manifest):
     try:
         with open(manifest, encoding="utf-8") as lines:
             entries = map(json.loads, lines)
-            return {entry["path"]: {name: entry[name] for name in ("file", "key", "size", "notes")} for entry in entries}
+            return {
+                entry["path"]: {name: entry[name] for name in ("file", "key", "size", "notes")} for entry in entries
+            }
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # there is none, or one of another kind: everything is read
 
@@ -482,7 +530,7 @@ def file_stamp(status):
 
 
 def facts_of(path, known):
-    """"file" (bytes, time), "key", "size" and "notes" of a picture, or as a text the reason to leave it out."""
+    """ "file" (bytes, time), "key", "size" and "notes" of a picture, or as a text the reason to leave it out."""
     try:
         str(path).encode("utf-8")
         status = os.stat(path)
@@ -519,7 +567,9 @@ def describe_pictures(entries, config, findings):
         for note in entry["notes"]:
             findings.note(note, entry["path"])
         if scale > 1:
-            findings.note("Smaller than their bucket, enlarged", f"{entry['path']}: {width}x{height} to {bucket[0]}x{bucket[1]}")
+            findings.note(
+                "Smaller than their bucket, enlarged", f"{entry['path']}: {width}x{height} to {bucket[0]}x{bucket[1]}"
+            )
         if kept < 0.5:
             findings.note("More than half is cut away", f"{entry['path']}: {width}x{height}, {kept:.0%} is kept")
     for paths in by_key.values():
@@ -527,7 +577,10 @@ def describe_pictures(entries, config, findings):
             findings.note("Exact duplicates", " = ".join(paths))
     for (width, height), count in sorted(buckets_used.items()):
         if count < config.train_batch_size:
-            findings.note("Buckets that do not fill a batch", f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}")
+            findings.note(
+                "Buckets that do not fill a batch",
+                f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}",
+            )
 
 
 def describe_captions(entries, config, findings):
@@ -547,7 +600,10 @@ def describe_captions(entries, config, findings):
     for entry in entries:
         for caption in entry["captions"]:
             if tokens[caption] > TEXT_TOKENS:
-                findings.note(f"Captions over {TEXT_TOKENS} tokens, the rest is not read", f"{entry['path']}: {tokens[caption]} tokens: {shortened(caption)}")
+                findings.note(
+                    f"Captions over {TEXT_TOKENS} tokens, the rest is not read",
+                    f"{entry['path']}: {tokens[caption]} tokens: {shortened(caption)}",
+                )
     if not tokens:
         return summary
     return f"{summary}; {sum(tokens.values()) / len(tokens):.0f} tokens on average, {max(tokens.values())} at most"
@@ -599,7 +655,9 @@ def contact_sheet(entries):
 
     pictures = iter(tqdm(in_parallel(picture, cells), desc="preview", total=len(cells), unit="picture", leave=False))
     for bucket, size, columns, count, shown in groups:
-        title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (f", {len(shown)} of them shown" if len(shown) < count else "")
+        title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (
+            f", {len(shown)} of them shown" if len(shown) < count else ""
+        )
         draw.text((gap, top + gap), title, "black", font=label(title, 15)[1])
         top += line + 2 * gap
         for i, entry in enumerate(shown):
@@ -634,9 +692,14 @@ def main(config):
             else:
                 text_file = picture.with_suffix(".txt").name
                 findings.problem(LEFT_OUT, f"{picture}: no caption; write {text_file} beside it or set instance_prompt")
-    known, nearest = known_pictures(output / "manifest.jsonl"), functools.cache(functools.partial(nearest_bucket, sizes=buckets(config)))
+    known, nearest = (
+        known_pictures(output / "manifest.jsonl"),
+        functools.cache(functools.partial(nearest_bucket, sizes=buckets(config))),
+    )
     all_facts = in_parallel(lambda item: facts_of(item[1], known), found)
-    for (source, picture, captions), facts in zip(found, tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)):
+    for (source, picture, captions), facts in zip(
+        found, tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
+    ):
         if isinstance(facts, str):
             findings.problem(LEFT_OUT, f"{picture}: {facts}")
             continue
@@ -657,15 +720,23 @@ def main(config):
     if not entries:
         write_file(output / "report.md", report)
         print(report_text(summary, entries, findings, short=True))
-        raise UserError(f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out")
+        raise UserError(
+            f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out"
+        )
     manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    unchanged = [write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))]
+    unchanged = [
+        write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))
+    ]
     preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
     if not os.path.exists(preview) or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
         data = io.BytesIO()
         contact_sheet(entries).save(data, "JPEG", quality=88)
         write_file(preview, data.getvalue())
-    print(f"{summary} As before: {output / 'report.md'}" if all(unchanged) else report_text(summary, entries, findings, short=True))
+    print(
+        f"{summary} As before: {output / 'report.md'}"
+        if all(unchanged)
+        else report_text(summary, entries, findings, short=True)
+    )
     print(f"what the model will see: {preview}")
     return entries
 

@@ -99,7 +99,16 @@ SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring take
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 # What a run cannot change when it is resumed, and what only says where and how it is run.
 FIXED_KEYS = ["lora_rank", "lora_alpha", "lora_target_modules"]
-SILENT_KEYS = ["pretrained_model_name_or_path", "data_dir", "output_dir", "cache_dir", "resume_from_checkpoint", "init_lora", "lora", "benchmark"]
+SILENT_KEYS = [
+    "pretrained_model_name_or_path",
+    "data_dir",
+    "output_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "init_lora",
+    "lora",
+    "benchmark",
+]
 
 
 # ---------------------------------------------------------------- data
@@ -109,7 +118,11 @@ def hold_out(config, entries):
     """The content keys of the pictures that are never trained on: `validation_split` of them, one at least and
     SCORED_PICTURES at most, chosen by their content."""
     keys = sorted({entry["key"] for entry in entries})
-    return keys[: min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys))))] if config.validation_split else []
+    return (
+        keys[: min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys))))]
+        if config.validation_split
+        else []
+    )
 
 
 def epoch_batches(entries, batch_size, seed, epoch):
@@ -122,7 +135,9 @@ def epoch_batches(entries, batch_size, seed, epoch):
     by_bucket = {}
     for i in order:
         by_bucket.setdefault(tuple(samples[i][1]["bucket"]), []).append(samples[i])
-    batches = [group[i : i + batch_size] for _, group in sorted(by_bucket.items()) for i in range(0, len(group), batch_size)]
+    batches = [
+        group[i : i + batch_size] for _, group in sorted(by_bucket.items()) for i in range(0, len(group), batch_size)
+    ]
     order = torch.randperm(len(batches), generator=generator(seed, "batches", epoch)).tolist()
     return [batches[i] for i in order]
 
@@ -136,7 +151,13 @@ class Batches:
         self.begin(0, entries, config.train_batch_size, config.seed)
 
     def begin(self, epoch, pictures, batch_size, seed, position=0):
-        self.epoch, self.pictures, self.batch_size, self.seed, self.position = epoch, pictures, batch_size, seed, position
+        self.epoch, self.pictures, self.batch_size, self.seed, self.position = (
+            epoch,
+            pictures,
+            batch_size,
+            seed,
+            position,
+        )
         self.batches = epoch_batches(pictures, batch_size, seed, epoch)
 
     def begin_next(self):
@@ -155,7 +176,9 @@ class Batches:
 
     def place(self):
         """(where the run is in its data, the pictures of this epoch), for a checkpoint."""
-        return {name: getattr(self, name) for name in ("number", "epoch", "position", "batch_size", "seed")}, self.pictures
+        return {
+            name: getattr(self, name) for name in ("number", "epoch", "position", "batch_size", "seed")
+        }, self.pictures
 
     def go_to(self, place, lines, prompt_files, device):
         """Goes to the place of a checkpoint, whose epoch had the pictures in `lines`, and says what has changed since. Prompts
@@ -170,13 +193,22 @@ class Batches:
         self.number = place["number"]
         self.begin(place["epoch"], entries, place["batch_size"], place["seed"], place["position"])
         left = [entry for batch in self.batches[self.position :] for _, entry in batch]
-        needed = {path for entry in left for path in (entry["latents_file"], *(prompt_files[caption] for caption in entry["captions"]))}
-        when, gone = f"with the next epoch, {len(self.batches) - self.position} batches from here", not all(map(is_readable, needed))
+        needed = {
+            path
+            for entry in left
+            for path in (entry["latents_file"], *(prompt_files[caption] for caption in entry["captions"]))
+        }
+        when, gone = (
+            f"with the next epoch, {len(self.batches) - self.position} batches from here",
+            not all(map(is_readable, needed)),
+        )
         if gone:
             self.begin_next()
             when = f"at once, for files of epoch {place['epoch']} are gone from {self.config.cache_dir}"
         if added or removed or gone:
-            say(f"data: {added} pictures are new or have changed, {removed} are no longer as they were; this comes {when}")
+            say(
+                f"data: {added} pictures are new or have changed, {removed} are no longer as they were; this comes {when}"
+            )
 
 
 def picture_line(entry):
@@ -216,8 +248,13 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
     def load(taken):
         for epoch, number, batch in taken[process_rank() :: process_count()]:
             tensors = load_batch(config, batch, prompt_files, epoch, number)
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # a thread begins on the first one
-                yield number, [tensor if i == 2 else send(tensor, device) for i, tensor in enumerate(tensors)]  # the normal draws stay here
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            ):  # a thread begins on the first one
+                yield (
+                    number,
+                    [tensor if i == 2 else send(tensor, device) for i, tensor in enumerate(tensors)],
+                )  # the normal draws stay here
 
     pool, coming = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
     try:
@@ -237,7 +274,9 @@ def coming_sigmas(config, scheduler, batches, count):
     for _, number, batch in batches.take(count)[process_rank() :: process_count()]:
         for name, entry in batch:
             tokens = math.prod(entry["bucket"]) // 256
-            sigmas += sample_sigmas(draw_normal(config, name, number)[None], tokens, scheduler, config.flow_schedule_auto_shift).tolist()
+            sigmas += sample_sigmas(
+                draw_normal(config, name, number)[None], tokens, scheduler, config.flow_schedule_auto_shift
+            ).tolist()
     return sigmas
 
 
@@ -248,7 +287,10 @@ def kept_bytes(transformer, block, batch, tokens, autocast):
     """What autograd keeps of one block for its backward pass, in bytes, at `tokens` tokens a picture, text included: counted at
     few tokens, for it grows with their number (attention keeps no matrix)."""
     few, d, dtype = TEXT_TOKENS + 64, transformer.inner_dim, transformer.x_embedder.weight.dtype
-    kept, frozen = {}, {plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in plain_tensors(p)[0]}
+    kept, frozen = (
+        {},
+        {plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in plain_tensors(p)[0]},
+    )
 
     def note(tensor):
         for plain in plain_tensors(tensor)[0]:
@@ -257,7 +299,11 @@ def kept_bytes(transformer, block, batch, tokens, autocast):
 
     draw = lambda *shape: torch.randn(shape, device=transformer.device, dtype=dtype)
     rotary = transformer.pos_embed(torch.cat(position_ids(16, 16)).to(transformer.device))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, disable_input_dtype_casting(transformer):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast,
+        disable_input_dtype_casting(transformer),
+    ):
         image, text = draw(batch, 64, d).requires_grad_(), draw(batch, TEXT_TOKENS, d).requires_grad_()
         block(hidden_states=image, encoder_hidden_states=text, temb=draw(batch, d), image_rotary_emb=rotary)
     return sum(size for pointer, size in kept.items() if pointer not in frozen) * tokens // few
@@ -272,7 +318,9 @@ def activation_bytes(checkpoint, kept, boundary):
 def plan_checkpointing(kept, boundary, available):
     """Which blocks to checkpoint, as booleans: as few as fit into `available` bytes."""
     checkpoint = [True] * len(kept)
-    for i in sorted(range(len(kept)), key=lambda i: kept[i]):  # all blocks cost the same time: first those that keep least
+    for i in sorted(
+        range(len(kept)), key=lambda i: kept[i]
+    ):  # all blocks cost the same time: first those that keep least
         checkpoint[i] = activation_bytes([*checkpoint[:i], False, *checkpoint[i + 1 :]], kept, boundary) > available
     return checkpoint
 
@@ -285,7 +333,10 @@ def choose_checkpointing(config, transformer, device, earlier=None):
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     if config.gradient_checkpointing != "auto":
         return [config.gradient_checkpointing] * (double + single)
-    tokens, batch = TEXT_TOKENS + max(width * height for width, height in buckets(config)) // 256, config.train_batch_size
+    tokens, batch = (
+        TEXT_TOKENS + max(width * height for width, height in buckets(config)) // 256,
+        config.train_batch_size,
+    )
     if transformer.modulations:
         transformer.modulations.select([0.5] * batch)
     kinds = [transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]]
@@ -293,9 +344,13 @@ def choose_checkpointing(config, transformer, device, earlier=None):
     if transformer.modulations:
         transformer.modulations.selected = False
     boundary = batch * tokens * transformer.inner_dim * compute_dtype(config, device).itemsize
-    moments = 3 * 4 * sum(p.numel() for p in transformer.parameters() if p.requires_grad)  # gradients and AdamW's two, not there yet
+    moments = (
+        3 * 4 * sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    )  # gradients and AdamW's two, not there yet
     free_memory()
-    available = available_memory(device) * 0.92 - moments  # the rest for what the libraries take and for gaps between tensors
+    available = (
+        available_memory(device) * 0.92 - moments
+    )  # the rest for what the libraries take and for gaps between tensors
     kept = [of_kind[0]] * double + [of_kind[1]] * single
     fits = earlier and len(earlier) == len(kept) and activation_bytes(earlier, kept, boundary) <= available
     checkpoint = earlier if fits else plan_checkpointing(kept, boundary, available)
@@ -320,13 +375,21 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
         fused=device.type != "mps",  # leaves a step out by itself, see train_step
     )
     # The learning rate is a function of the step, so there is no scheduler state to save.
-    lr_of = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps).lr_lambdas[0]
+    lr_of = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
+    ).lr_lambdas[0]
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
     model = transformer
     if process_count() > 1:
-        frozen = [name for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()] if name not in parameters]
+        frozen = [
+            name
+            for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]
+            if name not in parameters
+        ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-        model = DistributedDataParallel(transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None)
+        model = DistributedDataParallel(
+            transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None
+        )
     if config.torch_compile:
         compile_blocks(transformer)
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
@@ -348,8 +411,12 @@ def train_step(config, run, step, batches):
         sigmas = sample_sigmas(normal, token_count, run.scheduler, config.flow_schedule_auto_shift)
         if run.transformer.modulations:
             run.transformer.modulations.select(sigmas.tolist())
-        latents, noise, sigmas, prompt_embeds, weights = (send(tensor, run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights))
-        torch.manual_seed(generator(config.seed, "lora_dropout", number).initial_seed())  # dropout alone is drawn on the device
+        latents, noise, sigmas, prompt_embeds, weights = (
+            send(tensor, run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights)
+        )
+        torch.manual_seed(
+            generator(config.seed, "lora_dropout", number).initial_seed()
+        )  # dropout alone is drawn on the device
         # The processes' gradients are averaged once a step, with the last batch.
         alone = run.model.no_sync() if process_count() > 1 and micro + 1 < count else contextlib.nullcontext()
         # Autocast serves the LoRA its input in the base's dtype: no float32 copy of it in every layer.
@@ -438,12 +505,16 @@ def save_checkpoint(config, run, step, place, held_out_keys):
             "config": vars(config),
         }
         write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        write_file(temporary / "SHA256SUMS", "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())))
+        write_file(
+            temporary / "SHA256SUMS", "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
+        )
         temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); free space or choose another output_dir") from None
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); free space or choose another output_dir"
+            ) from None
         raise
     for old in checkpoint_folders(config)[: -config.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
@@ -477,11 +548,15 @@ def find_checkpoint(config):
     folders, wanted = checkpoint_folders(config), config.resume_from_checkpoint
     folder = state = None
     if (Path(wanted) / "checkpoints").is_dir():
-        raise UserError(f"resume_from_checkpoint: {wanted} is a run's folder; name one of its checkpoints, or make it output_dir to go on there")
+        raise UserError(
+            f"resume_from_checkpoint: {wanted} is a run's folder; name one of its checkpoints, or make it output_dir to go on there"
+        )
     ours = any((Path(wanted) / name).exists() for name in ("SHA256SUMS", "state.json", "state.safetensors"))
     if wanted not in ("latest", "none") and Path(wanted).exists() and not ours:
         read_lora(wanted)
-        say(f"resume_from_checkpoint: {wanted} is a LoRA without a state of ours; training begins with its weights, at step 0")
+        say(
+            f"resume_from_checkpoint: {wanted} is a LoRA without a state of ours; training begins with its weights, at step 0"
+        )
         config.init_lora = wanted
     elif wanted not in ("latest", "none"):
         folder = Path(wanted)
@@ -500,7 +575,9 @@ def find_checkpoint(config):
             print(f"{error}; it is kept as {aside}, and training goes on from {before}", file=sys.stderr)
             folder = None
     if folders and (state is None or state["step"] < step_of(folders[-1])):
-        raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there")
+        raise UserError(
+            f"output_dir: {config.output_dir} holds later checkpoints, up to {folders[-1].name}; choose another output_dir, or resume from there"
+        )
     if state:
         check_same_run(config, folder, state)
     return folder, state
@@ -515,10 +592,15 @@ def check_same_run(config, folder, state):
     different = [name for name in FIXED_KEYS if getattr(now, name) != getattr(was, name)]
     files = ""
     if not different and state["base_model"] != model_identity(config, "transformer"):
-        different, files = ["model_flavour" if now.model_flavour != was.model_flavour else "pretrained_model_name_or_path"], "; its files are not the same"
+        different, files = (
+            ["model_flavour" if now.model_flavour != was.model_flavour else "pretrained_model_name_or_path"],
+            "; its files are not the same",
+        )
     if different:
         name = different[0]
-        raise UserError(f"{name}: found {getattr(now, name)!r}, but {folder} was trained with {getattr(was, name)!r}{files}; choose another output_dir")
+        raise UserError(
+            f"{name}: found {getattr(now, name)!r}, but {folder} was trained with {getattr(was, name)!r}{files}; choose another output_dir"
+        )
     if now.validation_split != was.validation_split:
         say(f"validation_split: stays {was.validation_split}, for the pictures held out must not change")
         config.validation_split = now.validation_split = was.validation_split
@@ -554,17 +636,26 @@ def preview(config, transformer, device, step):
     the training."""
     try:
         transformer.eval()
-        images = generate(make_pipeline(config, transformer, load_vae(config, device)), config, config.validation_prompts)
+        images = generate(
+            make_pipeline(config, transformer, load_vae(config, device)), config, config.validation_prompts
+        )
         width, height = images[0].size
         column = Image.new("RGB", (width, height * len(images)))
         for i, image in enumerate(images):
             column.paste(image, (0, i * height))
-        folder, prompts = Path(config.output_dir) / "validation", json.dumps(config.validation_prompts, ensure_ascii=False)
+        folder, prompts = (
+            Path(config.output_dir) / "validation",
+            json.dumps(config.validation_prompts, ensure_ascii=False),
+        )
         settings = json.dumps(picture_settings(config, without="validation_lora_strength"), ensure_ascii=False)
         columns = {step: column}
         for path in sorted(folder.glob("step-*.png")):
             with Image.open(path) as earlier:
-                if int(path.stem[5:]) != step and earlier.size == column.size and earlier.text.get("settings") == settings:
+                if (
+                    int(path.stem[5:]) != step
+                    and earlier.size == column.size
+                    and earlier.text.get("settings") == settings
+                ):
                     columns[int(path.stem[5:])] = earlier.convert("RGB")
         shown = sorted(columns)
         if len(shown) > 6:  # the first, the last and four between
@@ -572,7 +663,9 @@ def preview(config, transformer, device, step):
         rows = [[columns[s].crop((0, i * height, width, (i + 1) * height)) for s in shown] for i in range(len(images))]
         labels = [f"step {s}" if s else "before (step 0)" for s in shown]
         save_picture(picture_grid(rows, config.validation_prompts, labels), folder / "progress.png", prompts=prompts)
-        save_picture(column, folder / f"step-{step:06d}.png", prompts=prompts, settings=settings)  # last: if it is there, both are
+        save_picture(
+            column, folder / f"step-{step:06d}.png", prompts=prompts, settings=settings
+        )  # last: if it is there, both are
         return column
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
@@ -600,12 +693,18 @@ class Metrics:
         write_file(self.path, "".join(kept))
         if config.report_to == "tensorboard":
             # Its thread would print a traceback when the disk is full, before draw() says so in one line.
-            threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
+            threading.excepthook = lambda failed: (
+                None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
+            )
             try:
                 self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=start + 1)
-                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})  # in one chart
+                self.board.add_custom_scalars(
+                    {"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}}
+                )  # in one chart
             except OSError as error:
-                raise UserError(f"{Path(config.output_dir) / 'logs'}: cannot be written ({error.strerror}); mend that, or set report_to to none") from None
+                raise UserError(
+                    f"{Path(config.output_dir) / 'logs'}: cannot be written ({error.strerror}); mend that, or set report_to to none"
+                ) from None
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
@@ -616,7 +715,9 @@ class Metrics:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then start again") from None
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free space, then start again"
+            ) from None
         for name, value in values.items():
             self.draw("add_scalar", f"{group}/{name}", value, step)
 
@@ -648,7 +749,9 @@ class StopSignals:
         self.again = self.number != 0
         if not self.again:
             self.number = number
-            os.write(2, b"\nstopping, as soon as this step is finished and saved; the same signal again leaves at once\n")  # print() may be at work
+            os.write(
+                2, b"\nstopping, as soon as this step is finished and saved; the same signal again leaves at once\n"
+            )  # print() may be at work
         if self.again or self.at_once:
             raise KeyboardInterrupt(number)
 
@@ -673,12 +776,18 @@ def memory_advice(config, device):
     """What to change when memory runs out, in the order that costs least."""
     advice = []
     if config.train_batch_size > 1:
-        advice.append(f"train_batch_size 1 with gradient_accumulation_steps {config.train_batch_size * config.gradient_accumulation_steps}")
+        advice.append(
+            f"train_batch_size 1 with gradient_accumulation_steps {config.train_batch_size * config.gradient_accumulation_steps}"
+        )
     if config.base_model_precision == "no_change":
         advice.append("base_model_precision int8-quanto")
     if config.gradient_checkpointing is not True:
         advice.append("gradient_checkpointing true")
-    if not config.enable_modulation_offload and device.type != "mps" and not any("linear" in target for target in config.lora_target_modules):
+    if (
+        not config.enable_modulation_offload
+        and device.type != "mps"
+        and not any("linear" in target for target in config.lora_target_modules)
+    ):
         advice.append("enable_modulation_offload true")
     if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
@@ -698,12 +807,22 @@ def benchmark(config, device):
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
         print("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
     transformer, weights = random_transformer(config, device, sizes)
-    run = set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, config.max_train_steps)
+    run = set_up(
+        config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, config.max_train_steps
+    )
     dtype, batch = compute_dtype(config, device), config.train_batch_size
     latents, noise = torch.randn(2, batch, 16, height // 8, width // 8)
-    tensors = (latents, noise, torch.randn(batch), torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim), torch.ones(batch))
+    tensors = (
+        latents,
+        noise,
+        torch.randn(batch),
+        torch.randn(batch, TEXT_TOKENS, transformer.config.joint_attention_dim),
+        torch.ones(batch),
+    )
     seconds = []
-    for step in tqdm(range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0):
+    for step in tqdm(
+        range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0
+    ):
         start = time.perf_counter()
         train_step(config, run, step, [(step, tensors)] * config.gradient_accumulation_steps)
         synchronize(device)
@@ -711,17 +830,30 @@ def benchmark(config, device):
     seconds_per_step = statistics.median(seconds[1:] or seconds)  # the first one warms up
 
     d, tokens = transformer.inner_dim, TEXT_TOKENS + width * height // 256
-    flops = needed_flops(d, sizes["num_layers"] + sizes["num_single_layers"], tokens) * batch * config.gradient_accumulation_steps
+    flops = (
+        needed_flops(d, sizes["num_layers"] + sizes["num_single_layers"], tokens)
+        * batch
+        * config.gradient_accumulation_steps
+    )
     rate = matmul_rate(device, dtype, d, tokens)
     hours = seconds_per_step * config.max_train_steps / 3600
-    figures = {"seconds_per_step": seconds_per_step, "flops_per_second": flops / seconds_per_step, "matmul_flops_per_second": rate, "hours": hours}
+    figures = {
+        "seconds_per_step": seconds_per_step,
+        "flops_per_second": flops / seconds_per_step,
+        "matmul_flops_per_second": rate,
+        "hours": hours,
+    }
     if process_rank() == 0:
-        print(f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}")
+        print(
+            f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}"
+        )
         print(f"{seconds_per_step:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds_per_step / 1e12:.3g} TFLOP/s, "
               f"{flops / seconds_per_step / rate:.0%} of this device's {rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
         on_device = "" if device.type == "cpu" else f"peak device memory {peak_memory(device):.1f} GiB, "
         if device.type == "cuda":
-            on_device += f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB with what PyTorch keeps in reserve, "
+            on_device += (
+                f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB with what PyTorch keeps in reserve, "
+            )
         print(f"{on_device}peak host memory {peak_host_memory()}")
         print(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
     return figures
@@ -731,8 +863,13 @@ def random_transformer(config, device, sizes):
     """A transformer of these sizes with random weights, as load_transformer gives it, and the number of its weights."""
     with torch.device("meta"):
         transformer = LongCatImageTransformer2DModel(**sizes)
-    shapes, dtype = {name: tensor.shape for name, tensor in transformer.state_dict().items()}, compute_dtype(config, device)
-    random_weights = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
+    shapes, dtype = (
+        {name: tensor.shape for name, tensor in transformer.state_dict().items()},
+        compute_dtype(config, device),
+    )
+    random_weights = lambda names: {
+        name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names
+    }
     return fill_transformer(transformer, random_weights, config, device), sum(map(math.prod, shapes.values()))
 
 
@@ -772,8 +909,19 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
     per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
     metrics, stop, base = Metrics(config, start), StopSignals(), {}
     saved = done = last_sound = start
-    place, bad, skipped, recent, smoothed, waiting, clock = batches.place(), 0, 0, [], math.nan, collections.deque(), 0.0
-    coming, ahead = copy.copy(batches), max(1, 64 // (config.gradient_accumulation_steps * config.train_batch_size))  # steps
+    place, bad, skipped, recent, smoothed, waiting, clock = (
+        batches.place(),
+        0,
+        0,
+        [],
+        math.nan,
+        collections.deque(),
+        0.0,
+    )
+    coming, ahead = (
+        copy.copy(batches),
+        max(1, 64 // (config.gradient_accumulation_steps * config.train_batch_size)),
+    )  # steps
 
     def save():
         nonlocal saved
@@ -800,7 +948,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
 
     def score(name):  # the held-out pictures, and as many that are trained on
         some = batches.entries[:: max(1, len(batches.entries) // SCORED_PICTURES)][: len(held_out)]
-        loss_of = lambda entries: mean_loss(config, run.transformer, entries, prompt_files, run.scheduler, run.device, stop.agreed)
+        loss_of = lambda entries: mean_loss(
+            config, run.transformer, entries, prompt_files, run.scheduler, run.device, stop.agreed
+        )
         return {f"held_out_{name}": loss_of(held_out), f"trained_{name}": loss_of(some)}
 
     def show():
@@ -822,7 +972,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
 
     def to_show():  # also at the start, if it was interrupted
         due = config.validation_step_interval and (done % config.validation_step_interval == 0 or done == steps)
-        drawn = not config.validation_prompts or (Path(config.output_dir) / "validation" / f"step-{done:06d}.png").exists()
+        drawn = (
+            not config.validation_prompts or (Path(config.output_dir) / "validation" / f"step-{done:06d}.png").exists()
+        )
         return due and (done > start or not drawn or (held_out and metrics.scores.get("step") != done))
 
     bar = tqdm(initial=start, total=steps, desc="training", unit="step", disable=not first)
@@ -830,7 +982,10 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         try:
             if sum_over_processes(bool(to_show()))[0]:
                 show()
-            stopping, loaded = stop.agreed(), load_ahead(config, batches, prompt_files, run.device, per_step, steps - start)
+            stopping, loaded = (
+                stop.agreed(),
+                load_ahead(config, batches, prompt_files, run.device, per_step, steps - start),
+            )
             clock = time.perf_counter()  # when the last step was noted, previews and checkpoints left out
             while done < steps and not stopping:
                 if run.transformer.modulations and (done - start) % ahead == 0:
@@ -840,12 +995,22 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                 waiting.append((done + 1, train_step(config, run, done + 1, tensors)))
                 done, place, stopping = done + 1, place_after, stop.agreed()
                 # A step's numbers are looked at while the next one computes, unless they are needed now.
-                needed = done == start + 1 or done % LOG_EVERY == 0 or done % config.checkpoint_step_interval == 0 or done == steps or stopping or to_show()
+                needed = (
+                    done == start + 1
+                    or done % LOG_EVERY == 0
+                    or done % config.checkpoint_step_interval == 0
+                    or done == steps
+                    or stopping
+                    or to_show()
+                )
                 while len(waiting) > (0 if needed else 1) and bad < BAD_STEPS:
                     note(*waiting.popleft())
 
                 if done % LOG_EVERY == 0 or done == steps or bad == BAD_STEPS:
-                    means = [statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for values in zip(*recent)]
+                    means = [
+                        statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan])
+                        for values in zip(*recent)
+                    ]
                     metrics.write(
                         done, "train", loss=means[0], lr=run.optimizer.param_groups[0]["lr"], grad_norm=means[1], epoch=epoch,
                         seconds_per_step=means[2], skipped_steps=skipped, peak_memory_gib=peak_memory(run.device),
@@ -857,7 +1022,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                         if step_of(folder) >= last_sound:  # nothing sound has followed from it
                             say(f"{folder.name} is kept as {set_aside(folder, 'unsound')}")
                     good = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
-                    raise UserError(f"step {last_sound + BAD_STEPS}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm")
+                    raise UserError(
+                        f"step {last_sound + BAD_STEPS}: loss or gradients were not finite {bad} times in a row; the last good checkpoint is {good}; lower learning_rate or max_grad_norm"
+                    )
                 if (done % config.checkpoint_step_interval == 0 and not bad) or done == steps or stopping:
                     save()
                 if to_show() and not stopping:
@@ -867,7 +1034,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
                     clock = time.perf_counter()
                 figures = {} if math.isnan(smoothed) else {"loss": f"{smoothed:.4f}"}
                 if metrics.scores:
-                    figures["held_out"] = f"{metrics.scores['held_out_loss']:.4f} of {metrics.scores['held_out_base']:.4f}"
+                    figures["held_out"] = (
+                        f"{metrics.scores['held_out_loss']:.4f} of {metrics.scores['held_out_base']:.4f}"
+                    )
                 if run.device.type != "cpu":
                     figures["memory"] = f"{peak_memory(run.device):.1f} GiB"
                 bar.set_postfix(figures, refresh=False)
@@ -927,19 +1096,40 @@ def main(config):
         transformer = load_transformer(config, device)
         init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
         earlier = state.get("checkpointing") if state and state["config"]["gradient_checkpointing"] == "auto" else None
-        run, start = set_up(SimpleNamespace(**{**vars(config), "init_lora": init_lora}), transformer, load_scheduler(config), device, steps, earlier), 0
+        run, start = (
+            set_up(
+                SimpleNamespace(**{**vars(config), "init_lora": init_lora}),
+                transformer,
+                load_scheduler(config),
+                device,
+                steps,
+                earlier,
+            ),
+            0,
+        )
     run.started = started
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)
-        batches.go_to(state["batches"], (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(), prompt_files, device)
+        batches.go_to(
+            state["batches"],
+            (checkpoint / "pictures.jsonl").read_text(encoding="utf-8").splitlines(),
+            prompt_files,
+            device,
+        )
         say(f"resumed from {checkpoint}")
     if start >= steps:
-        say(f"nothing to train: {checkpoint} has {start} steps already; raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}, or choose another output_dir for a new run")
+        say(
+            f"nothing to train: {checkpoint} has {start} steps already; raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}, or choose another output_dir for a new run"
+        )
     if process_rank() == 0:
         try:
-            (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the training
+            (output / "checkpoints").mkdir(
+                parents=True, exist_ok=True
+            )  # what cannot be written is said before the training
         except OSError as error:
-            raise UserError(f"{output / 'checkpoints'}: cannot be written ({error.strerror}); mend that, or choose another output_dir") from None
+            raise UserError(
+                f"{output / 'checkpoints'}: cannot be written ({error.strerror}); mend that, or choose another output_dir"
+            ) from None
         write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
     train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps)
 

@@ -48,7 +48,10 @@ from longcat_common import (
 )
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
-PROMPTS = ["a cat on a window sill in the morning sun, photograph", "一只猫坐在洒满晨光的窗台上，摄影"]  # if none are given
+PROMPTS = [
+    "a cat on a window sill in the morning sun, photograph",
+    "一只猫坐在洒满晨光的窗台上，摄影",
+]  # if none are given
 
 
 def newest_lora(folder):
@@ -75,7 +78,9 @@ def find_loras(config):
             print(f"{lora}: is missing or damaged, and left out")
             found.remove(lora)
         if not found:
-            raise UserError(f"compare_checkpoints: {output} holds no checkpoint yet; train first, or name its output_dir")
+            raise UserError(
+                f"compare_checkpoints: {output} holds no checkpoint yet; train first, or name its output_dir"
+            )
         return found
     if config.lora == "none":
         return []
@@ -90,7 +95,10 @@ def find_loras(config):
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
     step = steps_of(lora)
-    for metrics in (lora.parent / "metrics.jsonl", lora.parent.parent.parent / "metrics.jsonl"):  # of the run, or of a checkpoint's run
+    for metrics in (
+        lora.parent / "metrics.jsonl",
+        lora.parent.parent.parent / "metrics.jsonl",
+    ):  # of the run, or of a checkpoint's run
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
                 values = json.loads(line)
@@ -105,7 +113,11 @@ def columns_of(config, loras):
     for lora in loras:
         losses = held_out_losses(lora)
         for strength in strengths:
-            label, name = (f"step {step_of(lora.parent)}", lora.parent.name) if config.compare_checkpoints else ("with LoRA", "lora")
+            label, name = (
+                (f"step {step_of(lora.parent)}", lora.parent.name)
+                if config.compare_checkpoints
+                else ("with LoRA", "lora")
+            )
             if len(strengths) > 1 or strength != 1:
                 label, name = f"{label}, strength {strength:g}", f"{name}-x{strength:g}"
             if losses and strengths == [1]:
@@ -145,10 +157,18 @@ def main(config):
     if not config.validation_prompts:
         print("validation_prompts: none given; these are drawn: " + "; ".join(PROMPTS))
     if not loras:
-        print(f"lora: none, in {config.output_dir} neither; the base is drawn alone" if config.lora is None else "lora: none; the base is drawn alone")
+        print(
+            f"lora: none, in {config.output_dir} neither; the base is drawn alone"
+            if config.lora is None
+            else "lora: none; the base is drawn alone"
+        )
     if any(map(is_chinese, prompts)):
         font = system_font(CHINESE_FONTS, 16)
-        print(f"labels in Chinese: {font.path}" if font else f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}")
+        print(
+            f"labels in Chinese: {font.path}"
+            if font
+            else f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}"
+        )
 
     folder = new_folder(Path(config.output_dir))  # what cannot be written is said before the work
     try:
@@ -169,14 +189,29 @@ def main(config):
 
 def draw(config, pipe, prompts, loras, columns, folder, device):
     """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's path."""
-    sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed)))
+    sizes, seeds = (
+        list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed))
+    )
     rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
-    several = lambda size, seed: (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
+    several = lambda size, seed: (
+        (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
+    )
     title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
-    title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (f", seed {seeds[0]}" if len(seeds) == 1 else "")
-    title += ("" if config.validation_cfg_renorm else ", CFG-renorm off") + (f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else "")
-    title += f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1") if len(loras) == 1 else f"\n{Path(config.output_dir).name}"
-    settings = picture_settings(config, without="validation_prompts") | {"base_model_precision": config.base_model_precision, "mixed_precision": config.mixed_precision}
+    title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (
+        f", seed {seeds[0]}" if len(seeds) == 1 else ""
+    )
+    title += ("" if config.validation_cfg_renorm else ", CFG-renorm off") + (
+        f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else ""
+    )
+    title += (
+        f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1")
+        if len(loras) == 1
+        else f"\n{Path(config.output_dir).name}"
+    )
+    settings = picture_settings(config, without="validation_prompts") | {
+        "base_model_precision": config.base_model_precision,
+        "mixed_precision": config.mixed_precision,
+    }
 
     started = time.perf_counter()
     with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
@@ -185,13 +220,27 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
                 load_lora(pipe.transformer, lora, strength)
             for (i, size, seed), images in rows.items():
                 images += generate(pipe, config, [prompts[i]], size, seed)
-                own = {"validation_resolution": f"{size[0]}x{size[1]}", "validation_seed": seed, "validation_lora_strength": strength}
-                text = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model(config), "settings": json.dumps(settings | own, ensure_ascii=False)}
+                own = {
+                    "validation_resolution": f"{size[0]}x{size[1]}",
+                    "validation_seed": seed,
+                    "validation_lora_strength": strength,
+                }
+                text = {
+                    "prompt": prompts[i],
+                    "lora": str(lora or "none"),
+                    "base_model": base_model(config),
+                    "settings": json.dumps(settings | own, ensure_ascii=False),
+                }
                 save_picture(images[-1], folder / f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png", **text)
                 bar.update()
             labels = [several(size, seed) + prompts[i] for i, size, seed in rows]
             grid = picture_grid(list(rows.values()), labels, [label for label, *_ in columns[:number]], title)
-            save_picture(grid, folder / "comparison.png", lora=", ".join(map(str, loras)) or "none", base_model=base_model(config))
+            save_picture(
+                grid,
+                folder / "comparison.png",
+                lora=", ".join(map(str, loras)) or "none",
+                base_model=base_model(config),
+            )
     seconds = (time.perf_counter() - started) / bar.total
     memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
     print(f"{seconds:.1f} s a picture{memory}")

@@ -85,7 +85,13 @@ FRONT = {
     "pretrained_model_name_or_path": "Model: local folder or hub name",
     "base_model_precision": "Precision",
 }
-OTHER_STAGES = ("prune", "benchmark", "lora", "compare_checkpoints", "validation_lora_strength")  # mean nothing in training
+OTHER_STAGES = (
+    "prune",
+    "benchmark",
+    "lora",
+    "compare_checkpoints",
+    "validation_lora_strength",
+)  # mean nothing in training
 TRY = {
     "validation_prompts": "Prompts to draw, one a line",
     "validation_negative_prompt": "Negative prompt",
@@ -161,16 +167,33 @@ def confine(name, value, place):
     paths, folders = [], [place.output] if name == "output_dir" else [place.output, *place.folders]
     if name == "data_dir":
         paths = [source["path"] for source in sources(SimpleNamespace(data_dir=value))]
-    elif name in ("output_dir", "cache_dir", "init_lora", "lora", "resume_from_checkpoint", "pretrained_model_name_or_path", "validation_prompts") and isinstance(value, str):
+    elif name in (
+        "output_dir",
+        "cache_dir",
+        "init_lora",
+        "lora",
+        "resume_from_checkpoint",
+        "pretrained_model_name_or_path",
+        "validation_prompts",
+    ) and isinstance(value, str):
         is_word = name in ("lora", "resume_from_checkpoint") and value in ("latest", "none")
-        is_hub_name = name == "pretrained_model_name_or_path" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not os.path.exists(value)
+        is_hub_name = (
+            name == "pretrained_model_name_or_path"
+            and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)
+            and not os.path.exists(value)
+        )
         paths = [] if is_word or is_hub_name else [value]
     for path in paths:
         if "\0" in path or not is_inside(path, folders) or is_inside(path, [place.output / ".webui"]):
             flag = "--output" if name == "output_dir" else "--folders"
-            raise UserError(f"{name}: found {path!r}, which is outside this page's folders ({', '.join(map(str, folders))}); start webui.py with {flag} {path}")
+            raise UserError(
+                f"{name}: found {path!r}, which is outside this page's folders ({', '.join(map(str, folders))}); start webui.py with {flag} {path}"
+            )
         if name == "data_dir" and not os.path.isdir(path):  # a list may name pictures anywhere
-            raise UserError(f"data_dir: {path} is no folder" + ("; the page takes folders, only the command line takes lists" if os.path.exists(path) else ""))
+            raise UserError(
+                f"data_dir: {path} is no folder"
+                + ("; the page takes folders, only the command line takes lists" if os.path.exists(path) else "")
+            )
 
 
 def is_inside(path, folders):
@@ -185,12 +208,16 @@ def fields(names, labels, defaults):
     for name in names:
         key, value = ALL_KEYS[name], to_text(name, getattr(defaults, name))
         label = t(labels[name]) if name in labels else name
-        shared = dict(label=label, info=description(name, labels), elem_id=f"{'try' if labels is TRY else 'key'}-{name}")
+        shared = dict(
+            label=label, info=description(name, labels), elem_id=f"{'try' if labels is TRY else 'key'}-{name}"
+        )
         if types_of(name) == (bool,):
             made[name] = gr.Checkbox(value, **shared)
         elif key.choices:
             allowed = [choice if isinstance(choice, str) else json.dumps(choice) for choice in key.choices]
-            made[name] = gr.Dropdown(allowed, value=value, allow_custom_value=True, **shared)  # a wrong one of a file is told in load_config's words
+            made[name] = gr.Dropdown(
+                allowed, value=value, allow_custom_value=True, **shared
+            )  # a wrong one of a file is told in load_config's words
         else:
             lines = 3 if list in types_of(name) and not {int, float} & {*types_of(name)} else 1
             made[name] = gr.Textbox(value, placeholder=to_text(name, key.default), lines=lines, max_lines=8, **shared)
@@ -205,7 +232,9 @@ def description(name, labels):
 def marked(names, labels, problems):
     """Updates for these keys' fields: each problem stands where the description was."""
     return [
-        gr.update(info=f"⚠ {plain(problems[name])}", elem_classes=["wrong"]) if name in problems else gr.update(info=description(name, labels), elem_classes=[])
+        gr.update(info=f"⚠ {plain(problems[name])}", elem_classes=["wrong"])
+        if name in problems
+        else gr.update(info=description(name, labels), elem_classes=[])
         for name in names
     ]
 
@@ -265,12 +294,25 @@ def start_job(place, what, script, config, device):
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         jobs = read_jobs(place)
         for job in jobs:
-            if what == job.what == "training" and job.alive and os.path.realpath(job.output_dir) == os.path.realpath(config.output_dir):
-                raise UserError(f"output_dir: job {job.number} is at work in {config.output_dir}; stop it first, or choose another folder")
-        folder = place.jobs / str(1 + max([int(path.name) for path in place.jobs.iterdir() if path.name.isdecimal()], default=0))
+            if (
+                what == job.what == "training"
+                and job.alive
+                and os.path.realpath(job.output_dir) == os.path.realpath(config.output_dir)
+            ):
+                raise UserError(
+                    f"output_dir: job {job.number} is at work in {config.output_dir}; stop it first, or choose another folder"
+                )
+        folder = place.jobs / str(
+            1 + max([int(path.name) for path in place.jobs.iterdir() if path.name.isdecimal()], default=0)
+        )
         earlier = [str(job.folder / "lock") for job in jobs if job.alive and job.device == device]
         write_file(folder / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
-        facts = {"what": what, "output_dir": config.output_dir, "device": device, "time": datetime.datetime.now().isoformat(" ", "minutes")}
+        facts = {
+            "what": what,
+            "output_dir": config.output_dir,
+            "device": device,
+            "time": datetime.datetime.now().isoformat(" ", "minutes"),
+        }
         write_file(folder / "job.json", json.dumps(facts, ensure_ascii=False) + "\n")
         environment = {**os.environ, "PYTHONUTF8": "1", "TQDM_MININTERVAL": "1"}
         if device.startswith("GPU "):
@@ -278,18 +320,39 @@ def start_job(place, what, script, config, device):
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(device[4:])]
         with open(folder / "lock", "w") as lock, open(folder / "log.txt", "wb") as log:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            command = [sys.executable, "-c", JOB, str(lock.fileno()), str(HERE / script), str(folder / "config.json"), *earlier]
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()], start_new_session=True)
+            command = [
+                sys.executable,
+                "-c",
+                JOB,
+                str(lock.fileno()),
+                str(HERE / script),
+                str(folder / "config.json"),
+                *earlier,
+            ]
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+            )
     return int(folder.name)
 
 
 def read_jobs(place):
     """All jobs, oldest first: number, folder, what, output_dir, device, time, alive and state."""
     jobs, busy = [], set()
-    for folder in sorted((path for path in place.jobs.glob("[0-9]*") if path.name.isdecimal()), key=lambda folder: int(folder.name)):
+    for folder in sorted(
+        (path for path in place.jobs.glob("[0-9]*") if path.name.isdecimal()), key=lambda folder: int(folder.name)
+    ):
         try:
             facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-            facts = {name: str(facts[name]).replace("\0", "").encode().decode() for name in ("what", "output_dir", "device", "time")}
+            facts = {
+                name: str(facts[name]).replace("\0", "").encode().decode()
+                for name in ("what", "output_dir", "device", "time")
+            }
             with open(folder / "lock") as lock:
                 numbers = [int(line) for line in lock.read().split()]
                 try:
@@ -304,7 +367,15 @@ def read_jobs(place):
             state = STOPPING if told else "waiting" if facts["device"] in busy else "running"
             busy.add(facts["device"])
         else:
-            state = "finished" if code == 0 else "stopped" if code in (130, 143) or (told and code is None) else "failed" if code else "cut off"
+            state = (
+                "finished"
+                if code == 0
+                else "stopped"
+                if code in (130, 143) or (told and code is None)
+                else "failed"
+                if code
+                else "cut off"
+            )
         jobs.append(SimpleNamespace(number=int(folder.name), folder=folder, alive=alive, state=state, **facts))
     return jobs
 
@@ -324,7 +395,9 @@ def log_tail(path):
         return ""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 60_000))
-        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", "replace"))  # without a terminal's commands
+        text = re.sub(
+            r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", "replace")
+        )  # without a terminal's commands
     lines, last = {}, None
     for i, line in enumerate(re.split(r"[\r\n]+", text)):
         bar = re.match(r"([^:|]+): +\d+%\|", line.lstrip()[:200])
@@ -339,9 +412,21 @@ def log_tail(path):
 
 def find_runs(place, jobs):
     """The folders under the output folder that hold a run, newest first: those of jobs, and of others two folders deep."""
-    found = {path.parent: path for pattern in ("config.json", "*/config.json", "*/*/config.json") for path in place.output.glob(pattern)}
-    found |= {Path(job.output_dir): Path(job.output_dir) / "config.json" for job in jobs if is_inside(job.output_dir, [place.output])}
-    times = {folder: stamp(path) for folder, path in found.items() if ".webui" not in folder.parts and str(folder).isprintable()}
+    found = {
+        path.parent: path
+        for pattern in ("config.json", "*/config.json", "*/*/config.json")
+        for path in place.output.glob(pattern)
+    }
+    found |= {
+        Path(job.output_dir): Path(job.output_dir) / "config.json"
+        for job in jobs
+        if is_inside(job.output_dir, [place.output])
+    }
+    times = {
+        folder: stamp(path)
+        for folder, path in found.items()
+        if ".webui" not in folder.parts and str(folder).isprintable()
+    }
     return sorted((folder for folder, time in times.items() if time), key=lambda folder: times[folder][1], reverse=True)
 
 
@@ -365,16 +450,32 @@ def newest(metrics, name):
 def figures(metrics, steps, running):
     """What a run's row of figures shows: step, loss, held-out loss, seconds a step, peak memory, time left."""
     number = lambda value, form: "" if value is None else format(value, form)
-    step, seconds, memory, base = newest(metrics, "step") or 0, newest(metrics, "seconds_per_step"), newest(metrics, "peak_memory_gib"), newest(metrics, "held_out_base")
-    left = str(datetime.timedelta(seconds=round((steps - step) * seconds))) if running and seconds and step < steps else ""
+    step, seconds, memory, base = (
+        newest(metrics, "step") or 0,
+        newest(metrics, "seconds_per_step"),
+        newest(metrics, "peak_memory_gib"),
+        newest(metrics, "held_out_base"),
+    )
+    left = (
+        str(datetime.timedelta(seconds=round((steps - step) * seconds))) if running and seconds and step < steps else ""
+    )
     held_out = number(newest(metrics, "held_out_loss"), ".4f") + (f" / {base:.4f}" if base is not None else "")
-    return [f"{step} / {steps}", number(newest(metrics, "loss"), ".4f"), held_out, number(seconds, ".3g"), f"{memory:.1f} GiB" if memory else "", left]
+    return [
+        f"{step} / {steps}",
+        number(newest(metrics, "loss"), ".4f"),
+        held_out,
+        number(seconds, ".3g"),
+        f"{memory:.1f} GiB" if memory else "",
+        left,
+    ]
 
 
 def curves(metrics):
     """Loss, held-out loss and the base's as a table for the plot; of a long run an even choice."""
     kept = [line for i, line in enumerate(metrics) if "held_out_loss" in line or i % math.ceil(len(metrics) / 500) == 0]
-    points = [(math.nan, math.nan, name) for name in CURVES]  # a plot that began without a curve would not draw it later
+    points = [
+        (math.nan, math.nan, name) for name in CURVES
+    ]  # a plot that began without a curve would not draw it later
     points += [(line["step"], line[name], name) for line in kept for name in CURVES if name in line]
     return pd.DataFrame(points, columns=["step", "value", "curve"])
 
@@ -412,7 +513,9 @@ def set_up_tab(place, start):
                     form |= fields(rest[i : i + 3], {}, config)
     message = gr.Markdown(elem_id="set-up-message")
     with gr.Row():
-        name = gr.Textbox(label=t("Save as"), info=t("a file in configs/, for the command line, too"), elem_id="save-name")
+        name = gr.Textbox(
+            label=t("Save as"), info=t("a file in configs/, for the command line, too"), elem_id="save-name"
+        )
         replace = gr.Checkbox(label=t("Replace the file of that name"))
         save = gr.Button(t("Save"), elem_id="save")
     names, components = list(form), list(form.values())
@@ -429,14 +532,23 @@ def set_up_tab(place, start):
             given = read_config_file(CONFIGS / file)
         except UserError as error:
             return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
-        default, texts, unused = load_config(), [], [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names]
+        default, texts, unused = (
+            load_config(),
+            [],
+            [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names],
+        )
         for name in names:
             value = given.get(name, getattr(default, name))
-            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_whole_text(value):  # no field can show it
+            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_whole_text(
+                value
+            ):  # no field can show it
                 unused.append(f"{name}: found {ascii(value)}")
                 value = getattr(default, name)
             texts.append(to_text(name, value))
-        return [plain(about_config(file)) + (f"\n\n⚠ {plain('ignored: ' + ', '.join(unused))}" if unused else ""), *texts]
+        return [
+            plain(about_config(file)) + (f"\n\n⚠ {plain('ignored: ' + ', '.join(unused))}" if unused else ""),
+            *texts,
+        ]
 
     def write(file, may_replace, *texts):
         config, problems = read_form(dict(zip(names, texts)), place)
@@ -444,29 +556,46 @@ def set_up_tab(place, start):
         if problems:
             return [said(problems), *[gr.skip()] * 3]
         if not re.fullmatch(r"\w[\w .-]{0,49}", file):
-            return [t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most."), *[gr.skip()] * 3]
+            return [
+                t("⚠ The name of a file needs letters, digits, spaces, dots, - or _, 50 at most."),
+                *[gr.skip()] * 3,
+            ]
         path = CONFIGS / f"{file}.json"
         if path.is_file() and not may_replace:
-            return [f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}", *[gr.skip()] * 3]
+            return [
+                f"{t('⚠ There is such a file already; choose another name, or tick Replace:')} {plain(path.name)}",
+                *[gr.skip()] * 3,
+            ]
         try:
             about = f"// {about_config(path.name)}\n" if path.is_file() and about_config(path.name) else ""
             write_file(path, about + json.dumps(settings_of(config), indent=2, ensure_ascii=False) + "\n")
         except UserError as error:
             return [f"⚠ {plain(error)}", *[gr.skip()] * 3]
-        return [f"{t('Saved:')} configs/{plain(path.name)}", gr.update(choices=config_names(), value=path.name), plain(about_config(path.name)), False]
+        return [
+            f"{t('Saved:')} configs/{plain(path.name)}",
+            gr.update(choices=config_names(), value=path.name),
+            plain(about_config(path.name)),
+            False,
+        ]
 
     def restore(stored):
         file, texts = stored.get("file"), stored.get("texts", {})
         if set(texts) != set(names) or file not in config_names():
             return [gr.update(choices=config_names()), *[gr.skip() for _ in range(len(names) + 1)]]
-        return [gr.update(choices=config_names(), value=file), plain(about_config(file)), *(texts[name] for name in names)]
+        return [
+            gr.update(choices=config_names(), value=file),
+            plain(about_config(file)),
+            *(texts[name] for name in names),
+        ]
 
     checking = [check, [chosen, *components], [*components, message, kept]]
     typed = [component.blur if isinstance(component, gr.Textbox) else component.input for component in components]
     gr.on(typed, *checking, show_progress="hidden", trigger_mode="always_last")
     chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
     save.click(write, [name, replace, *components], [message, chosen, about, replace])
-    return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(*checking, show_progress="hidden")
+    return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(
+        *checking, show_progress="hidden"
+    )
 
 
 def config_names():
@@ -493,10 +622,23 @@ def data_tab(place, form):
         gr.Markdown(f"### {t('Captions: choose a picture')}")
         with gr.Row():
             with gr.Column(scale=2):
-                gallery = gr.Gallery(show_label=False, columns=6, height=560, allow_preview=False, interactive=False, buttons=[], elem_id="pictures")
-                number, first = gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False, elem_id="page"), gr.State(0)
+                gallery = gr.Gallery(
+                    show_label=False,
+                    columns=6,
+                    height=560,
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="pictures",
+                )
+                number, first = (
+                    gr.Slider(1, 2, value=1, step=1, label=t("Page"), visible=False, elem_id="page"),
+                    gr.State(0),
+                )
             with gr.Column():
-                index = gr.Number(visible=False, precision=0)  # in the browser, so that it changes together with the caption
+                index = gr.Number(
+                    visible=False, precision=0
+                )  # in the browser, so that it changes together with the caption
                 large = picture("Picture", height=300, elem_id="picture")
                 caption = gr.Textbox(label=t("Caption, one a line"), lines=4, elem_id="caption", interactive=True)
                 where = gr.Markdown(elem_id="caption-file")
@@ -537,7 +679,14 @@ def data_tab(place, form):
     def choose(found, start, i, text, event: gr.SelectData):
         kept, entry = keep_typed(found, i, text), found[start + event.index]
         left = f"{t('⚠ Not saved yet, but kept here as you typed it:')} {plain(found[i]['picture'])}" if kept else ""
-        return found, start + event.index, thumbnail(entry["picture"], 768), entry.get("typed", "\n".join(entry["captions"])), plain(entry["file"]), left
+        return (
+            found,
+            start + event.index,
+            thumbnail(entry["picture"], 768),
+            entry.get("typed", "\n".join(entry["captions"])),
+            plain(entry["file"]),
+            left,
+        )
 
     def write(found, i, text, start):
         captions = lines_of(text)
@@ -548,20 +697,46 @@ def data_tab(place, form):
             if not is_inside(file, [place.output, *place.folders]):
                 raise UserError(f"{file}: is a link out of this page's folders")
             if stamp(file) != found[i]["stamp"] or not path.exists():
-                return f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}", gr.skip(), gr.skip()
+                return (
+                    f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}",
+                    gr.skip(),
+                    gr.skip(),
+                )
             prepare_data.write_captions(file, path, captions)
         except UserError as error:
             return f"⚠ {plain(error)}", gr.skip(), gr.skip()
         found[i].pop("typed", None)
         for entry in found:
             if entry["file"] == file:  # a table, or of pictures that share their caption
-                entry |= {"stamp": stamp(file)} | ({"captions": captions} if entry is found[i] or prepare_data.is_own(file, entry["picture"]) else {})
+                entry |= {"stamp": stamp(file)} | (
+                    {"captions": captions} if entry is found[i] or prepare_data.is_own(file, entry["picture"]) else {}
+                )
         return f"{t('Saved:')} {plain(file)}", found, thumbnails(found[start : start + THUMBNAILS])
 
-    outputs = [message, sheet, report_box, report, pictures, captions_box, number, gallery, first, index, large, caption, where, saved]
+    outputs = [
+        message,
+        sheet,
+        report_box,
+        report,
+        pictures,
+        captions_box,
+        number,
+        gallery,
+        first,
+        index,
+        large,
+        caption,
+        where,
+        saved,
+    ]
     look.click(show, [pictures, index, caption, *components], outputs, show_progress_on=message)
     number.change(turn, [pictures, number], [gallery, first], show_progress="hidden")
-    gallery.select(choose, [pictures, first, index, caption], [pictures, index, large, caption, where, saved], show_progress="hidden")
+    gallery.select(
+        choose,
+        [pictures, first, index, caption],
+        [pictures, index, large, caption, where, saved],
+        show_progress="hidden",
+    )
     save.click(write, [pictures, index, caption, first], [saved, pictures, gallery], show_progress="hidden")
 
 
@@ -599,7 +774,10 @@ def stamp(file):
 def thumbnails(entries):
     """What the gallery shows of these pictures: (picture, its first caption) each; ✎ if another one is typed, but not saved."""
     images = in_parallel(lambda entry: thumbnail(entry["picture"], 192), entries)
-    return [(image, "✎ " * ("typed" in entry) + (entry["captions"][0] if entry["captions"] else "⚠")) for image, entry in zip(images, entries)]
+    return [
+        (image, "✎ " * ("typed" in entry) + (entry["captions"][0] if entry["captions"] else "⚠"))
+        for image, entry in zip(images, entries)
+    ]
 
 
 def thumbnail(path, side):
@@ -618,7 +796,9 @@ def jobs_tab(place, form):
     """Start, stop, resume; and what a job or an earlier run has come to."""
     names, components = list(form), list(form.values())
     with gr.Row():
-        device = gr.Dropdown(devices(), value=devices()[0], label=t("Device"), visible=len(devices()) > 1, elem_id="device")
+        device = gr.Dropdown(
+            devices(), value=devices()[0], label=t("Device"), visible=len(devices()) > 1, elem_id="device"
+        )
         start = gr.Button(t("Start training"), variant="primary", elem_id="start")
         measure = gr.Button(t("Measure speed and memory"), elem_id="measure")
     message = gr.Markdown(elem_id="jobs-message")
@@ -628,13 +808,36 @@ def jobs_tab(place, form):
         resume = gr.Button(t("Go on"), elem_id="resume")
     with gr.Row():
         state = gr.Markdown(elem_id="state", container=True)
-        shown = [gr.Textbox(label=t(label), interactive=False, min_width=100, elem_id=label.split()[0].lower()) for label in ("Step", "Loss", "Held-out loss / base", "Seconds a step", "Peak memory", "Time left")]
+        shown = [
+            gr.Textbox(label=t(label), interactive=False, min_width=100, elem_id=label.split()[0].lower())
+            for label in ("Step", "Loss", "Held-out loss / base", "Seconds a step", "Peak memory", "Time left")
+        ]
     with gr.Row():
         with gr.Column():
-            plot = gr.LinePlot(curves([]), x="step", y="value", color="curve", color_map=CURVES, colors_in_legend=[], y_title=" ", label=t("Loss"), height=310, elem_id="plot")
-            gr.HTML(" ".join(f'<span style="color: {colour}">●</span> {name}' for name, colour in CURVES.items()))  # the plot's own is cut off
+            plot = gr.LinePlot(
+                curves([]),
+                x="step",
+                y="value",
+                color="curve",
+                color_map=CURVES,
+                colors_in_legend=[],
+                y_title=" ",
+                label=t("Loss"),
+                height=310,
+                elem_id="plot",
+            )
+            gr.HTML(
+                " ".join(f'<span style="color: {colour}">●</span> {name}' for name, colour in CURVES.items())
+            )  # the plot's own is cut off
         with gr.Column():
-            log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_id="log", elem_classes=["log"])
+            log = gr.Textbox(
+                label=t("Last lines of the log"),
+                lines=LOG_LINES,
+                max_lines=LOG_LINES,
+                interactive=False,
+                elem_id="log",
+                elem_classes=["log"],
+            )
     preview = picture("Previews", elem_id="preview", visible=False)
     lora = gr.DownloadButton(t("Download the LoRA"), visible=False, elem_id="download")
     seen = gr.State([])
@@ -643,11 +846,17 @@ def jobs_tab(place, form):
         config, problems = read_form(dict(zip(names, texts)), place, {"benchmark": benchmark})
         if not problems and not benchmark:
             problems = why_not(config)
-        return [f"{t('⚠ Correct this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()] if problems else begin_with(config, device)
+        return (
+            [f"{t('⚠ Correct this in Set up:')} {plain(next(iter(problems.values())))}", gr.skip()]
+            if problems
+            else begin_with(config, device)
+        )
 
     def begin_with(config, device):
         try:
-            number = start_job(place, "measurement" if config.benchmark else "training", "train_lora.py", config, device)
+            number = start_job(
+                place, "measurement" if config.benchmark else "training", "train_lora.py", config, device
+            )
         except (UserError, OSError) as error:
             return [f"⚠ {plain(error)}", gr.skip()]
         return ["", gr.update(choices=choices(place, read_jobs(place)), value=str(number))]
@@ -679,9 +888,20 @@ def jobs_tab(place, form):
         job, run = find(place, jobs, value)
         state, metrics, steps, text, previews, final = t("No job yet."), [], 0, "", None, None
         if run:
-            state, text = (f"**{t(job.state)}**", log_tail(job.folder / "log.txt")) if job else (t("not started from this page"), "")
+            state, text = (
+                (f"**{t(job.state)}**", log_tail(job.folder / "log.txt"))
+                if job
+                else (t("not started from this page"), "")
+            )
         if run and not (job and job.what == "measurement"):
-            metrics, steps, previews, final = read_metrics(run), total_steps(job.folder if job else run), *(path if is_inside(path, [place.output]) else None for path in (run / "validation" / "progress.png", run / LORA_NAME))
+            metrics, steps, previews, final = (
+                read_metrics(run),
+                total_steps(job.folder if job else run),
+                *(
+                    path if is_inside(path, [place.output]) else None
+                    for path in (run / "validation" / "progress.png", run / LORA_NAME)
+                ),
+            )
         return what_changed(before, [
             ((listed, value), gr.update(choices=listed, value=value)),
             (state, state),
@@ -704,7 +924,13 @@ def what_changed(before, updates):
     """The updates whose key is not as it was, the rest skipped, and last all keys, for the next time. `updates`: pairs of
     (key, update), `before`: the keys of the last time, or []."""
     keys = [str(key) for key, _ in updates]
-    return [*(gr.skip() if before and key == was else update for (_, update), key, was in zip(updates, keys, before or keys)), keys]
+    return [
+        *(
+            gr.skip() if before and key == was else update
+            for (_, update), key, was in zip(updates, keys, before or keys)
+        ),
+        keys,
+    ]
 
 
 def total_steps(folder):
@@ -712,7 +938,11 @@ def total_steps(folder):
     try:
         config, log = read_json(folder / "config.json"), folder / "log.txt"
         with open(log if log.is_file() else os.devnull, "rb") as file:
-            told = re.search(rb"^(\d+) steps of ", file.read(1_000_000), re.MULTILINE) if config["num_train_epochs"] else None
+            told = (
+                re.search(rb"^(\d+) steps of ", file.read(1_000_000), re.MULTILINE)
+                if config["num_train_epochs"]
+                else None
+            )
         return int(told[1] if told else config["max_train_steps"])
     except (UserError, OSError, KeyError, ValueError, TypeError, OverflowError):
         return 0
@@ -730,9 +960,13 @@ def why_not(config):
     except UserError:
         return {}
     if {source["path"] for source in before}.isdisjoint(source["path"] for source in sources(config)):
-        return {"output_dir": f"output_dir: {output} holds a run with other pictures ({', '.join(source['path'] for source in before)}); choose another folder for this one"}
+        return {
+            "output_dir": f"output_dir: {output} holds a run with other pictures ({', '.join(source['path'] for source in before)}); choose another folder for this one"
+        }
     if step_of(folders[-1]) >= config.max_train_steps and not config.num_train_epochs:
-        return {"max_train_steps": f"max_train_steps: {output} has {step_of(folders[-1])} steps already; take more, or choose another output_dir"}
+        return {
+            "max_train_steps": f"max_train_steps: {output} has {step_of(folders[-1])} steps already; take more, or choose another output_dir"
+        }
     return {}
 
 
@@ -769,8 +1003,21 @@ def try_tab(place, device):
             state = gr.Markdown(elem_id="try-state")
             grid = picture("Base beside LoRA", elem_id="grid")
             gr.Markdown(t("Each picture, to be saved"))
-            single = gr.Gallery(show_label=False, columns=4, height=320, interactive=False, elem_id="single", buttons=["download", "fullscreen"])
-            log = gr.Textbox(label=t("Last lines of the log"), lines=LOG_LINES, max_lines=LOG_LINES, interactive=False, elem_classes=["log"])
+            single = gr.Gallery(
+                show_label=False,
+                columns=4,
+                height=320,
+                interactive=False,
+                elem_id="single",
+                buttons=["download", "fullscreen"],
+            )
+            log = gr.Textbox(
+                label=t("Last lines of the log"),
+                lines=LOG_LINES,
+                max_lines=LOG_LINES,
+                interactive=False,
+                elem_classes=["log"],
+            )
     seen, components = gr.State([]), list(form.values())
 
     def runs_of(jobs):
@@ -793,7 +1040,11 @@ def try_tab(place, device):
         if lora not in loras:
             return [t("⚠ Choose a LoRA of this run."), *nothing]
         try:
-            given = {name: value for name, value in read_config_file(Path(folder) / "config.json").items() if name not in names and name != "data_dir"}
+            given = {
+                name: value
+                for name, value in read_config_file(Path(folder) / "config.json").items()
+                if name not in names and name != "data_dir"
+            }
             given |= {"output_dir": folder, "lora": str(loras[lora]), "compare_checkpoints": False, "benchmark": 0}
             config, problems = read_form(dict(zip(names, texts)), place, given)
             if not problems:
@@ -832,13 +1083,25 @@ def make_page(place, start):
     with gr.Blocks(title="LongCat-Image LoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown(f"# {t('LoRA training for LongCat-Image')}")
         with gr.Tab(t("1 Set up")):
-            gr.Markdown(t("Choose the file for your machine, then name the folder with your pictures. What is under More can stay as it is."))
+            gr.Markdown(
+                t(
+                    "Choose the file for your machine, then name the folder with your pictures. What is under More can stay as it is."
+                )
+            )
             form, when_loaded = set_up_tab(place, start)
         with gr.Tab(t("2 Data")):
-            gr.Markdown(t("See what the model will see, and correct captions. To teach a new word, write it into every caption."))
+            gr.Markdown(
+                t(
+                    "See what the model will see, and correct captions. To teach a new word, write it into every caption."
+                )
+            )
             data_tab(place, form)
         with gr.Tab(t("3 Train")):
-            gr.Markdown(t("Training does what Set up says, and goes on where it was stopped. It goes on without this page, too."))
+            gr.Markdown(
+                t(
+                    "Training does what Set up says, and goes on where it was stopped. It goes on without this page, too."
+                )
+            )
             jobs, job_inputs, job_views, device = jobs_tab(place, form)
         with gr.Tab(t("4 Try it")):
             gr.Markdown(t("Draw prompts with the base model and with a LoRA, from the same noise."))
@@ -847,7 +1110,9 @@ def make_page(place, start):
         timer = gr.Timer(REFRESH_SECONDS)
         for views in ((jobs, job_inputs, job_views), (pictures, picture_inputs, picture_views)):
             gr.on([page.load, timer.tick], *views, show_progress="hidden", trigger_mode="once", queue=False)
-    for function in page.fns.values():  # Gradio describes public ones, with what the fields hold, even on the login page
+    for (
+        function
+    ) in page.fns.values():  # Gradio describes public ones, with what the fields hold, even on the login page
         function.api_visibility = "private"
     return page
 
@@ -858,7 +1123,11 @@ def make_page(place, start):
 async def refuse_other_sites(request, call_next):
     """Another site's page, open in the same browser, must not use this one; it may link here."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
-    foreign = site in ("cross-site", "same-site") if site else origin and urlsplit(origin).netloc != request.headers.get("host")
+    foreign = (
+        site in ("cross-site", "same-site")
+        if site
+        else origin and urlsplit(origin).netloc != request.headers.get("host")
+    )
     if foreign and (request.method != "GET" or request.headers.get("sec-fetch-mode") != "navigate"):
         return PlainTextResponse("this page takes no orders from another site", 403)
     return await call_next(request)
@@ -885,15 +1154,36 @@ def is_loopback(host):
 def main(arguments=None):
     """Serves the page, until Ctrl-C; in a notebook it shows it and returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="IPv4 address to listen on; another one than this machine's own needs a password [%(default)s]")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="IPv4 address to listen on; another one than this machine's own needs a password [%(default)s]",
+    )
     parser.add_argument("--port", type=int, default=8001, help="[%(default)s]")
-    parser.add_argument("--password", default=os.environ.get("WEBUI_PASSWORD"), help="asked for before anything is shown; or in the environment as WEBUI_PASSWORD")
-    parser.add_argument("--output", default="output", help="folder of all runs; nothing else is served from the disk as it is [%(default)s]")
-    parser.add_argument("--folders", nargs="+", default=[], help=f"folders of pictures, caches and models that the page may use, besides {', '.join(FOLDERS)}")
+    parser.add_argument(
+        "--password",
+        default=os.environ.get("WEBUI_PASSWORD"),
+        help="asked for before anything is shown; or in the environment as WEBUI_PASSWORD",
+    )
+    parser.add_argument(
+        "--output",
+        default="output",
+        help="folder of all runs; nothing else is served from the disk as it is [%(default)s]",
+    )
+    parser.add_argument(
+        "--folders",
+        nargs="+",
+        default=[],
+        help=f"folders of pictures, caches and models that the page may use, besides {', '.join(FOLDERS)}",
+    )
     options = parser.parse_args(arguments)
     if not is_loopback(options.host) and not options.password:
-        sys.exit(f"error: --host {options.host}: other machines could use this page; give it a password with --password")
-    place = SimpleNamespace(output=Path(options.output), folders=[Path(folder) for folder in (*FOLDERS, *options.folders)])
+        sys.exit(
+            f"error: --host {options.host}: other machines could use this page; give it a password with --password"
+        )
+    place = SimpleNamespace(
+        output=Path(options.output), folders=[Path(folder) for folder in (*FOLDERS, *options.folders)]
+    )
     place.jobs = place.output / ".webui" / "jobs"
     try:
         place.jobs.mkdir(parents=True, exist_ok=True)
@@ -901,8 +1191,18 @@ def main(arguments=None):
         sys.exit(f"error: --output {place.output}: cannot be written ({error.strerror})")
     os.environ["GRADIO_TEMP_DIR"] = str((place.output / ".webui" / "shown").absolute())  # what the page has shown
     # Names that lead to this machine; the last are Colab's. A site that gives its own name to 127.0.0.1 is turned away.
-    own = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"])] if is_loopback(options.host) else []
-    start = "24gb.json" if torch.cuda.is_available() else "mps.json" if torch.backends.mps.is_available() else "tiny.json"
+    own = (
+        [
+            Middleware(
+                TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"]
+            )
+        ]
+        if is_loopback(options.host)
+        else []
+    )
+    start = (
+        "24gb.json" if torch.cuda.is_available() else "mps.json" if torch.backends.mps.is_available() else "tiny.json"
+    )
     print(f"open http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}", flush=True)
     try:
         make_page(place, start).launch(
@@ -922,7 +1222,9 @@ def main(arguments=None):
 def translations():
     """{language: {text: translation}} for Gradio; a key's description has the name `help:` and the key."""
     described = {f"help:{name}": (key.help.replace("null:", "empty:"), *HELP[name]) for name, key in ALL_KEYS.items()}
-    texts = {english: (english, *others) for english, others in TEXTS.items()} | described  # a form's field is empty where a file has null
+    texts = {
+        english: (english, *others) for english, others in TEXTS.items()
+    } | described  # a form's field is empty where a file has null
     languages = {"en": 0, "pt": 1, "pt-BR": 1, "zh": 2, "zh-CN": 2, "zh-TW": 2}
     return {language: {name: given[i] for name, given in texts.items()} for language, i in languages.items()}
 
@@ -945,7 +1247,10 @@ TEXTS = {
         "O treino faz o que Configurar diz e continua de onde parou. Ele segue também sem esta página.",
         "训练按照“设置”进行，停止后可以接着练。关掉本页，训练也会继续。",
     ),
-    "Draw prompts with the base model and with a LoRA, from the same noise.": ("Gere imagens dos prompts com o modelo base e com um LoRA, a partir do mesmo ruído.", "用基础模型和 LoRA，从同样的噪声出发，按提示词生成图片。"),
+    "Draw prompts with the base model and with a LoRA, from the same noise.": (
+        "Gere imagens dos prompts com o modelo base e com um LoRA, a partir do mesmo ruído.",
+        "用基础模型和 LoRA，从同样的噪声出发，按提示词生成图片。",
+    ),
     "Start from": ("Partir de", "从这里开始"),
     "Folder with your pictures": ("Pasta com as suas imagens", "图片文件夹"),
     "Trigger words": ("Palavras-gatilho", "触发词"),
@@ -969,7 +1274,10 @@ TEXTS = {
     "More: output": ("Mais: saída", "更多：输出"),
     "More: validation": ("Mais: validação", "更多：验证"),
     "Save as": ("Salvar como", "另存为"),
-    "a file in configs/, for the command line, too": ("um arquivo em configs/, que serve também na linha de comando", "configs/ 里的文件，命令行也能用"),
+    "a file in configs/, for the command line, too": (
+        "um arquivo em configs/, que serve também na linha de comando",
+        "configs/ 里的文件，命令行也能用",
+    ),
     "Replace the file of that name": ("Substituir o arquivo com esse nome", "替换同名文件"),
     "Save": ("Salvar", "保存"),
     "Saved:": ("Salvo:", "已保存："),
@@ -977,7 +1285,10 @@ TEXTS = {
         "⚠ O nome do arquivo leva letras, algarismos, espaços, pontos, - ou _, no máximo 50.",
         "⚠ 文件名只能用字母、数字、空格、点、- 或 _，最多 50 个。",
     ),
-    "⚠ There is such a file already; choose another name, or tick Replace:": ("⚠ Já existe um arquivo assim; escolha outro nome ou marque Substituir:", "⚠ 已有这个文件；请换个名字，或勾选替换："),
+    "⚠ There is such a file already; choose another name, or tick Replace:": (
+        "⚠ Já existe um arquivo assim; escolha outro nome ou marque Substituir:",
+        "⚠ 已有这个文件；请换个名字，或勾选替换：",
+    ),
     "Look at the data": ("Examinar os dados", "检查数据"),
     "What the model will see": ("O que o modelo vai ver", "模型将看到的图片"),
     "Report": ("Relatório", "报告"),
@@ -986,9 +1297,18 @@ TEXTS = {
     "Picture": ("Imagem", "图片"),
     "Caption, one a line": ("Legenda, uma por linha", "描述，每行一条"),
     "Save the caption": ("Salvar a legenda", "保存描述"),
-    "⚠ Choose a picture, and write a caption.": ("⚠ Escolha uma imagem e escreva uma legenda.", "⚠ 请选择一张图片并写上描述。"),
-    "⚠ Not saved yet, but kept here as you typed it:": ("⚠ Ainda não salvo, mas guardado aqui como você digitou:", "⚠ 还没有保存，但你输入的内容保留在这里："),
-    "⚠ This file has changed meanwhile; look at the data again:": ("⚠ Este arquivo mudou nesse meio-tempo; examine os dados de novo:", "⚠ 这个文件刚被改过；请重新检查数据："),
+    "⚠ Choose a picture, and write a caption.": (
+        "⚠ Escolha uma imagem e escreva uma legenda.",
+        "⚠ 请选择一张图片并写上描述。",
+    ),
+    "⚠ Not saved yet, but kept here as you typed it:": (
+        "⚠ Ainda não salvo, mas guardado aqui como você digitou:",
+        "⚠ 还没有保存，但你输入的内容保留在这里：",
+    ),
+    "⚠ This file has changed meanwhile; look at the data again:": (
+        "⚠ Este arquivo mudou nesse meio-tempo; examine os dados de novo:",
+        "⚠ 这个文件刚被改过；请重新检查数据：",
+    ),
     "Device": ("Dispositivo", "设备"),
     "Start training": ("Iniciar o treino", "开始训练"),
     "Measure speed and memory": ("Medir velocidade e memória", "测量速度和显存"),
@@ -1014,7 +1334,10 @@ TEXTS = {
     "Previews": ("Prévias", "预览"),
     "Download the LoRA": ("Baixar o LoRA", "下载 LoRA"),
     "⚠ This job is not at work.": ("⚠ Esta tarefa não está em andamento.", "⚠ 这个任务没有在运行。"),
-    "⚠ Choose a job that trains, or a run.": ("⚠ Escolha uma tarefa de treino ou um treino anterior.", "⚠ 请选择一个训练任务，或以前的训练。"),
+    "⚠ Choose a job that trains, or a run.": (
+        "⚠ Escolha uma tarefa de treino ou um treino anterior.",
+        "⚠ 请选择一个训练任务，或以前的训练。",
+    ),
     "⚠ Correct this in Set up:": ("⚠ Corrija isto em Configurar:", "⚠ 请在设置里改正："),
     "Run": ("Treino", "训练"),
     "LoRA": ("LoRA", "LoRA"),
@@ -1028,7 +1351,10 @@ TEXTS = {
     "Draw": ("Gerar", "生成"),
     "Base beside LoRA": ("Base ao lado do LoRA", "基础模型与 LoRA 对比"),
     "Each picture, to be saved": ("Cada imagem, para salvar", "每张图片，可保存"),
-    "⚠ Choose a run: train one first.": ("⚠ Escolha um treino: treine primeiro.", "⚠ 请选择一次训练：请先完成一次训练。"),
+    "⚠ Choose a run: train one first.": (
+        "⚠ Escolha um treino: treine primeiro.",
+        "⚠ 请选择一次训练：请先完成一次训练。",
+    ),
     "⚠ Choose a LoRA of this run.": ("⚠ Escolha um LoRA deste treino.", "⚠ 请选择这次训练的 LoRA。"),
 }
 
@@ -1036,33 +1362,72 @@ HELP = {
     "model_type": ("o que se treina", "训练什么"),
     "model_family": ("a família do modelo", "模型系列"),
     "model_flavour": ("a versão principal ou o checkpoint do meio do treino", "正式版，或训练中期的检查点"),
-    "pretrained_model_name_or_path": ("nome no hub ou pasta local; vazio: escolhido por model_flavour", "hub 名称或本地文件夹；留空：由 model_flavour 决定"),
-    "base_model_precision": ("como o transformer congelado é guardado; int8-matmul: também os produtos em 8 bits", "冻结的 transformer 如何存放；int8-matmul：乘法也用 8 位"),
-    "text_encoder_precision": ("do codificador de texto; quantizá-lo economiza pouco aqui e muda os embeddings", "文本编码器的精度；量化它省得不多，还会改变嵌入"),
-    "mixed_precision": ("aritmética; auto: bf16 onde houver, fp16 em CUDA mais antigo, fp32 na CPU", "运算精度；auto：支持时用 bf16，较旧的 CUDA 用 fp16，CPU 用 fp32"),
-    "data_dir": ('pasta de imagens, ou uma lista de {"path", "repeats", "caption_prefix", "loss_weight"}', '图片文件夹，或 {"path", "repeats", "caption_prefix", "loss_weight"} 的列表'),
+    "pretrained_model_name_or_path": (
+        "nome no hub ou pasta local; vazio: escolhido por model_flavour",
+        "hub 名称或本地文件夹；留空：由 model_flavour 决定",
+    ),
+    "base_model_precision": (
+        "como o transformer congelado é guardado; int8-matmul: também os produtos em 8 bits",
+        "冻结的 transformer 如何存放；int8-matmul：乘法也用 8 位",
+    ),
+    "text_encoder_precision": (
+        "do codificador de texto; quantizá-lo economiza pouco aqui e muda os embeddings",
+        "文本编码器的精度；量化它省得不多，还会改变嵌入",
+    ),
+    "mixed_precision": (
+        "aritmética; auto: bf16 onde houver, fp16 em CUDA mais antigo, fp32 na CPU",
+        "运算精度；auto：支持时用 bf16，较旧的 CUDA 用 fp16，CPU 用 fp32",
+    ),
+    "data_dir": (
+        'pasta de imagens, ou uma lista de {"path", "repeats", "caption_prefix", "loss_weight"}',
+        '图片文件夹，或 {"path", "repeats", "caption_prefix", "loss_weight"} 的列表',
+    ),
     "instance_prompt": ("legenda das imagens que não têm nenhuma", "没有描述的图片用的描述"),
-    "resolution": ('lado de um quadrado com a área desejada, ou tamanhos: "1024x1024,1344x768"', '所需面积的正方形边长，或若干尺寸："1024x1024,1344x768"'),
+    "resolution": (
+        'lado de um quadrado com a área desejada, ou tamanhos: "1024x1024,1344x768"',
+        '所需面积的正方形边长，或若干尺寸："1024x1024,1344x768"',
+    ),
     "aspect_bucket_alignment": ("grade dos tamanhos, em pixels", "尺寸的网格，单位像素"),
     "skip_upscaled": ("deixar de fora imagens menores que o tamanho escolhido", "略过比目标尺寸小的图片"),
-    "strict": ("parar na primeira imagem ou legenda inutilizável, em vez de só relatar", "遇到第一张不能用的图片或描述就停止，而不只是报告"),
-    "validation_split": ("parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma", "从不参与训练、只和同样多的训练图片一起评分的图片比例（最多 8 张）；0：没有"),
+    "strict": (
+        "parar na primeira imagem ou legenda inutilizável, em vez de só relatar",
+        "遇到第一张不能用的图片或描述就停止，而不只是报告",
+    ),
+    "validation_split": (
+        "parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma",
+        "从不参与训练、只和同样多的训练图片一起评分的图片比例（最多 8 张）；0：没有",
+    ),
     "caption_dropout_probability": ("parte das amostras treinada com o prompt vazio", "用空提示词训练的样本比例"),
-    "cache_dir": ("pasta do cache de latents e embeddings; vários treinos podem compartilhá-la", "latent 和提示词嵌入的缓存文件夹；多次训练可以共用"),
+    "cache_dir": (
+        "pasta do cache de latents e embeddings; vários treinos podem compartilhá-la",
+        "latent 和提示词嵌入的缓存文件夹；多次训练可以共用",
+    ),
     "vae_batch_size": ("imagens por lote ao guardar latents no cache", "缓存 latent 时每批图片数"),
     "text_encoder_batch_size": ("prompts por lote ao guardar embeddings no cache", "缓存嵌入时每批提示词数"),
-    "prune": ("cache_latents.py: apagar de cache_dir o que nenhum treino usa, e nada mais", "cache_latents.py：从 cache_dir 删除没有训练需要的文件，此外什么也不做"),
+    "prune": (
+        "cache_latents.py: apagar de cache_dir o que nenhum treino usa, e nada mais",
+        "cache_latents.py：从 cache_dir 删除没有训练需要的文件，此外什么也不做",
+    ),
     "lora_rank": ("posto (rank)", "秩（rank）"),
-    "lora_alpha": ("a força é lora_alpha / lora_rank; vazio: igual ao rank", "强度为 lora_alpha / lora_rank；留空：等于 rank"),
+    "lora_alpha": (
+        "a força é lora_alpha / lora_rank; vazio: igual ao rank",
+        "强度为 lora_alpha / lora_rank；留空：等于 rank",
+    ),
     "lora_dropout": ("dropout na entrada do LoRA", "LoRA 输入的 dropout"),
     "init_lora": ("arquivo ou pasta do LoRA de partida", "作为起点的 LoRA 文件或文件夹"),
     "lora_target_modules": ("finais dos nomes das camadas que recebem LoRA", "加 LoRA 的层，写名字的结尾"),
-    "trigger_words": ("palavras que chamam o que foi aprendido; anotadas no arquivo do LoRA", "唤起所学内容的词；记在 LoRA 文件里"),
+    "trigger_words": (
+        "palavras que chamam o que foi aprendido; anotadas no arquivo do LoRA",
+        "唤起所学内容的词；记在 LoRA 文件里",
+    ),
     "license": ("licença do LoRA; anotada no arquivo", "LoRA 的许可证；记在文件里"),
     "train_batch_size": ("imagens por lote", "每批图片数"),
     "gradient_accumulation_steps": ("lotes por passo", "每步批数"),
     "max_train_steps": ("passos de treino", "训练步数"),
-    "num_train_epochs": ("se não for 0: épocas de treino, no lugar de max_train_steps", "不为 0 时：按轮数训练，代替 max_train_steps"),
+    "num_train_epochs": (
+        "se não for 0: épocas de treino, no lugar de max_train_steps",
+        "不为 0 时：按轮数训练，代替 max_train_steps",
+    ),
     "learning_rate": ("taxa de aprendizado do AdamW depois do aquecimento", "预热之后 AdamW 的学习率"),
     "lr_scheduler": ("curso da taxa de aprendizado", "学习率的变化方式"),
     "lr_warmup_steps": ("passos até a taxa de aprendizado plena", "达到完整学习率之前的步数"),
@@ -1075,33 +1440,69 @@ HELP = {
         "反向时重新计算激活：省显存，时间约为 1.5 倍；auto：按显存需要决定多少块",
     ),
     "seed": ("todo sorteio decorre dela", "所有随机数都由它决定"),
-    "flow_schedule_auto_shift": ("o nível de ruído acompanha o tamanho da imagem; não: o shift fixo do scheduler", "噪声水平随图片尺寸变化；否：用 scheduler 固定的 shift"),
-    "enable_group_offload": ("guardar os blocos congelados na memória do computador; eles visitam o dispositivo um a um", "冻结的块放在内存里，逐个轮流上设备"),
+    "flow_schedule_auto_shift": (
+        "o nível de ruído acompanha o tamanho da imagem; não: o shift fixo do scheduler",
+        "噪声水平随图片尺寸变化；否：用 scheduler 固定的 shift",
+    ),
+    "enable_group_offload": (
+        "guardar os blocos congelados na memória do computador; eles visitam o dispositivo um a um",
+        "冻结的块放在内存里，逐个轮流上设备",
+    ),
     "group_offload_type": ("unidade que é movida", "移动的单位"),
     "group_offload_blocks_per_group": ("blocos movidos juntos", "一起移动的块数"),
     "enable_modulation_offload": (
         "guardar na memória do computador as camadas que só veem o nível de ruído, um quarto dos pesos; as saídas são calculadas antes",
         "只依赖噪声水平的层（四分之一的权重）放在内存里；它们的输出提前算好",
     ),
-    "torch_compile": ("compilar os blocos: minutos no início, menos tempo e memória por passo", "编译各块：开头花几分钟，之后每步更快、更省显存"),
-    "vram_limit_gb": ("CUDA: não usar mais memória do que tem uma placa deste tamanho, em GiB", "CUDA：最多使用这么大的显卡所有的显存，单位 GiB"),
-    "benchmark": ("train_lora.py: rodar tantos passos com pesos e dados aleatórios, mostrar velocidade e memória, e nada mais", "train_lora.py：用随机权重和数据跑这么多步，打印速度和内存，此外什么也不做"),
+    "torch_compile": (
+        "compilar os blocos: minutos no início, menos tempo e memória por passo",
+        "编译各块：开头花几分钟，之后每步更快、更省显存",
+    ),
+    "vram_limit_gb": (
+        "CUDA: não usar mais memória do que tem uma placa deste tamanho, em GiB",
+        "CUDA：最多使用这么大的显卡所有的显存，单位 GiB",
+    ),
+    "benchmark": (
+        "train_lora.py: rodar tantos passos com pesos e dados aleatórios, mostrar velocidade e memória, e nada mais",
+        "train_lora.py：用随机权重和数据跑这么多步，打印速度和内存，此外什么也不做",
+    ),
     "output_dir": ("pasta dos arquivos deste treino", "这次训练的文件夹"),
     "checkpoint_step_interval": ("passos entre checkpoints", "检查点间隔步数"),
     "checkpoints_total_limit": ("quantos checkpoints ficam guardados", "保留多少个检查点"),
-    "resume_from_checkpoint": ('checkpoint de onde continuar: "latest", uma pasta ou "none"', '从哪个检查点继续："latest"、一个文件夹或 "none"'),
+    "resume_from_checkpoint": (
+        'checkpoint de onde continuar: "latest", uma pasta ou "none"',
+        '从哪个检查点继续："latest"、一个文件夹或 "none"',
+    ),
     "report_to": ("para onde vão as curvas, além de metrics.jsonl", "除 metrics.jsonl 之外，曲线还写到哪里"),
     "validation_step_interval": ("passos entre prévias e avaliações; 0: nenhuma", "预览图和评分的间隔步数；0：没有"),
     "validation_prompts": ("prompts das prévias e do validate.py", "预览和 validate.py 用的提示词"),
     "validation_negative_prompt": ("prompt negativo", "负向提示词"),
-    "validation_resolution": ('largura x altura das imagens, múltiplos de 16; o validate.py aceita várias, "1024x1024,1344x768"', '图片的宽 x 高，16 的倍数；validate.py 可用多个："1024x1024,1344x768"'),
+    "validation_resolution": (
+        'largura x altura das imagens, múltiplos de 16; o validate.py aceita várias, "1024x1024,1344x768"',
+        '图片的宽 x 高，16 的倍数；validate.py 可用多个："1024x1024,1344x768"',
+    ),
     "validation_guidance": ("escala de orientação (guidance)", "引导系数"),
     "validation_num_inference_steps": ("passos de amostragem", "采样步数"),
-    "validation_seed": ("semente do primeiro ruído de cada imagem; o validate.py aceita uma lista", "每张图片初始噪声的种子；validate.py 可用列表"),
-    "validation_cfg_renorm": ("CFG-renorm do pipeline: a orientação não aumenta a norma da predição", "pipeline 的 CFG-renorm：引导不会增大预测的范数"),
-    "validation_lora_strength": ("validate.py: força do LoRA; uma lista dá uma coluna para cada", "validate.py：LoRA 的强度；列表则每个一列"),
-    "lora": ('validate.py: arquivo ou pasta de LoRA, "latest" de output_dir, ou "none"; vazio: o último, se houver', 'validate.py：LoRA 文件、文件夹、output_dir 的 "latest" 或 "none"；留空：有最新的就用它'),
-    "compare_checkpoints": ("validate.py: uma coluna para cada checkpoint de output_dir", "validate.py：output_dir 的每个检查点一列"),
+    "validation_seed": (
+        "semente do primeiro ruído de cada imagem; o validate.py aceita uma lista",
+        "每张图片初始噪声的种子；validate.py 可用列表",
+    ),
+    "validation_cfg_renorm": (
+        "CFG-renorm do pipeline: a orientação não aumenta a norma da predição",
+        "pipeline 的 CFG-renorm：引导不会增大预测的范数",
+    ),
+    "validation_lora_strength": (
+        "validate.py: força do LoRA; uma lista dá uma coluna para cada",
+        "validate.py：LoRA 的强度；列表则每个一列",
+    ),
+    "lora": (
+        'validate.py: arquivo ou pasta de LoRA, "latest" de output_dir, ou "none"; vazio: o último, se houver',
+        'validate.py：LoRA 文件、文件夹、output_dir 的 "latest" 或 "none"；留空：有最新的就用它',
+    ),
+    "compare_checkpoints": (
+        "validate.py: uma coluna para cada checkpoint de output_dir",
+        "validate.py：output_dir 的每个检查点一列",
+    ),
 }
 
 

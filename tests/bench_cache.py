@@ -31,8 +31,22 @@ import cache_latents
 import prepare_data
 from longcat_common import cache_prompts, free_memory, load_config, load_tokenizer, load_vae, pick_device, write_tensors
 
-SCALED = dict(hidden_size=512, intermediate_size=2688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1, vocab_size=5800)
-REAL = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+SCALED = dict(
+    hidden_size=512,
+    intermediate_size=2688,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    vocab_size=5800,
+)
+REAL = dict(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+)
 
 
 def make_text_encoder(folder, sizes, dtype):
@@ -48,10 +62,16 @@ def make_text_encoder(folder, sizes, dtype):
         shapes = {name: p.shape for name, p in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()}
     groups = {}
     for name in shapes:
-        groups.setdefault(name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest", []).append(name)
+        groups.setdefault(
+            name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest", []
+        ).append(name)
     files, noise = {}, (torch.randn(2**20 + 7) * 0.02).to(dtype)
     for group, names in groups.items():
-        make = lambda shape: torch.ones(shape, dtype=dtype) if len(shape) == 1 else noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()
+        make = lambda shape: (
+            torch.ones(shape, dtype=dtype)
+            if len(shape) == 1
+            else noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()
+        )
         save_file({name: make(shapes[name]) for name in names}, folder / f"model-{group}.safetensors", {"format": "pt"})
         files |= {name: f"model-{group}.safetensors" for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -85,7 +105,9 @@ class OwnMemory(threading.Thread):
 
 def bench_prompts(folder, real, count, rounds, batch_size, compare):
     device = pick_device()
-    make_text_encoder(folder / "model/text_encoder", REAL if real else SCALED, torch.bfloat16 if real else torch.float32)
+    make_text_encoder(
+        folder / "model/text_encoder", REAL if real else SCALED, torch.bfloat16 if real else torch.float32
+    )
     shutil.copytree(TINY / "tokenizer", folder / "model/tokenizer")
     config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size)
     prompts = [f"picture {i} of a red circle in the night, and of many other things" for i in range(count)]
@@ -99,29 +121,39 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
         print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     ways = {"ours, with reading the model": ours}
     if compare:
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model/text_encoder", dtype=torch.bfloat16 if real else torch.float32)
+        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "model/text_encoder", dtype=torch.bfloat16 if real else torch.float32
+        )
         parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
         pipe = LongCatImagePipeline(text_encoder=whole.eval().to(device), tokenizer=load_tokenizer(config), **parts)
 
         def plain(i):
             for n, prompt in enumerate(prompts):
                 with torch.no_grad():
-                    write_tensors(folder / f"plain/{n}.safetensors", {"prompt_embeds": pipe.encode_prompt([prompt])[0][0]})
+                    write_tensors(
+                        folder / f"plain/{n}.safetensors", {"prompt_embeds": pipe.encode_prompt([prompt])[0][0]}
+                    )
 
         ways["the pipeline, one by one, model loaded"] = plain
     memory = OwnMemory()
     times = median_of(ways, rounds)
     print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
     for name, seconds in times.items():
-        print(f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)")
+        print(
+            f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)"
+        )
 
 
 def bench_pictures(folder, count, rounds):
     device, rng = pick_device(), np.random.default_rng(0)
     (folder / "data").mkdir()
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((2000, 1500)).save(folder / "data" / f"{i}.jpg", quality=90)
-    paths = dict(pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output"))
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((2000, 1500)).save(
+            folder / "data" / f"{i}.jpg", quality=90
+        )
+    paths = dict(
+        pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output")
+    )
     config = load_config(resolution=384, instance_prompt="x", **paths)
     print(f"pictures in batches of {config.vae_batch_size}")
     found = prepare_data.main(config)
@@ -152,7 +184,9 @@ if __name__ == "__main__":
     parser.add_argument("--alone", action="store_true")
     arguments = parser.parse_args()
     if arguments.limit:
-        torch.cuda.set_per_process_memory_fraction(arguments.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            arguments.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        )
     with tempfile.TemporaryDirectory() as folder:
         compare = not arguments.alone and (not arguments.limit or arguments.limit > 18)
         bench_prompts(Path(folder), arguments.real, arguments.prompts, arguments.rounds, arguments.batch, compare)

@@ -35,10 +35,14 @@ def camera_picture(rng, width=4000, height=3000):
     """Noise with a photograph's spectrum (amplitude falls with frequency), soft at the pixel, with a sensor's noise."""
     picture = np.zeros((height, width, 3), np.float32)
     for octave in range(1, 12):
-        small = rng.normal(size=(3, max(2, height >> octave), max(2, width >> octave))).astype(np.float32) * 1.6**octave / 8
+        small = (
+            rng.normal(size=(3, max(2, height >> octave), max(2, width >> octave))).astype(np.float32) * 1.6**octave / 8
+        )
         for channel in range(3):
             colour = small[0] if octave < 4 else 0.7 * small[0] + 0.3 * small[channel]  # fine detail is mostly grey
-            picture[..., channel] += np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.BICUBIC))
+            picture[..., channel] += np.asarray(
+                Image.fromarray(colour).resize((width, height), Image.Resampling.BICUBIC)
+            )
     picture += rng.normal(size=(height, width, 1)) * 2.5
     return (picture + 128).clip(0, 255).astype(np.uint8)
 
@@ -61,7 +65,9 @@ def whole_way(path, sizes):
     size = (math.ceil(image.width * scale - 1e-6), math.ceil(image.height * scale - 1e-6))
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    tensor = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1).contiguous()
+    tensor = (
+        torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1).contiguous()
+    )
     return tensor.float().div(255).sub_(0.5).div_(0.5)
 
 
@@ -98,10 +104,17 @@ def camera(count, rounds):
         make_pictures(folder / "data", count)
         paths = sorted((folder / "data").glob("*.jpg"))
         model = str(ROOT / "tests/tiny_longcat/model")
-        config = lambda i: load_config(data_dir=str(folder / "data"), instance_prompt="x", output_dir=str(folder / str(i)), pretrained_model_name_or_path=model)
+        config = lambda i: load_config(
+            data_dir=str(folder / "data"),
+            instance_prompt="x",
+            output_dir=str(folder / str(i)),
+            pretrained_model_name_or_path=model,
+        )
         sizes = buckets(config(0))
         torch.set_num_threads(1)
-        print(f"{count} JPEGs of 4000x3000, {sum(p.stat().st_size for p in paths) / count / 1e6:.1f} MB each, to buckets of about 1024x1024")
+        print(
+            f"{count} JPEGs of 4000x3000, {sum(p.stat().st_size for p in paths) / count / 1e6:.1f} MB each, to buckets of about 1024x1024"
+        )
         print(f"reduced decoding against the whole: {min(likeness(p, sizes) for p in paths[::20]):.1f} dB at least")
         ways = {"whole way": [], "one core": [], f"{len(cores)} cores": []}
         for i in range(rounds):
@@ -127,13 +140,18 @@ def small(count):
             Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size).save(sub / f"{i:06d}.jpg")
             (sub / f"{i:06d}.txt").write_text(f"a small picture, number {i}, " + "with a caption of some length " * 20)
         config = load_config(
-            data_dir=str(folder / "data"), resolution=128, output_dir=str(folder / "o"), pretrained_model_name_or_path=str(ROOT / "tests/tiny_longcat/model")
+            data_dir=str(folder / "data"),
+            resolution=128,
+            output_dir=str(folder / "o"),
+            pretrained_model_name_or_path=str(ROOT / "tests/tiny_longcat/model"),
         )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         for name in ("first run", "again"):
             wall, _ = timed(lambda: prepare_data.main(config))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{count} small files, {name}: {wall:.0f} s; peak memory {peak:.0f} MiB, {before:.0f} MiB of it before the start")
+            print(
+                f"{count} small files, {name}: {wall:.0f} s; peak memory {peak:.0f} MiB, {before:.0f} MiB of it before the start"
+            )
         print(f"manifest: {(folder / 'o' / 'manifest.jsonl').stat().st_size / 2**20:.0f} MiB")
 
 

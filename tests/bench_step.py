@@ -49,9 +49,15 @@ WAYS = {
     "auto": dict(base_model_precision="int8", gradient_checkpointing="auto"),
     "auto, compiled": dict(base_model_precision="int8", gradient_checkpointing="auto", torch_compile=True),
     "auto, 8-bit products": dict(base_model_precision="int8-matmul", gradient_checkpointing="auto"),
-    "auto, compiled, 8-bit products": dict(base_model_precision="int8-matmul", gradient_checkpointing="auto", torch_compile=True),
-    "modulations ahead, every block checkpointed": dict(base_model_precision="int8-quanto", enable_modulation_offload=True),
-    "bf16 weights, auto, compiled": dict(base_model_precision="no_change", gradient_checkpointing="auto", torch_compile=True),
+    "auto, compiled, 8-bit products": dict(
+        base_model_precision="int8-matmul", gradient_checkpointing="auto", torch_compile=True
+    ),
+    "modulations ahead, every block checkpointed": dict(
+        base_model_precision="int8-quanto", enable_modulation_offload=True
+    ),
+    "bf16 weights, auto, compiled": dict(
+        base_model_precision="no_change", gradient_checkpointing="auto", torch_compile=True
+    ),
 }
 REAL, SMALL = dict(num_layers=10, num_single_layers=20), dict(num_layers=2, num_single_layers=4, num_attention_heads=6)
 
@@ -72,7 +78,9 @@ def plain_loop(transformer, device, dtype):
         x0, noise = pack_latents(latents), pack_latents(noise)
         noisy = (1 - sigmas[:, None, None]) * x0 + sigmas[:, None, None] * noise
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = transformer(noisy.to(dtype), prompt_embeds.to(dtype), sigmas, image_ids, text_ids, return_dict=False)[0]
+            prediction = transformer(
+                noisy.to(dtype), prompt_embeds.to(dtype), sigmas, image_ids, text_ids, return_dict=False
+            )[0]
             loss = (prediction.float() - (noise - x0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -87,14 +95,18 @@ def run_way(name, steps, limit):
     """One way: {seconds, share outside of forward and backward, peak memory in GiB, needed FLOPs}."""
     device = pick_device()
     on_gpu = device.type != "cpu"
-    config = load_config(vram_limit_gb=limit, resolution="1024x1024" if on_gpu else "256x256", lr_warmup_steps=0, **(WAYS[name] or {}))
+    config = load_config(
+        vram_limit_gb=limit, resolution="1024x1024" if on_gpu else "256x256", lr_warmup_steps=0, **(WAYS[name] or {})
+    )
     limit_memory(config, device)
     dtype, sizes, side = compute_dtype(config, device), REAL if on_gpu else SMALL, 1024 if on_gpu else 256
     draw = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
     prompt_embeds, normal = torch.randn(1, 512, 3584, generator=draw), torch.zeros(1)
     seconds, inner = [], []
-    transformer, _ = train_lora.random_transformer(config, device, sizes)  # loaded block by block, for the plain loop too
+    transformer, _ = train_lora.random_transformer(
+        config, device, sizes
+    )  # loaded block by block, for the plain loop too
     if name == "plain":
         for module in transformer.modules():
             module._forward_hooks.clear()  # ours, which keep the norms' dtype
@@ -102,11 +114,18 @@ def run_way(name, steps, limit):
         sigmas = sample_sigmas(normal, side * side // 256, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
         do = lambda n: step(*(tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds)))
     else:
-        run = train_lora.set_up(config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, steps)
-        do = lambda n: train_lora.train_step(config, run, n, [(n, (latents, noise, normal, prompt_embeds, torch.ones(1)))])
+        run = train_lora.set_up(
+            config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, steps
+        )
+        do = lambda n: train_lora.train_step(
+            config, run, n, [(n, (latents, noise, normal, prompt_embeds, torch.ones(1)))]
+        )
 
         def forward_and_backward():
-            tensors = [tensor.to(device) for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)]
+            tensors = [
+                tensor.to(device)
+                for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)
+            ]
             if run.transformer.modulations:
                 run.transformer.modulations.select(tensors[2].tolist())
             with autocast(config, device), train_lora.disable_input_dtype_casting(run.transformer):
@@ -140,7 +159,14 @@ def run_way(name, steps, limit):
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     flops = train_lora.needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
     free_memory()
-    return dict(seconds=seconds, first=first, outside=outside, peak=peak, rate=flops / seconds, matmul=train_lora.matmul_rate(device, dtype, transformer.inner_dim, 4608 if on_gpu else 768))
+    return dict(
+        seconds=seconds,
+        first=first,
+        outside=outside,
+        peak=peak,
+        rate=flops / seconds,
+        matmul=train_lora.matmul_rate(device, dtype, transformer.inner_dim, 4608 if on_gpu else 768),
+    )
 
 
 def losses(steps):
@@ -150,7 +176,11 @@ def losses(steps):
                     lora_target_modules=TARGET_MODULES, lr_warmup_steps=0, learning_rate=1e-3, adam_beta2=0.999, report_to="none", cache_dir=f"{folder}/cache", max_grad_norm=1.0)  # fmt: skip
         config, device = load_config(ROOT / "configs/tiny.json", **base), pick_device()
         entries, prompts = cache_latents.main(config)
-        transformer = LongCatImageTransformer2DModel.from_pretrained(ROOT / "tests/tiny_longcat/model/transformer").to(device).requires_grad_(False)
+        transformer = (
+            LongCatImageTransformer2DModel.from_pretrained(ROOT / "tests/tiny_longcat/model/transformer")
+            .to(device)
+            .requires_grad_(False)
+        )
         for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
             quantize(block, "int8-quanto")
         step, optimizer = plain_loop(transformer, device, torch.float32)
@@ -160,16 +190,28 @@ def losses(steps):
         optimizer.param_groups[0]["lr"], batches, found = 1e-3, train_lora.Batches(config, entries), []
         for epoch, number, batch in batches.take(steps):
             latents, noise, normal, prompt_embeds, _ = train_lora.load_batch(config, batch, prompts, epoch, number)
-            found.append(step(latents, noise, sample_sigmas(normal, latents.shape[2] * latents.shape[3] // 4, load_scheduler(config)), prompt_embeds))
+            found.append(
+                step(
+                    latents,
+                    noise,
+                    sample_sigmas(normal, latents.shape[2] * latents.shape[3] // 4, load_scheduler(config)),
+                    prompt_embeds,
+                )
+            )
         plain = statistics.fmean(found[-steps // 4 :])
         print(f"plain loop: {plain:.5f}")
         for name, way in WAYS.items():
             if way and not way.get("torch_compile"):
                 ways = [way, {**way, "base_model_precision": "int8-matmul"}] if name == "auto" else [way]
                 for way in ways:
-                    ours = load_config(ROOT / "configs/tiny.json", **{**base, **way, "output_dir": f"{folder}/{name}{way['base_model_precision']}"})
+                    ours = load_config(
+                        ROOT / "configs/tiny.json",
+                        **{**base, **way, "output_dir": f"{folder}/{name}{way['base_model_precision']}"},
+                    )
                     train_lora.main(ours)
-                    lines = [json.loads(line) for line in (Path(ours.output_dir) / "metrics.jsonl").read_text().splitlines()]
+                    lines = [
+                        json.loads(line) for line in (Path(ours.output_dir) / "metrics.jsonl").read_text().splitlines()
+                    ]
                     mean = statistics.fmean([line["loss"] for line in lines if line["step"] > steps - steps // 4])
                     print(f"{name}, {way['base_model_precision']}: {mean:.5f}, {mean / plain - 1:+.2%}")
 
@@ -185,12 +227,18 @@ def main():
         return losses(given.losses)
     if given.way:
         return print("figures " + json.dumps(run_way(given.way, given.steps, given.limit)))
-    print("| way | s a step | times as fast | outside forward and backward | first step, s | peak, GiB | of the matmul rate |")
+    print(
+        "| way | s a step | times as fast | outside forward and backward | first step, s | peak, GiB | of the matmul rate |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     plain = None
     for name in WAYS:
         limit = ["--limit", str(given.limit)] if given.limit else []
-        done = subprocess.run([sys.executable, __file__, "--way", name, "--steps", str(given.steps), *limit], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--way", name, "--steps", str(given.steps), *limit],
+            capture_output=True,
+            text=True,
+        )
         lines = [line for line in done.stdout.splitlines() if line.startswith("figures ")]
         if not lines:
             print(f"| {name} | {(done.stderr.strip().splitlines() or ['nothing printed'])[-1][:100]} |")
@@ -198,7 +246,10 @@ def main():
         f = json.loads(lines[0][8:])
         plain = plain or f["seconds"]
         show = lambda value, form: "" if value is None else format(value, form)
-        print(f"| {name} | {f['seconds']:.3f} | {plain / f['seconds']:.2f} | {show(f['outside'], '.1%')} | {f['first']:.1f} | {show(f['peak'], '.1f')} | {f['rate'] / f['matmul']:.0%} |", flush=True)
+        print(
+            f"| {name} | {f['seconds']:.3f} | {plain / f['seconds']:.2f} | {show(f['outside'], '.1%')} | {f['first']:.1f} | {show(f['peak'], '.1f')} | {f['rate'] / f['matmul']:.0%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

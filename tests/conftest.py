@@ -1,4 +1,5 @@
 import os  # one thread each, children too: several PyTorch processes on few cores wait for each other's threads
+
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
 
 import multiprocessing
@@ -33,7 +34,9 @@ def start_script(log, script, *arguments, errors=None, **environment):
     logs = [str(log), str(errors or log)]
     for path in logs:
         Path(path).touch()
-    process = FORKS.Process(target=run_child, args=(logs, str(script), [*map(str, arguments)], environment), daemon=True)
+    process = FORKS.Process(
+        target=run_child, args=(logs, str(script), [*map(str, arguments)], environment), daemon=True
+    )
     process.start()
     return process
 
@@ -69,7 +72,10 @@ def run_together(script, count, folder, *arguments):
         port = free.getsockname()[1]
     environment = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     logs = [folder / f"process-{i}" for i in range(count)]
-    processes = [start_script(log, script, *arguments, **environment, RANK=str(i), LOCAL_RANK=str(i)) for i, log in enumerate(logs)]
+    processes = [
+        start_script(log, script, *arguments, **environment, RANK=str(i), LOCAL_RANK=str(i))
+        for i, log in enumerate(logs)
+    ]
     for process in processes:
         process.join()
     printed = [log.read_text(encoding="utf-8") for log in logs]
@@ -151,7 +157,9 @@ def quick(few_pictures, shared_cache, **overrides):
 @pytest.fixture
 def quick_config(tmp_path, few_pictures, shared_cache):
     """A function that gives a configuration for a few quick steps: few pictures, no previews, a checkpoint a step."""
-    return lambda **overrides: quick(few_pictures, shared_cache, **{"output_dir": str(tmp_path / "output"), **overrides})
+    return lambda **overrides: quick(
+        few_pictures, shared_cache, **{"output_dir": str(tmp_path / "output"), **overrides}
+    )
 
 
 # Five pictures in batches of two or one: the first epoch ends within step 2.

@@ -25,9 +25,25 @@ import cache_latents
 import longcat_common
 import prepare_data
 import train_lora
-from longcat_common import cache_prompts, config_from_flags, encode_prompts, load_text_encoder, load_tokenizer, load_vae, prompt_file
+from longcat_common import (
+    cache_prompts,
+    config_from_flags,
+    encode_prompts,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    prompt_file,
+)
 
-PROMPTS = ["", "a red circle", "一个红色的圆形", 'a sign: "open"', "a very long prompt " * 200, "a blue star", "a heart"]
+PROMPTS = [
+    "",
+    "a red circle",
+    "一个红色的圆形",
+    'a sign: "open"',
+    "a very long prompt " * 200,
+    "a blue star",
+    "a heart",
+]
 
 
 @pytest.fixture
@@ -48,7 +64,9 @@ def large(tmp_path, tiny_config):
 
 def cached_files(config):
     """{name: hash of its bytes} of the cached files; bytes themselves would take pytest minutes to compare when they differ."""
-    return {p.relative_to(config.cache_dir): train_lora.sha256(p) for p in Path(config.cache_dir).rglob("*.safetensors")}
+    return {
+        p.relative_to(config.cache_dir): train_lora.sha256(p) for p in Path(config.cache_dir).rglob("*.safetensors")
+    }
 
 
 def test_streamed_layers_give_the_whole_encoders_embeddings(large):
@@ -66,7 +84,9 @@ def test_streamed_layers_give_the_whole_encoders_embeddings(large):
 def test_no_more_than_two_layers_are_in_memory(large):
     config, _ = large
     encoder, alive = load_text_encoder(config, "cpu"), []
-    layers = lambda: [m for m in gc.get_objects() if type(m) is Qwen2_5_VLDecoderLayer and not next(m.parameters()).is_meta]
+    layers = lambda: [
+        m for m in gc.get_objects() if type(m) is Qwen2_5_VLDecoderLayer and not next(m.parameters()).is_meta
+    ]
     others = {id(layer) for layer in layers()}  # the reference model's
     inner = encoder.model.forward
 
@@ -109,7 +129,12 @@ def test_damaged_files_are_named_and_made_again(tiny_config, capsys):
     config = tiny_config()
     entries, files = cache_latents.main(config)
     whole = cached_files(config)
-    latents, other, prompt, empty = entries[0]["latents_file"], entries[1]["latents_file"], files[""], files["a red circle in neonix style"]
+    latents, other, prompt, empty = (
+        entries[0]["latents_file"],
+        entries[1]["latents_file"],
+        files[""],
+        files["a red circle in neonix style"],
+    )
     latents.write_bytes(latents.read_bytes()[:-10])
     save_file({name: tensor[..., :-1].contiguous() for name, tensor in load_file(other).items()}, other)
     save_file({"prompt_embeds": load_file(prompt)["prompt_embeds"].half()}, prompt)
@@ -134,7 +159,15 @@ def test_a_picture_that_has_changed_since_is_not_taken_for_the_old_one(tiny_conf
     cache_latents.main(config)
 
 
-@pytest.mark.parametrize("part, name", [("vae", "config.json"), ("text_encoder", "config.json"), ("tokenizer", "tokenizer.json"), ("text_encoder", "model.safetensors")])
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("vae", "config.json"),
+        ("text_encoder", "config.json"),
+        ("tokenizer", "tokenizer.json"),
+        ("text_encoder", "model.safetensors"),
+    ],
+)
 def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
@@ -146,7 +179,10 @@ def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
 
 def test_pruning(tiny_config, tmp_path, capsys):
     sources = [{"path": str(ROOT / "tests/tiny_longcat/pictures")}]
-    first, second = tiny_config(), tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=["a new prompt"])
+    first, second = (
+        tiny_config(),
+        tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=["a new prompt"]),
+    )
     cache_latents.main(first)
     cache_latents.main(second)
     needed_by_both = cached_files(first)
@@ -190,7 +226,9 @@ def test_the_figure_before_the_work(tiny_config, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "pictures: 40, of them 40 to do; prompts: 6" in printed and "waiting for decoding" in printed
     expected = int(printed.split(" MiB to write")[0].split()[-1])
-    assert sum(p.stat().st_size for p in Path(config.cache_dir).rglob("*.safetensors")) / 2**20 == pytest.approx(expected, abs=0.6)
+    assert sum(p.stat().st_size for p in Path(config.cache_dir).rglob("*.safetensors")) / 2**20 == pytest.approx(
+        expected, abs=0.6
+    )
     cache_latents.main(config)
     assert "to do" not in capsys.readouterr().out
 
@@ -216,11 +254,17 @@ def test_a_small_device_encodes_one_by_one_and_in_tiles(tiny_config, monkeypatch
     assert calls == [(3, False)] + [(1, False)] * 3
     limit, tiled = 100, vae._tiled_encode
     monkeypatch.setattr(cache_latents, "TILE", 64)
-    vae.tile_sample_min_size, vae.tile_latent_min_size = 1024, 128  # as the real VAE, which would not cut a picture of 1024
+    vae.tile_sample_min_size, vae.tile_latent_min_size = (
+        1024,
+        128,
+    )  # as the real VAE, which would not cut a picture of 1024
     vae._tiled_encode = lambda x: calls.append("tiled") or tiled(x)
     in_tiles = cache_latents.encode_pictures(vae, pixels)[0]
     assert in_tiles.shape == mean.shape and in_tiles.isfinite().all()
-    assert calls[4:] == [(3, False)] + [(1, False), (1, True), "tiled"] * 3 and (vae.use_tiling, vae.tile_sample_min_size) == (False, 1024)
+    assert calls[4:] == [(3, False)] + [(1, False), (1, True), "tiled"] * 3 and (
+        vae.use_tiling,
+        vae.tile_sample_min_size,
+    ) == (False, 1024)
     vae.encode = lambda x: (_ for _ in ()).throw(RuntimeError("MPS backend out of memory"))
     with pytest.raises(ValueError, match="too little memory for a picture of 192x128"):
         cache_latents.encode_pictures(vae, pixels)
@@ -238,11 +282,21 @@ def test_small_buckets_are_divided_too(tiny_config, monkeypatch):
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))
         shares.append([entry["key"] for batch in cache_latents.picture_batches(config, entries) for entry in batch])
-    assert sorted(map(len, shares)) == [7, 7, 8, 8] and sorted(sum(shares, [])) == sorted(entry["key"] for entry in entries)
+    assert sorted(map(len, shares)) == [7, 7, 8, 8] and sorted(sum(shares, [])) == sorted(
+        entry["key"] for entry in entries
+    )
 
 
 def flags(config):
-    return ["configs/tiny.json", "--output_dir", config.output_dir, "--cache_dir", config.cache_dir, "--pretrained_model_name_or_path", MODEL]
+    return [
+        "configs/tiny.json",
+        "--output_dir",
+        config.output_dir,
+        "--cache_dir",
+        config.cache_dir,
+        "--pretrained_model_name_or_path",
+        MODEL,
+    ]
 
 
 @pytest.mark.slow
@@ -252,13 +306,20 @@ def test_two_processes_under_torchrun_divide_the_work(tiny_config, tmp_path):
     both = tiny_config(output_dir=str(tmp_path / "both"), cache_dir=str(tmp_path / "both_cache"))
     printed = run_together("cache_latents.py", 2, tmp_path, *flags(both))
     assert cached_files(both).keys() == cached_files(alone).keys()
-    shares = [int(line.split("of them ")[1].split()[0]) for text in printed for line in text.splitlines() if "to do here" in line]
+    shares = [
+        int(line.split("of them ")[1].split()[0])
+        for text in printed
+        for line in text.splitlines()
+        if "to do here" in line
+    ]
     assert len(shares) == 2 and sum(shares) == 40 and min(shares) > 10
     for path in cached_files(alone):
         ours, theirs = (load_file(Path(config.cache_dir) / path) for config in (both, alone))
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
-    assert (tmp_path / "both" / "manifest.jsonl").read_bytes() == (Path(alone.output_dir) / "manifest.jsonl").read_bytes()
+    assert (tmp_path / "both" / "manifest.jsonl").read_bytes() == (
+        Path(alone.output_dir) / "manifest.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -266,7 +327,12 @@ def test_killed_at_any_moment_and_two_at_once(tiny_config, tmp_path):
     reference = tiny_config()
     run_script("cache_latents.py", *flags(reference))
     other = tiny_config(output_dir=str(tmp_path / "other"), cache_dir=str(tmp_path / "other_cache"))
-    start = lambda: subprocess.Popen([sys.executable, "cache_latents.py", *flags(other)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = lambda: subprocess.Popen(
+        [sys.executable, "cache_latents.py", *flags(other)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     for count in (1, 9, 20, 39, 41):
         process = start()
         while process.poll() is None and len(list((tmp_path / "other_cache").rglob("*.safetensors"))) < count:

@@ -28,7 +28,10 @@ def pictures(tmp_path):
 
 
 def captions_of(path):
-    return {picture.name: (captions, file) for picture, captions, file in read_source({"path": str(path)}, load_config(), Findings(False))}
+    return {
+        picture.name: (captions, file)
+        for picture, captions, file in read_source({"path": str(path)}, load_config(), Findings(False))
+    }
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -43,20 +46,42 @@ def test_captions_go_where_they_came_from(pictures, name):
 
 
 def test_what_stands_beside_a_caption_stays(pictures):
-    (pictures / "captions.json").write_text('{"a.png": {"caption": {"en": "one", "zh": "一"}, "tag": 5}}', encoding="utf-8")
-    for captions, shown in ((["two", "二"], {"en": "two", "zh": "二"}), (["three"], "three"), (["four", "四"], ["four", "四"])):
+    (pictures / "captions.json").write_text(
+        '{"a.png": {"caption": {"en": "one", "zh": "一"}, "tag": 5}}', encoding="utf-8"
+    )
+    for captions, shown in (
+        (["two", "二"], {"en": "two", "zh": "二"}),
+        (["three"], "three"),
+        (["four", "四"], ["four", "四"]),
+    ):
         write_captions(pictures / "captions.json", pictures / "a.png", captions)
-        assert json.loads((pictures / "captions.json").read_text(encoding="utf-8")) == {"a.png": {"caption": shown, "tag": 5}}
+        assert json.loads((pictures / "captions.json").read_text(encoding="utf-8")) == {
+            "a.png": {"caption": shown, "tag": 5}
+        }
 
 
 def test_several_rows_of_a_picture_keep_what_else_is_in_them(pictures):
-    rows = [{"file_name": "a.png", "text": "one", "lang": "en"}, {"file_name": "b.png", "text": "two"}, {"file_name": "a.png", "text": "一", "lang": "zh"}]
+    rows = [
+        {"file_name": "a.png", "text": "one", "lang": "en"},
+        {"file_name": "b.png", "text": "two"},
+        {"file_name": "a.png", "text": "一", "lang": "zh"},
+    ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     write_captions(pictures / "metadata.jsonl", pictures / "a.png", ["x", "y"])
-    assert [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().split("\n")] == [{**rows[0], "text": "x"}, rows[1], {**rows[2], "text": "y"}]
+    assert [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().split("\n")] == [
+        {**rows[0], "text": "x"},
+        rows[1],
+        {**rows[2], "text": "y"},
+    ]
     (pictures / "metadata.jsonl").unlink()
-    (pictures / "metadata.csv").write_text("file_name,text,lang\na.png,one,en\nb.png,two,\na.png,一,zh\n", encoding="utf-8")
-    for captions, rows in ((["x", "y"], "a.png,x,en\nb.png,two,\na.png,y,zh\n"), (["x", "y", "z"], "a.png,x,en\nb.png,two,\na.png,y,zh\na.png,z,zh\n"), (["x"], "a.png,x,en\nb.png,two,\n")):
+    (pictures / "metadata.csv").write_text(
+        "file_name,text,lang\na.png,one,en\nb.png,two,\na.png,一,zh\n", encoding="utf-8"
+    )
+    for captions, rows in (
+        (["x", "y"], "a.png,x,en\nb.png,two,\na.png,y,zh\n"),
+        (["x", "y", "z"], "a.png,x,en\nb.png,two,\na.png,y,zh\na.png,z,zh\n"),
+        (["x"], "a.png,x,en\nb.png,two,\n"),
+    ):
         write_captions(pictures / "metadata.csv", pictures / "a.png", captions)
         assert (pictures / "metadata.csv").read_text(encoding="utf-8") == "file_name,text,lang\n" + rows
         assert captions_of(pictures)["a.png"][0] == captions
@@ -78,9 +103,13 @@ def test_a_linked_caption_file_stays_a_link(pictures):
 
 
 def test_other_encodings_become_utf8(pictures):
-    (pictures / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "红色"}\n{"file_name": "b.png", "text": "蓝色"}'.encode("utf-16"))
+    (pictures / "metadata.jsonl").write_bytes(
+        '{"file_name": "a.png", "text": "红色"}\n{"file_name": "b.png", "text": "蓝色"}'.encode("utf-16")
+    )
     write_captions(pictures / "metadata.jsonl", pictures / "a.png", ["绿色"])
-    assert (pictures / "metadata.jsonl").read_text(encoding="utf-8") == '{"file_name": "a.png", "text": "绿色"}\n{"file_name": "b.png", "text": "蓝色"}'
+    assert (pictures / "metadata.jsonl").read_text(
+        encoding="utf-8"
+    ) == '{"file_name": "a.png", "text": "绿色"}\n{"file_name": "b.png", "text": "蓝色"}'
 
 
 REFUSED = {
@@ -101,7 +130,13 @@ def test_a_file_that_has_no_place_for_them_is_left_as_it_is(pictures, name):
     assert (pictures / name).read_text(encoding="utf-8") == text and not list(pictures.glob(".*"))
 
 
-@pytest.mark.parametrize("text, said", [("file_name,text,x,x\na.png,one,1,2\n", "two columns of one name"), ("file_name,text\na.png,one\nb.png,two,three\n", "more fields than there are columns")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("file_name,text,x,x\na.png,one,1,2\n", "two columns of one name"),
+        ("file_name,text\na.png,one\nb.png,two,three\n", "more fields than there are columns"),
+    ],
+)
 def test_a_table_that_cannot_be_written_as_it_was_is_refused(pictures, text, said):
     (pictures / "metadata.csv").write_text(text)
     with pytest.raises(UserError, match=said):

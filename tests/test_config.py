@@ -20,11 +20,22 @@ def message(path=None, **overrides):
 
 def test_file_flags_and_defaults(tmp_path):
     file = tmp_path / "mine.json"
-    file.write_text('{\n  // a comment, "quoted"\n  "lora_rank": 8, // why\n  "output_dir": "a//b",\n}', encoding="utf-8")
+    file.write_text(
+        '{\n  // a comment, "quoted"\n  "lora_rank": 8, // why\n  "output_dir": "a//b",\n}', encoding="utf-8"
+    )
     config = load_config(file, learning_rate=1)
     assert (config.lora_rank, config.output_dir, config.learning_rate) == (8, "a//b", 1.0)
     assert (config.train_batch_size, config.base_model_precision) == (1, "int8-quanto")
-    flags = ["--gradient_checkpointing", str(file), "--lora_rank", "4", "--resolution", "512x512", "--validation_prompts", '["a", "b"]']
+    flags = [
+        "--gradient_checkpointing",
+        str(file),
+        "--lora_rank",
+        "4",
+        "--resolution",
+        "512x512",
+        "--validation_prompts",
+        '["a", "b"]',
+    ]
     config = config_from_flags("", flags)
     assert (config.lora_rank, config.output_dir, config.gradient_checkpointing) == (4, "a//b", True)
     assert config.validation_prompts == ["a", "b"]
@@ -34,7 +45,9 @@ def test_file_flags_and_defaults(tmp_path):
         assert config_from_flags("", ["--gradient_checkpointing", word]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
     assert config_from_flags("", ["--validation_prompts", "42"]).validation_prompts == ["42"]
-    assert config_from_flags("", ["--validation_seed", "1,2", "--validation_lora_strength", "0.5, 1.0"]).validation_seed == [1, 2]
+    assert config_from_flags(
+        "", ["--validation_seed", "1,2", "--validation_lora_strength", "0.5, 1.0"]
+    ).validation_seed == [1, 2]
     config.lora_target_modules.append("x")
     assert "x" not in load_config().lora_target_modules
     assert config_from_flags("", ["--output_dir", "123", "--instance_prompt", "null"]).output_dir == "123"
@@ -60,7 +73,10 @@ def test_file_flags_and_defaults(tmp_path):
         ({"lora_target_modules": [1]}, ["lora_target_modules", "list of texts"]),
         ({"lora_target_modules": []}, ["lora_target_modules", "empty"]),
         ({"data_dir": ""}, ["data_dir", "empty"]),
-        ({"enable_group_offload": True, "gradient_checkpointing": False}, ["gradient_checkpointing", "enable_group_offload"]),
+        (
+            {"enable_group_offload": True, "gradient_checkpointing": False},
+            ["gradient_checkpointing", "enable_group_offload"],
+        ),
         ({"validation_split": 1.0}, ["validation_split", "1.0", "below 1"]),
         ({"validation_seed": [1, "2"]}, ["validation_seed", "list of whole numbers"]),
         ({"validation_seed": [1, -2]}, ["validation_seed", "[1, -2]", "0 or more"]),
@@ -115,7 +131,12 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
     (tmp_path / "config.json").write_text(GUIDE)
     flags = "--enable_group_offload --group_offload_type block_level --group_offload_blocks_per_group 1".split()
     config = config_from_flags("", [str(tmp_path / "config.json"), *flags])
-    assert (config.learning_rate, config.validation_guidance, config.enable_group_offload, config.pretrained_model_name_or_path) == (1e-4, 4.5, True, None)
+    assert (
+        config.learning_rate,
+        config.validation_guidance,
+        config.enable_group_offload,
+        config.pretrained_model_name_or_path,
+    ) == (1e-4, 4.5, True, None)
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in said] == ["lora_type", "data_backend_config", "push_to_hub", "optimizer"]
     assert "ignored: data_backend_config (use data_dir)" in said
@@ -123,12 +144,24 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
 
 def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_path, capsys):
     file = tmp_path / "config.json"
-    file.write_text('''{"--model_family": "longcat_image", "--gradient_checkpointing": "true", "--learning_rate": "1e-4", "--lora_rank": 8,
-        "--validation_num_inference_steps": "20", "--report_to": "wandb", "--lycoris_config": "x.json", "--validation_prompt": "a cat"}''')
+    file.write_text("""{"--model_family": "longcat_image", "--gradient_checkpointing": "true", "--learning_rate": "1e-4", "--lora_rank": 8,
+        "--validation_num_inference_steps": "20", "--report_to": "wandb", "--lycoris_config": "x.json", "--validation_prompt": "a cat"}""")
     config = config_from_flags("", [str(file), "--push_to_hub", "true", "--group_offload_use_stream", "--seed", "7"])
-    assert (config.learning_rate, config.lora_rank, config.validation_num_inference_steps, config.seed, config.report_to) == (1e-4, 8, 20, 7, "tensorboard")
+    assert (
+        config.learning_rate,
+        config.lora_rank,
+        config.validation_num_inference_steps,
+        config.seed,
+        config.report_to,
+    ) == (1e-4, 8, 20, 7, "tensorboard")
     said = capsys.readouterr().err
-    for words in ("report_to: wandb is not here", "lycoris_config (", "validation_prompt (use validation_prompts)", "push_to_hub (", "group_offload_use_stream ("):
+    for words in (
+        "report_to: wandb is not here",
+        "lycoris_config (",
+        "validation_prompt (use validation_prompts)",
+        "push_to_hub (",
+        "group_offload_use_stream (",
+    ):
         assert said.count(words) == 1, said
     file.write_text('{"--lora_rank": "many"}')
     assert "lora_rank" in message(file) and "'many'" in message(file)
@@ -139,7 +172,11 @@ def test_script_prints_one_line_and_exits_with_2():
     assert done.returncode == 2
     assert done.stderr.strip() == "error: unknown key 'lora_rnk'; did you mean 'lora_rank'?"
     with pytest.raises(ValueError, match="README.md/manifest.jsonl: cannot be written"):
-        prepare_data.main(load_config(data_dir=str(TINY / "pictures"), output_dir=str(ROOT / "README.md"), pretrained_model_name_or_path=MODEL))
+        prepare_data.main(
+            load_config(
+                data_dir=str(TINY / "pictures"), output_dir=str(ROOT / "README.md"), pretrained_model_name_or_path=MODEL
+            )
+        )
     done = run_script("prepare_data.py", "--data_dir", "no/such/folder", check=False)
     assert (done.returncode, done.stderr.strip()) == (2, "error: data_dir: no/such/folder is no folder")
 
@@ -158,14 +195,22 @@ def test_shipped_configs_load_and_fit_their_device(path):
     config = load_config(path)
     check_precision(config, "mps" if path.stem == "mps" else "cpu")
     if path.stem != "tiny":
-        assert config.output_dir == f"output/{path.stem}" and config.validation_split and config.checkpoint_step_interval <= 250
+        assert (
+            config.output_dir == f"output/{path.stem}"
+            and config.validation_split
+            and config.checkpoint_step_interval <= 250
+        )
         assert f"`{path.name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_table_is_the_keys():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {name: help for name, help, _ in rows} == {name: key.help for name, key in ALL_KEYS.items()}
     assert len(rows) == sum(map(len, KEYS.values()))
     defaults = {name: default for name, _, default in rows if name != "lora_target_modules"}
-    assert defaults == {name: json.dumps(key.default) for name, key in ALL_KEYS.items() if name != "lora_target_modules"}
+    assert defaults == {
+        name: json.dumps(key.default) for name, key in ALL_KEYS.items() if name != "lora_target_modules"
+    }
     assert Path(ROOT / "LICENSE").exists()

@@ -15,7 +15,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 import cache_latents
 import longcat_common
 import prepare_data
-from longcat_common import cache_prompts, encode_prompts, load_text_encoder, load_tokenizer, load_transformer, prompt_file
+from longcat_common import (
+    cache_prompts,
+    encode_prompts,
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    prompt_file,
+)
 
 PROMPTS = [
     "",
@@ -56,7 +63,13 @@ def test_camera_pictures(tmp_path, tiny_config):
     by_name = {Path(e["path"]).name: e for e in entries}
     assert sorted(by_name) == ["clear.png", "grey.webp", "landscape.jpg", "portrait.jpg", "turned.jpg"]
     assert list(prompts) == ["", "一张照片", "a landscape"]
-    expected = {"landscape.jpg": (192, 128), "portrait.jpg": (128, 192), "turned.jpg": (128, 192), "clear.png": (192, 128), "grey.webp": (128, 192)}
+    expected = {
+        "landscape.jpg": (192, 128),
+        "portrait.jpg": (128, 192),
+        "turned.jpg": (128, 192),
+        "clear.png": (192, 128),
+        "grey.webp": (128, 192),
+    }
     assert {name: tuple(e["bucket"]) for name, e in by_name.items()} == expected
     assert by_name["turned.jpg"]["size"] == [3000, 4000]
 
@@ -74,7 +87,13 @@ def test_camera_pictures(tmp_path, tiny_config):
 
     # The latents are the VAE's own.
     vae = AutoencoderKL.from_pretrained(f"{MODEL}/vae")
-    pixels = torch.from_numpy(np.array(prepare_data.load_picture(folder / "landscape.jpg", (192, 128)))).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.array(prepare_data.load_picture(folder / "landscape.jpg", (192, 128)))).permute(2, 0, 1)[
+            None
+        ]
+        / 127.5
+        - 1
+    )
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     cached = load_file(by_name["landscape.jpg"]["latents_file"])
@@ -88,7 +107,9 @@ def test_prompt_embeddings_equal_the_pipelines_own(tiny_config):
     config = tiny_config()
     parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(f"{MODEL}/text_encoder", dtype=torch.float32)
-    pipe = LongCatImagePipeline(text_encoder=whole, tokenizer=Qwen2Tokenizer.from_pretrained(f"{MODEL}/tokenizer"), **parts)
+    pipe = LongCatImagePipeline(
+        text_encoder=whole, tokenizer=Qwen2Tokenizer.from_pretrained(f"{MODEL}/tokenizer"), **parts
+    )
     with torch.no_grad():
         expected = pipe.encode_prompt(PROMPTS)[0]
     files = cache_prompts(config, PROMPTS, "cpu")
@@ -107,7 +128,10 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     file = model / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     assert "model.layers.1.mlp.up_proj.weight" in weights and "lm_head.weight" in weights
-    newer = {f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model."): t for n, t in weights.items()}
+    newer = {
+        f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model."): t
+        for n, t in weights.items()
+    }
     embeds = encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3])
     save_file(newer, file, {"format": "pt"})
     assert torch.equal(encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3]), embeds)

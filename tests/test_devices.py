@@ -22,14 +22,20 @@ from longcat_common import add_lora, check_precision, flow_matching_loss, load_c
 def draws(batch=2):
     draw = torch.Generator().manual_seed(0)
     shapes = dict(latents=(batch, 16, 16, 16), noise=(batch, 16, 16, 16), prompt_embeds=(batch, 512, 64))
-    return {**{name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}, "sigmas": torch.tensor([0.3, 0.8][:batch])}
+    return {
+        **{name: torch.randn(shape, generator=draw) for name, shape in shapes.items()},
+        "sigmas": torch.tensor([0.3, 0.8][:batch]),
+    }
 
 
 # ---------------------------------------------------------------- group offload
 
 
 # int4 compiles quanto's extension first, which takes a minute and a half.
-@pytest.mark.parametrize("precision, together", [("no_change", 1), ("int8-quanto", 2), ("fp8-torchao", 4), pytest.param("int4-quanto", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision, together",
+    [("no_change", 1), ("int8-quanto", 2), ("fp8-torchao", 4), pytest.param("int4-quanto", 1, marks=pytest.mark.slow)],
+)
 def test_one_group_is_on_the_device_and_the_step_is_the_same(tiny_config, monkeypatch, precision, together):
     settings = dict(base_model_precision=precision, gradient_checkpointing=True)
     results, alive, sizes, fetch = [], [], [], longcat_common.GroupOffload.fetch
@@ -70,25 +76,40 @@ def test_one_group_is_on_the_device_and_the_step_is_the_same(tiny_config, monkey
             assert set(numbers) == {2}, "after forward, backward and step: the group that computes, and the next one"
             assert max(alive) <= 2, "when one is fetched: the group that computes, and what autograd still holds"
             groups = -(-6 // together)
-            assert len(sizes) == 1 + 2 * (2 * groups - 2) + 1, "every group is foreseen: none is fetched twice, and only the last one in vain"
+            assert len(sizes) == 1 + 2 * (2 * groups - 2) + 1, (
+                "every group is foreseen: none is fetched twice, and only the last one in vain"
+            )
         with torch.no_grad():
             results.append((flow_matching_loss(transformer, **draws()), {}))
-        assert all(parameter.requires_grad == (name in parameters) for name, parameter in transformer.named_parameters())
+        assert all(
+            parameter.requires_grad == (name in parameters) for name, parameter in transformer.named_parameters()
+        )
     for (loss, grads), (expected, expected_grads) in zip(results[3:], results[:3]):
         assert torch.equal(loss, expected)
         assert all(torch.equal(grads[name], expected_grads[name]) for name in expected_grads)
 
 
 def test_training_and_validation_with_offload(quick_config, tmp_path):
-    settings = dict(max_train_steps=2, base_model_precision="int8-quanto", gradient_checkpointing=True, validation_step_interval=2)
-    plain, offloaded = quick_config(**settings), quick_config(**settings, enable_group_offload=True, group_offload_blocks_per_group=2, output_dir=str(tmp_path / "other"))
+    settings = dict(
+        max_train_steps=2, base_model_precision="int8-quanto", gradient_checkpointing=True, validation_step_interval=2
+    )
+    plain, offloaded = (
+        quick_config(**settings),
+        quick_config(
+            **settings, enable_group_offload=True, group_offload_blocks_per_group=2, output_dir=str(tmp_path / "other")
+        ),
+    )
     for config in (plain, offloaded):
         train_lora.main(config)
         validate.main(config)
     assert lora_bytes(plain) == lora_bytes(offloaded)
-    pictures = [sorted(path.relative_to(c.output_dir) for path in Path(c.output_dir).rglob("*.png")) for c in (plain, offloaded)]
+    pictures = [
+        sorted(path.relative_to(c.output_dir) for path in Path(c.output_dir).rglob("*.png")) for c in (plain, offloaded)
+    ]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 6
-    train_lora.main(quick_config(**{**settings, "max_train_steps": 3}, enable_group_offload=True))  # a run may be resumed with it
+    train_lora.main(
+        quick_config(**{**settings, "max_train_steps": 3}, enable_group_offload=True)
+    )  # a run may be resumed with it
     with pytest.raises(ValueError, match="gradient_checkpointing: found false, but enable_group_offload"):
         load_config(enable_group_offload=True, gradient_checkpointing=False)
 
@@ -115,10 +136,16 @@ def test_weights_are_read_part_by_part(tiny_config, tmp_path, monkeypatch):
     name = "single_transformer_blocks.1.attn.to_q.weight"
     for file in folder.iterdir():
         file.unlink() if file.name != "config.json" else None
-    for value, words in ((None, f"1 weights are missing, such as {name}"), (state[name][:5], "cannot be loaded, download it again")):
+    for value, words in (
+        (None, f"1 weights are missing, such as {name}"),
+        (state[name][:5], "cannot be loaded, download it again"),
+    ):
         from safetensors.torch import save_file
 
-        save_file({n: t for n, t in {**state, name: value}.items() if t is not None}, folder / "diffusion_pytorch_model.safetensors")
+        save_file(
+            {n: t for n, t in {**state, name: value}.items() if t is not None},
+            folder / "diffusion_pytorch_model.safetensors",
+        )
         with pytest.raises(ValueError, match=words):
             load_transformer(config, "cpu")
 
@@ -144,7 +171,9 @@ print(round(peak))
 def test_loading_never_holds_the_whole_unquantized_model(tmp_path):
     from diffusers import LongCatImageTransformer2DModel
 
-    model = LongCatImageTransformer2DModel(num_layers=4, num_single_layers=12, num_attention_heads=8, joint_attention_dim=64)
+    model = LongCatImageTransformer2DModel(
+        num_layers=4, num_single_layers=12, num_attention_heads=8, joint_attention_dim=64
+    )
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     model.save_pretrained(tmp_path / "transformer", max_shard_size="300MB")
     del model
@@ -203,7 +232,9 @@ def test_there_is_no_float64_in_training_and_validation(quick_config, monkeypatc
     asked = []
     as_on_mps = lambda dtype, device: asked.append(dtype) or (torch.float32 if dtype == torch.float64 else dtype)
     monkeypatch.setattr(transformer_longcat_image, "maybe_adjust_dtype_for_device", as_on_mps)
-    settings = dict(validation_step_interval=1, validation_split=0.2, validation_num_inference_steps=1, gradient_checkpointing=True)
+    settings = dict(
+        validation_step_interval=1, validation_split=0.2, validation_num_inference_steps=1, gradient_checkpointing=True
+    )
     config = quick_config(**settings, max_train_steps=1, base_model_precision=precision)
     with NoFloat64():
         train_lora.main(config)
@@ -226,12 +257,16 @@ def test_what_a_mac_cannot_do_is_refused_by_name():
 # ---------------------------------------------------------------- several processes
 
 
-EVERY_STEP = "import train_lora; from longcat_common import run_stage; train_lora.LOG_EVERY = 1; run_stage(train_lora.main, '')"
+EVERY_STEP = (
+    "import train_lora; from longcat_common import run_stage; train_lora.LOG_EVERY = 1; run_stage(train_lora.main, '')"
+)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_accumulation(quick_config, tmp_path, monkeypatch):
-    settings = dict(resolution="128x128", lora_dropout=0.1, validation_split=0.2, validation_step_interval=3, validation_prompts=[])
+    settings = dict(
+        resolution="128x128", lora_dropout=0.1, validation_split=0.2, validation_step_interval=3, validation_prompts=[]
+    )
     monkeypatch.setattr(train_lora, "LOG_EVERY", 1)
     alone = quick_config(**settings, max_train_steps=3, gradient_accumulation_steps=4)
     train_lora.main(alone)
@@ -244,19 +279,33 @@ def test_two_processes_are_one_with_twice_the_accumulation(quick_config, tmp_pat
     losses = [[line["loss"] for line in metrics(config) if "loss" in line] for config in (alone, both)]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     for step in range(1, 4):
-        ours, theirs = (load_file(Path(c.output_dir) / f"checkpoints/step-{step:06d}/adapter_model.safetensors") for c in (both, alone))
+        ours, theirs = (
+            load_file(Path(c.output_dir) / f"checkpoints/step-{step:06d}/adapter_model.safetensors")
+            for c in (both, alone)
+        )
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-6)
     # What two processes have begun one goes on with: the place in the data is counted in batches.
     for config in (alone, both):
-        train_lora.main(quick_config(**settings, max_train_steps=4, gradient_accumulation_steps=4, output_dir=config.output_dir))
+        train_lora.main(
+            quick_config(**settings, max_train_steps=4, gradient_accumulation_steps=4, output_dir=config.output_dir)
+        )
     assert metrics(both)[-2]["loss"] == pytest.approx(metrics(alone)[-2]["loss"], rel=1e-4) != losses[0][-1]
 
 
 @pytest.mark.slow
 def test_torchrun(quick_config, tmp_path):
     config = quick_config(max_train_steps=2, output_dir=str(tmp_path / "both"))
-    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_lora.py", *flags(config), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train_lora.py",
+        *flags(config),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert "2 steps of 1 x 1 x 2 processes" in done.stdout and done.stdout.count("LoRA:") == 1
     assert checkpoints(config) == ["step-000001", "step-000002"]
 
@@ -277,11 +326,21 @@ def test_out_of_memory_says_what_to_change_and_the_last_step_is_saved(quick_conf
     monkeypatch.setattr(train_lora, "flow_matching_loss", full)
     with pytest.raises(ValueError, match="out of memory; what to change, the cheapest first: ") as error:
         train_lora.main(config)
-    words = ["train_batch_size 1 with gradient_accumulation_steps 3", "int8-quanto", "gradient_checkpointing true", "enable_modulation_offload true", "enable_group_offload true", "int4-quanto", "resolution"]
+    words = [
+        "train_batch_size 1 with gradient_accumulation_steps 3",
+        "int8-quanto",
+        "gradient_checkpointing true",
+        "enable_modulation_offload true",
+        "enable_group_offload true",
+        "int4-quanto",
+        "resolution",
+    ]
     places = [str(error.value).index(word) for word in words]
     assert places == sorted(places)
     assert checkpoints(config) == ["step-000002"]
-    frugal = load_config(enable_group_offload=True, enable_modulation_offload=True, base_model_precision="int4-quanto", resolution=512)
+    frugal = load_config(
+        enable_group_offload=True, enable_modulation_offload=True, base_model_precision="int4-quanto", resolution=512
+    )
     assert "int4" not in train_lora.memory_advice(load_config(), torch.device("mps"))
     assert train_lora.memory_advice(frugal, torch.device("cuda")) == "a resolution under 512"
 

@@ -28,7 +28,9 @@ def golden():
         metadata = {name: json.loads(value) for name, value in file.metadata().items()}
     tensors = load_file(FILE)
     transformer = LongCatImageTransformer2DModel(**metadata["transformer_config"])
-    transformer.load_state_dict({n.removeprefix("transformer."): t for n, t in tensors.items() if n.startswith("transformer.")})
+    transformer.load_state_dict(
+        {n.removeprefix("transformer."): t for n, t in tensors.items() if n.startswith("transformer.")}
+    )
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(**metadata["lora"]))
     lora = {n: p for n, p in transformer.named_parameters() if p.requires_grad}

@@ -25,8 +25,13 @@ def plain():
 def predict(transformer):
     draw = torch.Generator().manual_seed(0)
     text_ids, image_ids = position_ids(8, 8)
-    arguments = dict(hidden_states=torch.randn(1, 16, 64, generator=draw), encoder_hidden_states=torch.randn(1, 512, 64, generator=draw))
-    return transformer(**arguments, timestep=torch.tensor([0.5]), txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+    arguments = dict(
+        hidden_states=torch.randn(1, 16, 64, generator=draw),
+        encoder_hidden_states=torch.randn(1, 512, 64, generator=draw),
+    )
+    return transformer(
+        **arguments, timestep=torch.tensor([0.5]), txt_ids=text_ids, img_ids=image_ids, return_dict=False
+    )[0]
 
 
 def shake(transformer, seed=0):
@@ -69,7 +74,9 @@ def test_ours_gives_the_same_prediction_in_diffusers_peft_and_comfyui(tiny_confi
     in_diffusers.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors")
     merged, in_peft = plain(), PeftModel.from_pretrained(plain(), tmp_path)
     state = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    for module in {name.rsplit(".lora_", 1)[0] for name in state}:  # as ComfyUI does: no alpha in the file, so strength 1
+    for module in {
+        name.rsplit(".lora_", 1)[0] for name in state
+    }:  # as ComfyUI does: no alpha in the file, so strength 1
         assert IN_COMFYUI.fullmatch(module.removeprefix("transformer.")) and f"{module}.alpha" not in state
         weight = merged.get_submodule(module.removeprefix("transformer.")).weight
         weight.data += state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
@@ -88,7 +95,9 @@ def test_two_of_ours_at_once_at_two_strengths(tiny_config, tmp_path):
         for name, strength in zip("12", strengths):
             state = read_lora(tmp_path / name)
             for module in {name.rsplit(".lora_", 1)[0] for name in state}:
-                merged.get_submodule(module).weight.data += strength * state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
+                merged.get_submodule(module).weight.data += (
+                    strength * state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
+                )
         assert distance(predict(transformer), predict(merged)) < 1e-5
         merged = plain()
 
@@ -114,7 +123,11 @@ def test_the_header_says_what_the_lora_is(quick_config, tmp_path):
     assert set(header) == {"longcat_lora"}
     said = json.loads(header["longcat_lora"])
     assert said["trigger_words"] == ["neonix"] and said["license"] == "cc-by-4.0" and said["base_model"] == MODEL
-    assert (said["lora_rank"], said["steps"], said["resolution"]) == (16, 1, "128x128,192x128,128x192") and "LoRA scripts 0" in said["trained_with"]
+    assert (said["lora_rank"], said["steps"], said["resolution"]) == (
+        16,
+        1,
+        "128x128,192x128,128x192",
+    ) and "LoRA scripts 0" in said["trained_with"]
 
 
 # ---------------------------------------------------------------- others', here
@@ -165,17 +178,29 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
     assert distance(predict(transformer), expected) < close
     for alpha in (None, 7.0):
         transformer = load_transformer(tiny_config(), "cpu")
-        add_lora(transformer, tiny_config(lora_rank=4, lora_alpha=alpha, lora_target_modules=TARGETS, init_lora=str(path)))
+        add_lora(
+            transformer, tiny_config(lora_rank=4, lora_alpha=alpha, lora_target_modules=TARGETS, init_lora=str(path))
+        )
         assert distance(predict(transformer.eval()), expected) < close
 
 
 def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     of_the_authors(tmp_path / "ok")
-    with pytest.raises(ValueError, match=r'init_lora: .*has lora_rank 4 and lora_target_modules \["attn.add_k_proj", .*"proj_out"\]; set these'):
+    with pytest.raises(
+        ValueError,
+        match=r'init_lora: .*has lora_rank 4 and lora_target_modules \["attn.add_k_proj", .*"proj_out"\]; set these',
+    ):
         add_lora(load_transformer(tiny_config(), "cpu"), tiny_config(lora_rank=16, init_lora=str(tmp_path / "ok")))
-    state = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(tmp_path / "ok/adapter_model.safetensors").items()}
+    state = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(tmp_path / "ok/adapter_model.safetensors").items()
+    }
     for name, tensors, words in (
-        ("dora", {**state, "transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)}, "lora_magnitude_vector"),
+        (
+            "dora",
+            {**state, "transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)},
+            "lora_magnitude_vector",
+        ),
         ("half", {name: tensor for name, tensor in state.items() if "lora_A" in name}, "incomplete"),
         ("model", {"x_embedder.weight": torch.ones(2)}, "x_embedder.weight"),
         ("none", {}, "incomplete"),
@@ -183,35 +208,63 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=f"{name}.safetensors: is no LoRA that can be opened here.*{words}"):
             read_lora(tmp_path / f"{name}.safetensors")
-    other = {"transformer_blocks.99.attn.to_q.lora_A.weight": torch.ones(4, 96), "transformer_blocks.99.attn.to_q.lora_B.weight": torch.ones(96, 4)}
+    other = {
+        "transformer_blocks.99.attn.to_q.lora_A.weight": torch.ones(4, 96),
+        "transformer_blocks.99.attn.to_q.lora_B.weight": torch.ones(96, 4),
+    }
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has no layer 'transformer_blocks.99.attn.to_q': it was made for another model"):
+    with pytest.raises(
+        ValueError, match="has no layer 'transformer_blocks.99.attn.to_q': it was made for another model"
+    ):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     name = "transformer_blocks.0.attn.to_q.lora_"
-    for A, B, words in ((torch.ones(4, 96), torch.ones(96, 4), "a layer from 128 to 128"), (torch.ones(4, 128), torch.full((128, 4), torch.nan), "not finite")):
+    for A, B, words in (
+        (torch.ones(4, 96), torch.ones(96, 4), "a layer from 128 to 128"),
+        (torch.ones(4, 128), torch.full((128, 4), torch.nan), "not finite"),
+    ):
         save_file({f"{name}A.weight": A, f"{name}B.weight": B}, tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=words):
             load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     config = json.loads((tmp_path / "ok/adapter_config.json").read_text())
-    for change, words in (({"lora_alpha": None}, "alpha cannot be read"), ({"alpha_pattern": {"*[": 1}}, "alpha cannot be read"), ({"peft_type": "LOHA"}, "no plain LoRA: LOHA"), ({"use_dora": True}, "DoRA")):
+    for change, words in (
+        ({"lora_alpha": None}, "alpha cannot be read"),
+        ({"alpha_pattern": {"*[": 1}}, "alpha cannot be read"),
+        ({"peft_type": "LOHA"}, "no plain LoRA: LOHA"),
+        ({"use_dora": True}, "DoRA"),
+    ):
         (tmp_path / "ok/adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=words):
             read_lora(tmp_path / "ok")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="holds neither pytorch_lora_weights.safetensors nor adapter_model.safetensors"):
+    with pytest.raises(
+        ValueError, match="holds neither pytorch_lora_weights.safetensors nor adapter_model.safetensors"
+    ):
         read_lora(tmp_path / "folder")
     (tmp_path / "ok/adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="adapter_config.json with its lora_alpha is not beside it; without that its strength is unknown"):
+    with pytest.raises(
+        ValueError,
+        match="adapter_config.json with its lora_alpha is not beside it; without that its strength is unknown",
+    ):
         read_lora(tmp_path / "ok")
 
 
-def test_a_lora_on_some_blocks_is_drawn_but_not_trained_on_and_a_text_encoders_part_is_left_out(tiny_config, tmp_path, capsys):
+def test_a_lora_on_some_blocks_is_drawn_but_not_trained_on_and_a_text_encoders_part_is_left_out(
+    tiny_config, tmp_path, capsys
+):
     of_the_authors(tmp_path, target_modules=r"transformer_blocks\.0\.attn\.to_q")
-    state = {name.replace("base_model.model.", "diffusion_model."): tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    state = {
+        name.replace("base_model.model.", "diffusion_model."): tensor
+        for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
     save_file({**state, "text_encoder.layers.0.lora_A.weight": torch.ones(2, 2)}, tmp_path / "some.safetensors")
-    assert len(read_lora(tmp_path / "some.safetensors")) == 2 and "text encoder's part is left out" in capsys.readouterr().out
+    assert (
+        len(read_lora(tmp_path / "some.safetensors")) == 2
+        and "text encoder's part is left out" in capsys.readouterr().out
+    )
     config = tiny_config(lora_rank=4, lora_target_modules=["attn.to_q"], init_lora=str(tmp_path / "some.safetensors"))
-    with pytest.raises(ValueError, match="cannot be trained on: it has not one rank and the same layers in every block"):
+    with pytest.raises(
+        ValueError, match="cannot be trained on: it has not one rank and the same layers in every block"
+    ):
         add_lora(load_transformer(tiny_config(), "cpu"), config)
 
 
@@ -222,7 +275,9 @@ def test_training_goes_on_from_another_trainers_lora(quick_config, tmp_path, cap
     train_lora.main(config)
     assert "is a LoRA without a state of ours; training begins with its weights, at step 0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="resume_from_checkpoint: .* is a run's folder; name one of its checkpoints"):
-        train_lora.main(quick_config(**settings, output_dir=str(tmp_path / "other"), resume_from_checkpoint=config.output_dir))
+        train_lora.main(
+            quick_config(**settings, output_dir=str(tmp_path / "other"), resume_from_checkpoint=config.output_dir)
+        )
     assert config.init_lora is None, "the caller's configuration stays as it is"
     ours, theirs = read_lora(config.output_dir), read_lora(path)
     assert checkpoints(config) == ["step-000001"]

@@ -31,14 +31,21 @@ def copied(function):
 def test_the_loss_copied_into_a_notebook_is_the_same(tiny_config):
     transformer = load_transformer(tiny_config(), "cpu")
     latents, noise = torch.randn(2, 2, 16, 16, 24, generator=torch.Generator().manual_seed(1))
-    prompt_embeds = torch.randn(2, 512, transformer.config.joint_attention_dim, generator=torch.Generator().manual_seed(2))
+    prompt_embeds = torch.randn(
+        2, 512, transformer.config.joint_attention_dim, generator=torch.Generator().manual_seed(2)
+    )
     arguments = transformer, latents, noise, torch.tensor([0.3, 0.8]), prompt_embeds, torch.tensor([1.0, 0.5])
     with torch.no_grad():
-        assert copied(longcat_common.flow_matching_loss)(*arguments).equal(longcat_common.flow_matching_loss(*arguments))
+        assert copied(longcat_common.flow_matching_loss)(*arguments).equal(
+            longcat_common.flow_matching_loss(*arguments)
+        )
 
 
 def test_the_order_of_pictures_copied_into_a_notebook_is_the_same(tmp_path):
-    entries = [{"latents_file": tmp_path / f"{i}.safetensors", "repeats": 1 + i % 2, "bucket": [128, 128 + i % 3 * 64]} for i in range(20)]
+    entries = [
+        {"latents_file": tmp_path / f"{i}.safetensors", "repeats": 1 + i % 2, "bucket": [128, 128 + i % 3 * 64]}
+        for i in range(20)
+    ]
     assert copied(train_lora.epoch_batches)(entries, 4, 42, 3) == train_lora.epoch_batches(entries, 4, 42, 3)
 
 
@@ -58,7 +65,11 @@ def test_a_stage_leaves_no_model_in_memory_not_even_when_it_fails(quick_config, 
         validate.main(config)
         assert len(alive()) == before and vars(config) == said
         for error in (KeyboardInterrupt, torch.OutOfMemoryError):
-            monkeypatch.setattr(train_lora, "flow_matching_loss", lambda *arguments, error=error: (_ for _ in ()).throw(error("CUDA out of memory")))
+            monkeypatch.setattr(
+                train_lora,
+                "flow_matching_loss",
+                lambda *arguments, error=error: (_ for _ in ()).throw(error("CUDA out of memory")),
+            )
             with pytest.raises((KeyboardInterrupt, ValueError)) as kept:  # as a notebook keeps its last error
                 train_lora.main(quick_config(output_dir=config.output_dir + error.__name__))
             assert len(alive()) == before and kept.value
@@ -70,7 +81,11 @@ def test_the_notebook_is_stored_without_outputs_and_asks_for_a_t4():
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         assert cell["id"] and not cell.get("outputs") and cell.get("execution_count") is None
-    assert (notebook["nbformat"], notebook["nbformat_minor"], notebook["metadata"]["kernelspec"]["name"]) == (4, 5, "python3")
+    assert (notebook["nbformat"], notebook["nbformat_minor"], notebook["metadata"]["kernelspec"]["name"]) == (
+        4,
+        5,
+        "python3",
+    )
     assert (notebook["metadata"]["accelerator"], notebook["metadata"]["colab"]["gpuType"]) == ("GPU", "T4")
 
 
@@ -88,7 +103,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
         validation_resolution="128x128", validation_prompts=["a red circle"],
     )  # fmt: skip
     (settings,) = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
-    settings.source = settings.source.replace("\nconfig = load_config(", f"\nsettings.update({tiny!r})\nconfig = load_config(")
+    settings.source = settings.source.replace(
+        "\nconfig = load_config(", f"\nsettings.update({tiny!r})\nconfig = load_config("
+    )
     assert "settings.update" in settings.source
 
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
@@ -96,7 +113,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
-    shown = [[kind for output in cell.outputs for kind in output.get("data", {}) if kind.startswith("image/")] for cell in code]
+    shown = [
+        [kind for output in cell.outputs for kind in output.get("data", {}) if kind.startswith("image/")]
+        for cell in code
+    ]
     assert [kinds for kinds in shown if kinds] == [["image/jpeg"], ["image/png"], ["image/png"]]
     lora = tmp_path / "output" / "pytorch_lora_weights.safetensors"
     assert lora.exists() and code[-1].outputs[0].text.strip() == str(lora)

@@ -40,11 +40,20 @@ def data(tmp_path):
 
 def prepare(tiny_config, data, **overrides):
     """({picture's name: entry}, report) of a run on the folder `data`."""
-    config = tiny_config(**{"data_dir": data if isinstance(data, list) else str(data), "validation_prompts": [], "instance_prompt": None, **overrides})
+    config = tiny_config(
+        **{
+            "data_dir": data if isinstance(data, list) else str(data),
+            "validation_prompts": [],
+            "instance_prompt": None,
+            **overrides,
+        }
+    )
     entries = prepare_data.main(config)
     manifest = (Path(config.output_dir) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in manifest] == entries
-    return {Path(entry["path"]).name: entry for entry in entries}, (Path(config.output_dir) / "report.md").read_text(encoding="utf-8")
+    return {Path(entry["path"]).name: entry for entry in entries}, (Path(config.output_dir) / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 # ---------------------------------------------------------------- captions
@@ -61,14 +70,18 @@ BOTH = ["a red field", "一片红色"]
         ("a.txt", "一片红色的田野，阳光很好".encode("gb18030"), ["一片红色的田野，阳光很好"]),
         ("a.txt", "a red 田野——列宁·可爱🦊".encode("gb18030"), ["a red 田野——列宁·可爱🦊"]),
         ("a.json", b'{"caption": "", "text": "a red field"}', ["a red field"]),
-        ("metadata.csv", b"caption, text, file_name\r\n, \"a red, wide\nfield\", .\\a.jpg\r\n", ["a red, wide field"]),
+        ("metadata.csv", b'caption, text, file_name\r\n, "a red, wide\nfield", .\\a.jpg\r\n', ["a red, wide field"]),
         ("a.txt", "一片红色".encode("utf-16"), ["一片红色"]),
         ("a.json", b'{"text": "less", "caption": "a red field", "other": 3}', ["a red field"]),
         ("a.json", '{"text": ["a red field", "一片红色", "a red field"]}'.encode(), BOTH),
         ("a.json", '{"prompt": {"en": "a red field", "zh": "一片红色"}}'.encode(), BOTH),
         ("a.json", '{"caption": {"en": ["a red field"], "zh": "一片红色"}}'.encode("utf-8-sig"), BOTH),
         ("metadata.jsonl", JSON_ROWS.encode(), BOTH),
-        ("metadata.jsonl", '{"img_path": "./a.jpg", "prompt": "a red field", "width": 1, "height": 1}'.encode(), ["a red field"]),
+        (
+            "metadata.jsonl",
+            '{"img_path": "./a.jpg", "prompt": "a red field", "width": 1, "height": 1}'.encode(),
+            ["a red field"],
+        ),
         ("metadata.csv", 'text,file_name\n"a red field",a.jpg\n一片红色,a.jpg\n'.encode("utf-8-sig"), BOTH),
         ("metadata.csv", "file_name,text\na.jpg,一片红色的田野\n".encode("gb18030"), ["一片红色的田野"]),
         ("captions.json", b'{"a.jpg": "a red field"}', ["a red field"]),
@@ -81,14 +94,19 @@ def test_every_caption_form(tiny_config, data, name, content, expected):
     (data / name).write_bytes(content)
     entries, report = prepare(tiny_config, data, strict=True)
     assert entries["a.jpg"]["captions"] == expected
-    assert ("GB18030" in report) == (b"\xce" in content or b"\xcc" in content) and ("UTF-16" in report) == content.startswith(b"\xff\xfe")
+    assert ("GB18030" in report) == (b"\xce" in content or b"\xcc" in content) and (
+        "UTF-16" in report
+    ) == content.startswith(b"\xff\xfe")
 
 
 def test_the_model_authors_list(tiny_config, data, monkeypatch):
     picture(data / "in list.jpg")
     picture(data / "not in it.jpg")
     elsewhere = picture(data.parent / "elsewhere" / "b.png")
-    rows = [{"img_path": str(elsewhere), "prompt": "b", "width": 192, "height": 128}, {"img_path": "in list.jpg", "prompt": ["a", "一"], "width": 1, "height": 2}]
+    rows = [
+        {"img_path": str(elsewhere), "prompt": "b", "width": 192, "height": 128},
+        {"img_path": "in list.jpg", "prompt": ["a", "一"], "width": 1, "height": 2},
+    ]
     (data / "list.txt").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     entries, report = prepare(tiny_config, data / "list.txt")
     assert {name: entry["captions"] for name, entry in entries.items()} == {"b.png": ["b"], "in list.jpg": ["a", "一"]}
@@ -118,14 +136,19 @@ def test_precedence_and_conflicts(tiny_config, data):
     assert found == {name: [text] for name, text in zip(names, texts)}
     conflicts = [line for line in report.splitlines() if "says something else" in line]
     assert len(conflicts) == 5 + 4 + 3 + 2 + 1
-    assert f"- {data}/sub/txt.jpg: {data}/sub/json" not in report and f"{data}/sub/txt.json says something else than {data}/sub/txt.txt, which is used" in report
+    assert (
+        f"- {data}/sub/txt.jpg: {data}/sub/json" not in report
+        and f"{data}/sub/txt.json says something else than {data}/sub/txt.txt, which is used" in report
+    )
     assert "instance_prompt is used: 1" in report
 
 
 def test_training_draws_one_caption_an_epoch(tiny_config, data):
     for name in "abc":
         picture(data / f"{name}.jpg", colour=(ord(name), 0, 0))
-        (data / f"{name}.json").write_text('{"caption": {"en": "a red square", "zh": "一个红色的正方形"}}', encoding="utf-8")
+        (data / f"{name}.json").write_text(
+            '{"caption": {"en": "a red square", "zh": "一个红色的正方形"}}', encoding="utf-8"
+        )
     config = tiny_config(data_dir=str(data), validation_prompts=[])
     entries, files = cache_latents.main(config)
     embeds = {prompt: read_tensors(file)["prompt_embeds"] for prompt, file in files.items()}
@@ -155,16 +178,32 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
         ("a.json", b'{"caption": 5}', ["a.json: holds '5' where a caption"]),
         ("a.json", b'{"caption": "\\ud83d"}', ["a.json: holds half a character"]),
         ("a.json", b'{"caption": ' + b"[" * 100000, ["a.json: is nested too deeply"]),
-        ("metadata.csv", b"name,text\na.jpg,x", ["metadata.csv: has no column file_name or img_path; its columns: 'name', 'text'"]),
-        ("metadata.csv", b"file_name,titel\na.jpg,x", ["metadata.csv: has no column caption or text or prompt; its columns: 'file_name', 'titel'"]),
+        (
+            "metadata.csv",
+            b"name,text\na.jpg,x",
+            ["metadata.csv: has no column file_name or img_path; its columns: 'name', 'text'"],
+        ),
+        (
+            "metadata.csv",
+            b"file_name,titel\na.jpg,x",
+            ["metadata.csv: has no column caption or text or prompt; its columns: 'file_name', 'titel'"],
+        ),
         ("metadata.csv", b"", ["metadata.csv: has no column"]),
         ("metadata.csv", b"file_name,text\nb.jpg,x", ["metadata.csv, line 2: there is no picture 'b.jpg'"]),
         ("metadata.csv", b"file_name,text\n../b.jpg,x", ["metadata.csv, line 2: '../b.jpg' is outside the folder"]),
         ("metadata.csv", b"file_name,text\nsub/../../b.jpg,x", ["metadata.csv, line 2: '../b.jpg' is outside"]),
         ("metadata.csv", b"file_name,text\n/etc/b.jpg,x", ["metadata.csv, line 2: '/etc/b.jpg' is outside the folder"]),
-        ("metadata.csv", b"file_name,text\na.jpg,a cat, on a mat", ["metadata.csv, line 2: has more fields than there are columns"]),
+        (
+            "metadata.csv",
+            b"file_name,text\na.jpg,a cat, on a mat",
+            ["metadata.csv, line 2: has more fields than there are columns"],
+        ),
         ("metadata.csv", b'file_name,text\na.jpg,"a cat\nb.jpg,a dog\n', ["metadata.csv: unexpected end of data"]),
-        ("metadata.csv", b"file_name,text\n%s.jpg,x\n" % (b"y" * 300), ["metadata.csv, line 2: there is no picture 'yyy"]),
+        (
+            "metadata.csv",
+            b"file_name,text\n%s.jpg,x\n" % (b"y" * 300),
+            ["metadata.csv, line 2: there is no picture 'yyy"],
+        ),
         ("metadata.csv", b"file_name,text\n.,x\n", ["metadata.csv, line 2: there is no picture '.'"]),
         ("metadata.csv", b"file_name,text\na.jpg,", ["metadata.csv, line 2: no caption for 'a.jpg'"]),
         ("metadata.jsonl", b'{"file_name": "a.jpg", "titel": "x"}', ["metadata.jsonl, line 1: no caption for 'a.jpg'"]),
@@ -209,9 +248,17 @@ def test_tokens_quotes_and_languages_are_reported(tiny_config, data):
     entries, report = prepare(tiny_config, data, strict=True)
     config = tiny_config()
     count = token_counts(load_tokenizer(config), [" ".join(captions["long"].split())]).popitem()[1]
-    assert f"long.jpg: {count} tokens: word word" in report and count > 512 and "over 512 tokens, the rest is not read: 1" in report
+    assert (
+        f"long.jpg: {count} tokens: word word" in report
+        and count > 512
+        and "over 512 tokens, the rest is not read: 1" in report
+    )
     assert "4 captions: 1 with Chinese, 3 without" in report and f"{count} at most" in report
-    assert "drawn letter by letter: 2" in report and "quoted.jpg: 'open' \"closed\"\n" in report and "chinese.jpg: “开业大吉”\n" in report
+    assert (
+        "drawn letter by letter: 2" in report
+        and "quoted.jpg: 'open' \"closed\"\n" in report
+        and "chinese.jpg: “开业大吉”\n" in report
+    )
     assert "dog's" not in report
     entries, report = prepare(tiny_config, data, pretrained_model_name_or_path=str(data.parent))
     assert "tokens were not counted" in report and len(entries) == 4
@@ -231,7 +278,9 @@ def test_token_counts_are_the_pipelines(tiny_config):
             raise StopIteration
 
     tokenizer = load_tokenizer(tiny_config())
-    pipe = LongCatImagePipeline(text_encoder=Encoder(), tokenizer=tokenizer, vae=None, transformer=None, scheduler=None, text_processor=None)
+    pipe = LongCatImagePipeline(
+        text_encoder=Encoder(), tokenizer=tokenizer, vae=None, transformer=None, scheduler=None, text_processor=None
+    )
     prompts = ["", "a red circle", "一个红色的圆形", "a sign: \"Grand Opening\", it's 'open'", "“开业大吉”"]
     with pytest.raises(StopIteration):
         pipe.encode_prompt(prompts)
@@ -243,7 +292,10 @@ def test_token_counts_are_the_pipelines(tiny_config):
 
 
 def test_sources(tiny_config):
-    sources = [{"path": str(TINY / "pictures"), "repeats": 3}, {"path": str(TINY / "regularisation"), "caption_prefix": "plain: ", "loss_weight": 0.5}]
+    sources = [
+        {"path": str(TINY / "pictures"), "repeats": 3},
+        {"path": str(TINY / "regularisation"), "caption_prefix": "plain: ", "loss_weight": 0.5},
+    ]
     entries = prepare_data.main(tiny_config(data_dir=sources))
     assert {(e["repeats"], e["loss_weight"]) for e in entries} == {(3, 1.0), (1, 0.5)}
     assert all(e["captions"][0].startswith("plain: ") == (e["repeats"] == 1) for e in entries)
@@ -254,7 +306,16 @@ def gradient(size=(96, 64)):
     return Image.fromarray(np.stack([2 * x, 3 * y, x + y], axis=-1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", pytest.param("avif", marks=pytest.mark.skipif(not features.check("avif"), reason="no AVIF"))])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "jpg",
+        "png",
+        "webp",
+        "tif",
+        pytest.param("avif", marks=pytest.mark.skipif(not features.check("avif"), reason="no AVIF")),
+    ],
+)
 def test_pictures_are_turned_upright(tmp_path, suffix):
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -276,7 +337,9 @@ def test_an_exif_block_after_the_pixels(tmp_path):
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "late.png").write_bytes(data.getvalue()[:-12] + chunk + data.getvalue()[-12:])
     assert prepare_data.inspect_picture(tmp_path / "late.png")["size"] == [64, 96]
-    assert prepare_data.load_picture(tmp_path / "late.png", (64, 96)).getpixel((0, 0)) == gradient().transpose(Image.Transpose.ROTATE_90).getpixel((0, 0))
+    assert prepare_data.load_picture(tmp_path / "late.png", (64, 96)).getpixel((0, 0)) == gradient().transpose(
+        Image.Transpose.ROTATE_90
+    ).getpixel((0, 0))
 
 
 def test_every_kind_of_pixel(tiny_config, data):
@@ -318,7 +381,10 @@ def test_every_kind_of_pixel(tiny_config, data):
         assert seen.mode == "RGB"
         for x, colour in ((40, left), (150, right)):
             assert np.abs(np.subtract(seen.getpixel((x, 60)), colour)).max() <= 6, name
-    for title, names in {"With an alpha channel": ["clear.png", "clear.webp", "half.png", "holes.gif", "holes.png"], "Animated": ["moving.gif"]}.items():
+    for title, names in {
+        "With an alpha channel": ["clear.png", "clear.webp", "half.png", "holes.gif", "holes.png"],
+        "Animated": ["moving.gif"],
+    }.items():
         section = next(part for part in report.split("## ") if part.startswith(title))
         assert [Path(line).name for line in section.splitlines()[2:] if line] == names
     Image.fromarray(np.zeros((128, 192), dtype=np.float32)).save(data / "float.tif")
@@ -338,10 +404,18 @@ def other_profile():
 
 def test_colour_profiles_are_turned_to_srgb(tiny_config, data):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    linear = srgb.replace(b"para" + b"\0" * 4 + struct.pack(">HH", 3, 0) + struct.pack(">i", round(2.4 * 65536)), b"para" + b"\0" * 8 + struct.pack(">i", 65536))
+    linear = srgb.replace(
+        b"para" + b"\0" * 4 + struct.pack(">HH", 3, 0) + struct.pack(">i", round(2.4 * 65536)),
+        b"para" + b"\0" * 8 + struct.pack(">i", 65536),
+    )
     assert linear != srgb  # the same colours and the same name, other brightness
     picture(data / "linear.png", icc_profile=linear)
-    for name, profile in (("swapped.jpg", other_profile()), ("swapped.png", other_profile()), ("srgb.png", srgb), ("broken.png", b"nonsense")):
+    for name, profile in (
+        ("swapped.jpg", other_profile()),
+        ("swapped.png", other_profile()),
+        ("srgb.png", srgb),
+        ("broken.png", b"nonsense"),
+    ):
         picture(data / name, icc_profile=profile, **({"quality": 95} if name.endswith("jpg") else {}))
     clear = Image.new("RGBA", (192, 128), (200, 30, 30, 0))
     clear.save(data / "clear.png", icc_profile=other_profile())
@@ -351,7 +425,11 @@ def test_colour_profiles_are_turned_to_srgb(tiny_config, data):
     colours = {name: prepare_data.load_picture(data / name, (192, 128)).getpixel((9, 9)) for name in entries}
     for name in ("swapped.jpg", "swapped.png"):
         assert np.abs(np.subtract(colours[name], (30, 200, 30))).max() <= 6, colours
-    assert colours["srgb.png"] == colours["broken.png"] == (200, 30, 30) and colours["clear.png"] == (255, 255, 255) and colours["grey.png"] == (100,) * 3
+    assert (
+        colours["srgb.png"] == colours["broken.png"] == (200, 30, 30)
+        and colours["clear.png"] == (255, 255, 255)
+        and colours["grey.png"] == (100,) * 3
+    )
     assert min(colours["linear.png"]) > 80
     assert "turned to sRGB: 4" in report and "cannot be used, taken as sRGB: 2" in report
 
@@ -361,7 +439,13 @@ def camera_like(size):
     rng, total = np.random.default_rng(3), np.zeros((size[1], size[0], 3))
     for octave in range(1, 9):
         small = rng.normal(size=(max(2, size[1] >> octave), max(2, size[0] >> octave), 3)) * 2 * 1.3**octave
-        total += np.stack([np.asarray(Image.fromarray(small[..., c].astype(np.float32)).resize(size, Image.Resampling.BICUBIC)) for c in range(3)], axis=-1)
+        total += np.stack(
+            [
+                np.asarray(Image.fromarray(small[..., c].astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
+                for c in range(3)
+            ],
+            axis=-1,
+        )
     return Image.fromarray((total + 128).clip(0, 255).astype(np.uint8))
 
 
@@ -396,7 +480,12 @@ def test_nothing_is_distorted_and_the_centre_is_kept(tmp_path):
 def test_every_size_can_be_cut(tmp_path):
     """Sizes for which rounding would put the crop outside the picture, and many others."""
     rng, sizes = random.Random(0), buckets(load_config())
-    pairs = [((450, 900), (448, 448)), ((1785, 2924), (832, 1280)), ((1676, 2714), (832, 1280)), ((1676, 2714), (104, 160))]
+    pairs = [
+        ((450, 900), (448, 448)),
+        ((1785, 2924), (832, 1280)),
+        ((1676, 2714), (832, 1280)),
+        ((1676, 2714), (104, 160)),
+    ]
     for width, height in [(rng.randrange(64, 900), rng.randrange(64, 900)) for _ in range(400)]:
         pairs.append(((width, height), tuple(n // 8 for n in prepare_data.nearest_bucket(width, height, sizes))))
     for (width, height), bucket in pairs:
@@ -412,15 +501,29 @@ def test_a_damaged_exif_block_is_no_reason(tmp_path):
 
 
 def test_upscaled_small_and_narrow_pictures(tiny_config, data):
-    sizes = {"big.png": (400, 300), "small.png": (100, 100), "strip.png": (900, 100), "dot.png": (1, 1), "line.png": (20000, 16)}
+    sizes = {
+        "big.png": (400, 300),
+        "small.png": (100, 100),
+        "strip.png": (900, 100),
+        "dot.png": (1, 1),
+        "line.png": (20000, 16),
+    }
     for name, size in sizes.items():
         picture(data / name, size)
     entries, report = prepare(tiny_config, data, instance_prompt="x")
     assert set(entries) == {"big.png", "small.png", "strip.png"} and "3 pictures, 2 left out" in report
     assert "dot.png: is 1x1 pixels, under 64" in report and "line.png: is 20000x16 pixels" in report
-    assert "enlarged: 2" in report and "small.png: 100x100 to 128x128" in report and "strip.png: 900x100, 17% is kept" in report
+    assert (
+        "enlarged: 2" in report
+        and "small.png: 100x100 to 128x128" in report
+        and "strip.png: 900x100, 17% is kept" in report
+    )
     entries, report = prepare(tiny_config, data, instance_prompt="x", skip_upscaled=True)
-    assert set(entries) == {"big.png"} and "small.png: 100x100 is smaller than its bucket, 128x128" in report and "1 pictures, 4 left out" in report
+    assert (
+        set(entries) == {"big.png"}
+        and "small.png: 100x100 is smaller than its bucket, 128x128" in report
+        and "1 pictures, 4 left out" in report
+    )
     assert "instance_prompt is used: 1" in report
 
 
@@ -439,7 +542,14 @@ def test_duplicates_and_thin_buckets_are_reported(tiny_config, data):
 
 def test_cut_off_pictures_are_left_out(tmp_path):
     rng, noise = random.Random(0), Image.effect_noise((300, 200), 80).convert("RGB")
-    for form, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("BMP", {})):
+    for form, options in (
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("TIFF", {}),
+        ("BMP", {}),
+    ):
         data, path = io.BytesIO(), tmp_path / "picture"
         noise.save(data, form, **options)
         data = data.getvalue()
@@ -467,7 +577,9 @@ def test_a_messy_folder(tiny_config, tmp_path, data):
     bad["text.png"] = "is not a picture that Pillow can read"
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    (data / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b""))
+    (data / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    )
     bad["bomb.png"] = "has more than 178 million pixels"
     (data / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
     bad["photo.heic"] = "is not a picture that Pillow can read"
@@ -490,17 +602,36 @@ def test_a_messy_folder(tiny_config, tmp_path, data):
         picture(data / "run" / name, format="JPEG")
     for name in bad:
         (data / name).with_suffix(".txt").write_text("a caption", encoding="utf-8")
-    flags = ["--output_dir", data / "output", "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", MODEL, "--resolution", "128"]
+    flags = [
+        "--output_dir",
+        data / "output",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--pretrained_model_name_or_path",
+        MODEL,
+        "--resolution",
+        "128",
+    ]
     done = run_script("prepare_data.py", "--data_dir", data, *flags)
-    entries = [json.loads(line) for line in (data / "output" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [
+        json.loads(line) for line in (data / "output" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(e["path"] for e in entries) == sorted(str(data / name) for name in [*good, "link/linked.png"])
     report = (data / "output" / "report.md").read_text(encoding="utf-8")
     for name, words in bad.items():
         assert any(line.startswith(f"- {data / name}: {words}") for line in report.splitlines()), (name, report)
-    assert f"8 pictures, {len(bad)} left out" in report and f"## Left out: {len(bad)}" in report and report.split("\n\n")[1] in done.stdout
+    assert (
+        f"8 pictures, {len(bad)} left out" in report
+        and f"## Left out: {len(bad)}" in report
+        and report.split("\n\n")[1] in done.stdout
+    )
     assert f"{data}/lonely.txt: there is no picture" in report and f"- {data}/notes.pdf" in report
     assert "same.TXT: same.jpg, same.png" in report and f"- {data}/same.txt: is not read, same.TXT is" in report
-    assert f"- {data}/sub/metadata.csv: is no file" in report and f"- {data}/run" in report and "Traceback" not in done.stderr
+    assert (
+        f"- {data}/sub/metadata.csv: is no file" in report
+        and f"- {data}/run" in report
+        and "Traceback" not in done.stderr
+    )
 
     again = run_script("prepare_data.py", "--data_dir", data, *flags)  # its own preview.jpg is no training picture
     assert "As before" in again.stdout and len(again.stdout.splitlines()) == 2
@@ -526,7 +657,9 @@ def test_unreadable_files_and_folders(data, tiny_config, monkeypatch):
         monkeypatch.setattr(module, name, guarded(getattr(module, name)))
     _, report = prepare(tiny_config, data, instance_prompt="x")
     assert "1 pictures, 2 left out" in report
-    assert "bad.png: cannot be read as a picture (permission denied)" in report and "locked: permission denied" in report
+    assert (
+        "bad.png: cannot be read as a picture (permission denied)" in report and "locked: permission denied" in report
+    )
 
 
 @pytest.mark.parametrize("fill, words", [(False, "no picture to train on"), (True, "1 left out")])
@@ -554,7 +687,10 @@ def test_names_in_either_unicode_form(tiny_config, data):
     (data / "caf\u00e9.txt").write_text("coffee")
     (data / "captions.json").write_text(json.dumps({"\u00f1.jpg": "a letter"}))
     entries, _ = prepare(tiny_config, data, strict=True)
-    assert {name: entry["captions"] for name, entry in entries.items()} == {"cafe\u0301.jpg": ["coffee"], "n\u0303.jpg": ["a letter"]}
+    assert {name: entry["captions"] for name, entry in entries.items()} == {
+        "cafe\u0301.jpg": ["coffee"],
+        "n\u0303.jpg": ["a letter"],
+    }
 
 
 def test_very_wide_buckets_have_a_preview(tiny_config, data):
@@ -580,9 +716,24 @@ def test_a_full_disk_leaves_the_manifest_as_it_was(tiny_config, data):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
-    flags = ["--data_dir", data, "--instance_prompt", "x", "--output_dir", output, "--cache_dir", data.parent / "cache", "--resolution", "128"]
-    done = run_python("prepare_data.py", *flags, "--pretrained_model_name_or_path", MODEL, check=False, preexec_fn=small_files)
-    assert done.returncode == 2 and "manifest.jsonl: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    flags = [
+        "--data_dir",
+        data,
+        "--instance_prompt",
+        "x",
+        "--output_dir",
+        output,
+        "--cache_dir",
+        data.parent / "cache",
+        "--resolution",
+        "128",
+    ]
+    done = run_python(
+        "prepare_data.py", *flags, "--pretrained_model_name_or_path", MODEL, check=False, preexec_fn=small_files
+    )
+    assert (
+        done.returncode == 2 and "manifest.jsonl: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    )
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
@@ -630,7 +781,9 @@ def test_the_preview_shows_what_the_model_will_see(tiny_config, data):
             found.append(np.abs(pixels[y : y + 160, 8 : 8 + width] - np.asarray(seen)).mean())
         assert min(found) < 8 < np.median(found), name
     red, green, blue = np.moveaxis(pixels, -1, 0)
-    assert len(set((red[(np.abs(red + green - 255) < 8) & (blue < 8)] // 8).tolist())) > 20  # an even choice, not the first ones
+    assert (
+        len(set((red[(np.abs(red + green - 255) < 8) & (blue < 8)] // 8).tolist())) > 20
+    )  # an even choice, not the first ones
 
 
 def test_pictures_that_cannot_be_decoded_later_are_named(tiny_config, data):

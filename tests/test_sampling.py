@@ -70,7 +70,9 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws(tiny_config):
     assert image.size == (192, 128)
     assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
     # A notebook's call, with a prompt that nothing has cached yet, several pictures of it, no word on rewriting.
-    pictures = load_pipeline(config, "cpu")("something new", num_images_per_prompt=2, height=128, width=128, num_inference_steps=1).images
+    pictures = load_pipeline(config, "cpu")(
+        "something new", num_images_per_prompt=2, height=128, width=128, num_inference_steps=1
+    ).images
     assert len(pictures) == 2
 
 
@@ -78,7 +80,9 @@ def test_the_fixed_shift(tiny_config):
     scheduler = load_scheduler(tiny_config())
     normal = torch.randn(100)
     t, shift = torch.sigmoid(normal), scheduler.config.shift
-    torch.testing.assert_close(sample_sigmas(normal, 96, scheduler, auto_shift=False), shift * t / (1 + (shift - 1) * t))
+    torch.testing.assert_close(
+        sample_sigmas(normal, 96, scheduler, auto_shift=False), shift * t / (1 + (shift - 1) * t)
+    )
 
 
 def test_a_grid_with_any_labels():

@@ -14,7 +14,15 @@ from test_survival import lora_bytes, metrics
 
 import train_lora
 import validate
-from longcat_common import Int8Linear, add_lora, flow_matching_loss, generate, load_config, load_pipeline, load_transformer
+from longcat_common import (
+    Int8Linear,
+    add_lora,
+    flow_matching_loss,
+    generate,
+    load_config,
+    load_pipeline,
+    load_transformer,
+)
 
 
 def distance(a, b):
@@ -51,7 +59,9 @@ def test_int8_is_quantos_int8_and_int8_matmul_is_close(tmp_path):
 def test_nothing_but_the_8_bits_is_kept_for_the_backward_pass():
     kept = []
     for in_8_bits in (False, True):
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
             Int8Linear(torch.nn.Linear(256, 384), in_8_bits)(torch.randn(64, 256, requires_grad=True))
     assert {(tensor.dtype, tensor.numel()) for tensor in kept} == {(torch.int8, 256 * 384), (torch.float32, 384)}
 
@@ -79,7 +89,9 @@ def test_what_a_block_keeps_is_told_before_the_step(tiny_config, precision):
     autocast = torch.autocast("cpu", enabled=False)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     expected = sum(train_lora.kept_bytes(transformer, block, 2, 512 + 64, autocast) for block in blocks)
-    frozen = {plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in train_lora.plain_tensors(p)[0]}
+    frozen = {
+        plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in train_lora.plain_tensors(p)[0]
+    }
     kept = {}
 
     def note(tensor):
@@ -114,7 +126,10 @@ def test_auto_is_chosen_kept_and_changes_no_byte(quick_config, tmp_path, monkeyp
     config.max_train_steps = 3
     train_lora.main(config)
     assert "auto checkpoints 6 of 6 blocks" in capsys.readouterr().out
-    assert lora_bytes(whole) == [train_lora.sha256(Path(config.output_dir) / "checkpoints/step-000002" / name) for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")]
+    assert lora_bytes(whole) == [
+        train_lora.sha256(Path(config.output_dir) / "checkpoints/step-000002" / name)
+        for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
+    ]
 
 
 # ---------------------------------------------------------------- modulations ahead
@@ -124,7 +139,12 @@ def test_auto_is_chosen_kept_and_changes_no_byte(quick_config, tmp_path, monkeyp
 def test_modulations_ahead_give_the_same_loss_gradients_and_pictures(tiny_config, precision):
     results, weights = [], []
     for ahead in (False, True):
-        config = tiny_config(base_model_precision=precision, enable_modulation_offload=ahead, validation_num_inference_steps=3, lora_rank=4)
+        config = tiny_config(
+            base_model_precision=precision,
+            enable_modulation_offload=ahead,
+            validation_num_inference_steps=3,
+            lora_rank=4,
+        )
         pipe = load_pipeline(config, "cpu")
         transformer = pipe.transformer
         picture = np.asarray(generate(pipe, config, ["a red circle"])[0]).astype(int)
@@ -147,12 +167,22 @@ def test_modulations_ahead_give_the_same_loss_gradients_and_pictures(tiny_config
 
 @pytest.mark.slow
 def test_modulations_ahead_in_training(quick_config, tmp_path, monkeypatch):
-    settings = dict(max_train_steps=3, gradient_accumulation_steps=2, validation_split=0.2, validation_step_interval=2, gradient_checkpointing=True)
+    settings = dict(
+        max_train_steps=3,
+        gradient_accumulation_steps=2,
+        validation_split=0.2,
+        validation_step_interval=2,
+        gradient_checkpointing=True,
+    )
     plain = quick_config(**settings)
     train_lora.main(plain)
     called = []
     prepare = train_lora.load_transformer.__globals__["ModulationsAhead"].prepare
-    monkeypatch.setattr(train_lora.load_transformer.__globals__["ModulationsAhead"], "prepare", lambda self, sigmas: called.append(set(sigmas) - self.known.keys()) or prepare(self, sigmas))
+    monkeypatch.setattr(
+        train_lora.load_transformer.__globals__["ModulationsAhead"],
+        "prepare",
+        lambda self, sigmas: called.append(set(sigmas) - self.known.keys()) or prepare(self, sigmas),
+    )
     ahead = quick_config(**settings, enable_modulation_offload=True, output_dir=str(tmp_path / "ahead"))
     train_lora.main(ahead)
     training = [new for new in called if len(new) > 4]
@@ -175,8 +205,12 @@ def test_a_lora_on_modulations_and_modulations_ahead_exclude_each_other(tiny_con
 
 def test_the_next_step_is_loaded_while_one_computes(quick_config, monkeypatch):
     events, load_batch, step = [], train_lora.load_batch, train_lora.train_step
-    monkeypatch.setattr(train_lora, "load_batch", lambda *arguments: events.append(("load", arguments[-1])) or load_batch(*arguments))
-    monkeypatch.setattr(train_lora, "train_step", lambda *arguments: events.append(("step", arguments[2])) or step(*arguments))
+    monkeypatch.setattr(
+        train_lora, "load_batch", lambda *arguments: events.append(("load", arguments[-1])) or load_batch(*arguments)
+    )
+    monkeypatch.setattr(
+        train_lora, "train_step", lambda *arguments: events.append(("step", arguments[2])) or step(*arguments)
+    )
     train_lora.main(quick_config(max_train_steps=4))
     for n in (1, 2, 3):
         assert events.index(("load", n - 1)) < events.index(("step", n))
@@ -187,7 +221,13 @@ def test_the_next_step_is_loaded_while_one_computes(quick_config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no_change", "int8-matmul"])
 def test_compiled_blocks_learn_the_same(quick_config, tmp_path, precision):
-    settings = dict(base_model_precision=precision, max_train_steps=3, gradient_checkpointing=True, validation_split=0.2, validation_step_interval=3)
+    settings = dict(
+        base_model_precision=precision,
+        max_train_steps=3,
+        gradient_checkpointing=True,
+        validation_split=0.2,
+        validation_step_interval=3,
+    )
     losses = []
     for compiled in (False, True):
         config = quick_config(**settings, torch_compile=compiled, output_dir=str(tmp_path / str(compiled)))

@@ -59,7 +59,9 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, referen
     config, settings = reference_run, REFERENCE
     expected = lora_bytes(config)
     states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(config)]
-    assert [state["batches"]["number"] for state in states] == [3, 6, 9] and [state["batches"]["epoch"] for state in states] == [0, 1, 2]
+    assert [state["batches"]["number"] for state in states] == [3, 6, 9] and [
+        state["batches"]["epoch"] for state in states
+    ] == [0, 1, 2]
     assert len(states[0]["held_out"]) == 1
     for done in (0, 2):
         other = quick_config(**settings, output_dir=str(tmp_path / f"resumed-{done}"))
@@ -99,13 +101,23 @@ def test_killed_in_every_stage(quick_config, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(quick_config, tmp_path):
-    settings = dict(max_train_steps=12, gradient_accumulation_steps=2, validation_split=0.2, validation_step_interval=5, lora_dropout=0.1)
+    settings = dict(
+        max_train_steps=12,
+        gradient_accumulation_steps=2,
+        validation_split=0.2,
+        validation_step_interval=5,
+        lora_dropout=0.1,
+    )
     whole = quick_config(**settings, cache_dir=str(tmp_path / "whole_cache"))
     start = time.monotonic()
     train_lora.main(whole)
     duration, kills, rng, log, places = time.monotonic() - start, 0, random.Random(5), tmp_path / "log", set()
     for round_number in range(20):
-        other = quick_config(**settings, output_dir=str(tmp_path / f"killed-{round_number}"), cache_dir=str(tmp_path / f"killed_cache-{round_number}"))
+        other = quick_config(
+            **settings,
+            output_dir=str(tmp_path / f"killed-{round_number}"),
+            cache_dir=str(tmp_path / f"killed_cache-{round_number}"),
+        )
         while True:
             process = start_script(log, "train_lora.py", *flags(other))
             process.join(0.5 + rng.random() * duration * 0.4)
@@ -120,7 +132,9 @@ def test_twenty_kills_at_random_moments(quick_config, tmp_path):
         for folder in ("checkpoints/step-000012", "validation"):
             for path in (Path(whole.output_dir) / folder).iterdir():
                 if path.name not in ("state.json", "SHA256SUMS"):  # they hold the folders' names
-                    assert train_lora.sha256(path) == train_lora.sha256(Path(other.output_dir) / folder / path.name), path
+                    assert train_lora.sha256(path) == train_lora.sha256(Path(other.output_dir) / folder / path.name), (
+                        path
+                    )
         assert cached_files(other) == cached_files(whole)
         if kills >= 20:
             break
@@ -135,7 +149,9 @@ def test_twenty_kills_at_random_moments(quick_config, tmp_path):
 def test_a_signal_finishes_the_step_and_saves(quick_config, tmp_path, number, code):
     config = quick_config(checkpoint_step_interval=1000, max_train_steps=1000)
     process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
-    wait_for(process, lambda: (Path(config.output_dir) / "metrics.jsonl").exists() and metrics(config))  # after ten steps
+    wait_for(
+        process, lambda: (Path(config.output_dir) / "metrics.jsonl").exists() and metrics(config)
+    )  # after ten steps
     assert not checkpoints(config)
     os.kill(process.pid, number)
     process.join()
@@ -166,9 +182,20 @@ def test_a_signal_ends_a_preview(quick_config, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_torchrun(quick_config):
     config = quick_config(checkpoint_step_interval=10000, max_train_steps=10000)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_lora.py", *flags(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train_lora.py",
+        *flags(config),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while not ((Path(config.output_dir) / "metrics.jsonl").exists() and metrics(config)):
         assert process.poll() is None
         time.sleep(0.01)
@@ -224,7 +251,9 @@ def flip(path):
         lambda folder: flip(folder / "state.safetensors"),
         lambda folder: (folder / "pictures.jsonl").unlink(),
         lambda folder: (folder / "state.json").write_text('{"step": 3'),
-        lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace('"epoch": ', '"epoch": 1')),
+        lambda folder: (folder / "state.json").write_text(
+            (folder / "state.json").read_text().replace('"epoch": ', '"epoch": 1')
+        ),
         lambda folder: (folder / "SHA256SUMS").write_text(""),
         lambda folder: (folder / "state.json").unlink(),
     ],
@@ -239,7 +268,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, 
     capsys.readouterr()
     train_lora.main(config)
     printed = capsys.readouterr()
-    assert "step-000003" in printed.err and "training goes on from step-000002" in printed.err and "resumed from" in printed.out
+    assert (
+        "step-000003" in printed.err
+        and "training goes on from step-000002" in printed.err
+        and "resumed from" in printed.out
+    )
     assert lora_bytes(config) == expected and checkpoints(config)[-2:] == ["step-000002", "step-000003"]
     assert len(list(newest.parent.glob("damaged-step-000003-*"))) == 1, "nothing is thrown away"
 
@@ -251,7 +284,9 @@ def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_co
         with pytest.raises(ValueError, match=f"^{name}: found .*was trained with"):
             train_lora.main(quick_config(**{name: value}))
     shutil.copytree(MODEL, tmp_path / "model")
-    train_lora.main(quick_config(max_train_steps=2, pretrained_model_name_or_path=str(tmp_path / "model")))  # moved, and the same
+    train_lora.main(
+        quick_config(max_train_steps=2, pretrained_model_name_or_path=str(tmp_path / "model"))
+    )  # moved, and the same
     path = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
     train_lora.model_identity.__globals__["folder_identity"].cache_clear()
@@ -270,9 +305,17 @@ def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_co
     own = Path(config.output_dir) / "checkpoints" / "step-000001-keep"
     shutil.copytree(own.with_name("step-000001"), own)
     capsys.readouterr()
-    train_lora.main(quick_config(max_train_steps=3, checkpoints_total_limit=1, learning_rate=2e-4, train_batch_size=2, lora_alpha=16))
+    train_lora.main(
+        quick_config(
+            max_train_steps=3, checkpoints_total_limit=1, learning_rate=2e-4, train_batch_size=2, lora_alpha=16
+        )
+    )
     printed = capsys.readouterr().out
-    assert "learning_rate: 0.004 -> 0.0002" in printed and "max_train_steps: 2 -> 3" in printed and "train_batch_size: 1 -> 2, with the next epoch" in printed
+    assert (
+        "learning_rate: 0.004 -> 0.0002" in printed
+        and "max_train_steps: 2 -> 3" in printed
+        and "train_batch_size: 1 -> 2, with the next epoch" in printed
+    )
     assert "lora_alpha" not in printed
     assert checkpoints(config) == ["step-000003"] and own.is_dir()
     assert metrics(config)[-1]["lr"] == pytest.approx(2e-4 * config_factor(2, 3))
@@ -309,9 +352,14 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
     capsys.readouterr()
     train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
     printed = capsys.readouterr().out
-    assert "data: 3 pictures are new or have changed, 2 are no longer as they were; this comes with the next epoch, 4 batches from here" in printed
+    assert (
+        "data: 3 pictures are new or have changed, 2 are no longer as they were; this comes with the next epoch, 4 batches from here"
+        in printed
+    )
     epochs = [[(name, captions) for epoch, name, captions in seen if epoch == n] for n in (0, 1)]
-    assert len(epochs[0]) == 7 and len({name for name, _ in epochs[0]}) == 7, "the epoch is finished with its own pictures, each once"
+    assert len(epochs[0]) == 7 and len({name for name, _ in epochs[0]}) == 7, (
+        "the epoch is finished with its own pictures, each once"
+    )
     assert len(epochs[1]) == 8 == len({name for name, _ in epochs[1]})
     assert len({name for name, _ in epochs[1]} - {name for name, _ in epochs[0]}) == 2
     # Held out is held out: also after it was away for a while.
@@ -325,9 +373,19 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
         path.rename(path.with_suffix(".away")) if step == 2 else path.with_suffix(".away").rename(path)
         held.max_train_steps = step
         train_lora.main(held)
-        assert f"{1 if step == 2 else 2} pictures are held out{' (2 at first)' if step == 2 else ''}" in capsys.readouterr().out
-    assert not any(name in str(train_lora.cache_latents.latents_file(held, entry)) for _, name, _ in seen for entry in manifest if entry["key"] in keys)
-    assert not any(new in captions for _, captions in epochs[0]) and sum(new in captions for _, captions in epochs[1]) == 1
+        assert (
+            f"{1 if step == 2 else 2} pictures are held out{' (2 at first)' if step == 2 else ''}"
+            in capsys.readouterr().out
+        )
+    assert not any(
+        name in str(train_lora.cache_latents.latents_file(held, entry))
+        for _, name, _ in seen
+        for entry in manifest
+        if entry["key"] in keys
+    )
+    assert (
+        not any(new in captions for _, captions in epochs[0]) and sum(new in captions for _, captions in epochs[1]) == 1
+    )
 
 
 # ---------------------------------------------------------------- what is not finite
@@ -383,14 +441,19 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
     state_of = lambda step: json.loads((folder_of(step) / "state.json").read_text())
     assert [state_of(step)["scaler"]["scale"] for step in (1, 2)] == [2.0**15, 2.0**15]
     assert "not learned from" not in capsys.readouterr().out
-    learned = [any(tensor.any() for name, tensor in load_file(folder_of(step) / NAMES[0]).items() if "lora_B" in name) for step in (1, 2)]
+    learned = [
+        any(tensor.any() for name, tensor in load_file(folder_of(step) / NAMES[0]).items() if "lora_B" in name)
+        for step in (1, 2)
+    ]
     assert learned == [False, True]
     shutil.rmtree(folder_of(2))  # a checkpoint without any optimizer state is gone on from, too
     state = state_of(1)
     state["scaler"]["scale"] = 2.0
     (folder_of(1) / "state.json").write_text(json.dumps(state))
     names = sorted(path.name for path in folder_of(1).iterdir() if path.name != "SHA256SUMS")
-    (folder_of(1) / "SHA256SUMS").write_text("".join(f"{train_lora.sha256(folder_of(1) / name)}  {name}\n" for name in names))
+    (folder_of(1) / "SHA256SUMS").write_text(
+        "".join(f"{train_lora.sha256(folder_of(1) / name)}  {name}\n" for name in names)
+    )
     limit = 0.0  # at a scale of 1 the gradients themselves are to blame
     with pytest.raises(ValueError, match="step 5: .*not finite 3 times in a row"):
         train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40, gradient_checkpointing=True))
@@ -409,7 +472,12 @@ def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     process.join()
     printed = (tmp_path / "log").read_text()
-    assert process.exitcode == 2 and "error: " in printed and "cannot be written (File too large); free space" in printed and "Traceback" not in printed
+    assert (
+        process.exitcode == 2
+        and "error: " in printed
+        and "cannot be written (File too large); free space" in printed
+        and "Traceback" not in printed
+    )
     assert checkpoints(config) == ["step-000001", "step-000002"] and not list(Path(config.output_dir).rglob("*.tmp"))
     train_lora.main(config)
     assert checkpoints(config)[-1] == "step-000004"
@@ -423,7 +491,10 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
         train_lora.main(config)
     assert not (tmp_path / "taken" / "metrics.jsonl").exists(), "it is said before the training"
 
-    config, load_batch = quick_config(cache_dir=str(tmp_path / "cache"), checkpoint_step_interval=1000), train_lora.load_batch
+    config, load_batch = (
+        quick_config(cache_dir=str(tmp_path / "cache"), checkpoint_step_interval=1000),
+        train_lora.load_batch,
+    )
 
     def vanishing(config, batch, prompt_files, epoch, index):
         if index == 2:
@@ -438,7 +509,9 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     train_lora.main(config)
     assert checkpoints(config) == ["step-000002", "step-000004"]
     # Files that only the epoch in progress still needs: the next one begins.
-    other = quick_config(cache_dir=config.cache_dir, data_dir=str(ROOT / "tests/tiny_longcat/regularisation"), max_train_steps=5)
+    other = quick_config(
+        cache_dir=config.cache_dir, data_dir=str(ROOT / "tests/tiny_longcat/regularisation"), max_train_steps=5
+    )
     lines = (Path(config.output_dir) / "checkpoints/step-000004/pictures.jsonl").read_text().splitlines()
     for line in lines:
         train_lora.cache_latents.latents_file(config, json.loads(line)).write_bytes(b"cut")

@@ -34,7 +34,12 @@ from longcat_common import (
     save_lora,
 )
 
-NEON_PROMPTS = ["a red circle in neonix style", "neonix风格，一个蓝色的五角星", "a green heart in neonix style", "a yellow square in neonix style"]
+NEON_PROMPTS = [
+    "a red circle in neonix style",
+    "neonix风格，一个蓝色的五角星",
+    "a green heart in neonix style",
+    "a yellow square in neonix style",
+]
 PLAIN_PROMPTS = ["a purple star on a white background", "白色背景上的一个红色圆形"]
 
 
@@ -59,7 +64,17 @@ def demo_run(made_once, *shortened):
 @pytest.fixture(scope="session")
 def trained(made_once):
     """The demo, or an eighth of it: enough to learn, not enough to draw well."""
-    return demo_run(made_once, "--max_train_steps", 60, "--checkpoint_step_interval", 60, "--validation_step_interval", 60, "--validation_num_inference_steps", 4)
+    return demo_run(
+        made_once,
+        "--max_train_steps",
+        60,
+        "--checkpoint_step_interval",
+        60,
+        "--validation_step_interval",
+        60,
+        "--validation_num_inference_steps",
+        4,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +95,24 @@ def held_out_loss(transformer, entries, prompt_files, scheduler):
             noise = torch.randn(posterior["mean"].shape, generator=draws)[None]
             tokens = noise.shape[2] * noise.shape[3] // 4
             with torch.no_grad():
-                losses.append(flow_matching_loss(transformer, posterior["mean"][None], noise, sample_sigmas(torch.tensor([normal]), tokens, scheduler), embeds))
+                losses.append(
+                    flow_matching_loss(
+                        transformer,
+                        posterior["mean"][None],
+                        noise,
+                        sample_sigmas(torch.tensor([normal]), tokens, scheduler),
+                        embeds,
+                    )
+                )
     return torch.stack(losses).mean().item()
 
 
 def held_out_ratio(config, output, tmp_path):
     """The loss on twelve pictures that the demo has not seen, relative to the base's."""
     make_pictures.make_neon(tmp_path / "held_out", seed=99, count=12)
-    theirs = load_config(output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output"))
+    theirs = load_config(
+        output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output")
+    )
     entries, prompt_files = cache_latents.main(theirs)
     transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
     base = held_out_loss(transformer, entries, prompt_files, scheduler)
@@ -171,7 +196,10 @@ def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
     assert "s a picture" in capsys.readouterr().out
     with Image.open(grid) as image:
         assert image.width > 2 * 128 and image.height > 2 * 128
-    with Image.open(grid.parent / "00-128x128-seed42-lora.png") as tuned, Image.open(grid.parent / "00-128x128-seed42-base.png") as base:
+    with (
+        Image.open(grid.parent / "00-128x128-seed42-lora.png") as tuned,
+        Image.open(grid.parent / "00-128x128-seed42-base.png") as base,
+    ):
         assert np.abs(np.asarray(tuned, dtype=int) - np.asarray(base)).mean() > 5
 
 
@@ -203,9 +231,13 @@ assert "longcat_common" not in sys.modules
 
 def test_the_lora_opens_without_our_code(trained, tmp_path):
     config, output = trained
-    done = subprocess.run([sys.executable, "-c", FOREIGN, MODEL, output, tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, MODEL, output, tmp_path], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    config = load_config(output / "config.json", validation_prompts=["a red circle in neonix style"], validation_num_inference_steps=8)
+    config = load_config(
+        output / "config.json", validation_prompts=["a red circle in neonix style"], validation_num_inference_steps=8
+    )
     config.output_dir, config.lora = str(tmp_path), str(output)
     grid = validate.main(config)
     pixels = lambda path: np.asarray(Image.open(path).convert("RGB")).astype(int)
@@ -222,7 +254,12 @@ def test_alpha_is_folded_in(tiny_config, tmp_path):
     for name, parameter in parameters.items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    inputs = dict(latents=torch.randn(1, 16, 16, 16), noise=torch.randn(1, 16, 16, 16), sigmas=torch.tensor([0.5]), prompt_embeds=torch.randn(1, 512, 64))
+    inputs = dict(
+        latents=torch.randn(1, 16, 16, 16),
+        noise=torch.randn(1, 16, 16, 16),
+        sigmas=torch.tensor([0.5]),
+        prompt_embeds=torch.randn(1, 512, 64),
+    )
     with torch.no_grad():
         expected = flow_matching_loss(transformer, **inputs)
         bare = flow_matching_loss(load_transformer(config, "cpu"), **inputs)
@@ -248,13 +285,19 @@ def test_alpha_is_folded_in(tiny_config, tmp_path):
 
 
 def test_every_picture_is_seen_repeats_times_an_epoch():
-    entries = [{"latents_file": Path(f"{i}"), "bucket": [64, 64 * (1 + i % 2)], "repeats": 1 + i % 3} for i in range(11)]
+    entries = [
+        {"latents_file": Path(f"{i}"), "bucket": [64, 64 * (1 + i % 2)], "repeats": 1 + i % 3} for i in range(11)
+    ]
     for epoch in range(3):
         batches = train_lora.epoch_batches(entries, 4, 42, epoch)
         assert all(len({tuple(e["bucket"]) for _, e in batch}) == 1 and len(batch) <= 4 for batch in batches)
         names = sorted(name for batch in batches for name, _ in batch)
         assert names == sorted(f"{i}:{n}" for i in range(11) for n in range(1 + i % 3))
-    assert train_lora.epoch_batches(entries, 4, 42, 1) == train_lora.epoch_batches(entries, 4, 42, 1) != train_lora.epoch_batches(entries, 4, 42, 2)
+    assert (
+        train_lora.epoch_batches(entries, 4, 42, 1)
+        == train_lora.epoch_batches(entries, 4, 42, 1)
+        != train_lora.epoch_batches(entries, 4, 42, 2)
+    )
 
 
 def test_draws_are_as_configured(tiny_config):
@@ -280,16 +323,24 @@ def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(train_lora, "generate", fail)
-    config = quick_config(num_train_epochs=1, train_batch_size=2, gradient_accumulation_steps=2, validation_step_interval=2)
+    config = quick_config(
+        num_train_epochs=1, train_batch_size=2, gradient_accumulation_steps=2, validation_step_interval=2
+    )
     assert train_lora.main(config).exists()
     printed = capsys.readouterr()
     assert "preview at step 0 failed: RuntimeError: no memory" in printed.out + printed.err
     assert "2 steps of 2 x 2: each picture will be seen about 1.0 times its repeats" in printed.out
-    assert len(train_lora.epoch_batches(cache_latents.main(config)[0], 2, 42, 0)) == 4 == 2 * len(train_lora.checkpoint_folders(config))
+    assert (
+        len(train_lora.epoch_batches(cache_latents.main(config)[0], 2, 42, 0))
+        == 4
+        == 2 * len(train_lora.checkpoint_folders(config))
+    )
 
 
 # int4 compiles quanto's extension first, which takes a minute and a half.
-@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao", "int8-matmul", pytest.param("int4-quanto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["int8-quanto", "fp8-torchao", "int8-matmul", pytest.param("int4-quanto", marks=pytest.mark.slow)]
+)
 def test_quantized_bases_train_and_draw(tiny_config, quick_config, precision):
     plain = load_transformer(tiny_config(), "cpu")
     config = quick_config(base_model_precision=precision, gradient_checkpointing=True, max_train_steps=2)
@@ -302,7 +353,9 @@ def test_quantized_bases_train_and_draw(tiny_config, quick_config, precision):
     assert 1e-5 < error < {"int8-quanto": 0.02, "int8-matmul": 0.02, "int4-quanto": 0.2, "fp8-torchao": 0.06}[precision]
     assert train_lora.main(config).exists()
     checkpoints = [load_file(folder / "adapter_model.safetensors") for folder in train_lora.checkpoint_folders(config)]
-    assert all(not torch.equal(a, b) for (n, a), b in zip(checkpoints[0].items(), checkpoints[1].values()) if "lora_B" in n)
+    assert all(
+        not torch.equal(a, b) for (n, a), b in zip(checkpoints[0].items(), checkpoints[1].values()) if "lora_B" in n
+    )
     assert validate.main(config).exists()
     assert longcat_common.quantize(torch.nn.Linear(4, 4), "no_change").weight.dtype == torch.float32
     with pytest.raises(ValueError, match="int9"):

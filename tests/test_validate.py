@@ -31,24 +31,46 @@ def run(reference_run):
 
 
 def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run, capsys):
-    run.validation_resolution, run.validation_seed, run.validation_lora_strength = "128x128,192x128", [1, 2, 1], [0.0, 1.0]
+    run.validation_resolution, run.validation_seed, run.validation_lora_strength = (
+        "128x128,192x128",
+        [1, 2, 1],
+        [0.0, 1.0],
+    )
     grid = validate.main(run)
     printed = capsys.readouterr().out
     losses = [line["held_out_loss"] for line in metrics(run) if "held_out_loss" in line]
     assert f"held-out loss {losses[-1]:.4f}, the base's " in printed and "s a picture" in printed and len(losses) == 3
     names = sorted(path.name for path in grid.parent.glob("*.png"))
-    shots = [f"{i:02d}-{size}-seed{seed}-{what}.png" for i in (0, 1) for size in ("128x128", "192x128") for seed in (1, 2) for what in ("base", "lora-x0", "lora-x1")]
+    shots = [
+        f"{i:02d}-{size}-seed{seed}-{what}.png"
+        for i in (0, 1)
+        for size in ("128x128", "192x128")
+        for seed in (1, 2)
+        for what in ("base", "lora-x0", "lora-x1")
+    ]
     assert names == sorted(["comparison.png", *shots])
     with Image.open(grid) as image, Image.open(grid.parent / "01-192x128-seed2-lora-x1.png") as one:
         assert image.width > 3 * 192 and image.height > 8 * 128 and one.size == (192, 128)
         settings = json.loads(one.text["settings"])
-        assert one.text["prompt"] == "一个蓝色的五角星" and one.text["base_model"] == MODEL and one.text["lora"].endswith("pytorch_lora_weights.safetensors")
+        assert (
+            one.text["prompt"] == "一个蓝色的五角星"
+            and one.text["base_model"] == MODEL
+            and one.text["lora"].endswith("pytorch_lora_weights.safetensors")
+        )
         assert settings["base_model_precision"] == "no_change" and "validation_split" not in settings
-        assert (settings["validation_seed"], settings["validation_resolution"], settings["validation_lora_strength"]) == (2, "192x128", 1.0)
+        assert (
+            settings["validation_seed"],
+            settings["validation_resolution"],
+            settings["validation_lora_strength"],
+        ) == (2, "192x128", 1.0)
     for shot in shots[::3]:
-        base, none, tuned = (pixels(grid.parent / shot.replace("base", what)) for what in ("base", "lora-x0", "lora-x1"))
+        base, none, tuned = (
+            pixels(grid.parent / shot.replace("base", what)) for what in ("base", "lora-x0", "lora-x1")
+        )
         assert np.abs(base - none).max() <= 1 < np.abs(base - tuned).max()
-    assert np.abs(pixels(grid.parent / shots[0]) - pixels(grid.parent / shots[3])).mean() > 1, "another seed, another picture"
+    assert np.abs(pixels(grid.parent / shots[0]) - pixels(grid.parent / shots[3])).mean() > 1, (
+        "another seed, another picture"
+    )
 
 
 def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
@@ -77,11 +99,21 @@ def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
 
 def test_which_lora_is_shown(run, tmp_path):
     output = Path(run.output_dir)
-    last, checkpoint = output / "pytorch_lora_weights.safetensors", output / "checkpoints/step-000002/pytorch_lora_weights.safetensors"
+    last, checkpoint = (
+        output / "pytorch_lora_weights.safetensors",
+        output / "checkpoints/step-000002/pytorch_lora_weights.safetensors",
+    )
     (tmp_path / "peft").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(output / name, tmp_path / "peft")
-    wanted = {None: last, "latest": last, str(output): last, str(last): last, str(checkpoint.parent): checkpoint, str(tmp_path / "peft"): tmp_path / "peft/adapter_model.safetensors"}
+    wanted = {
+        None: last,
+        "latest": last,
+        str(output): last,
+        str(last): last,
+        str(checkpoint.parent): checkpoint,
+        str(tmp_path / "peft"): tmp_path / "peft/adapter_model.safetensors",
+    }
     for run.lora, expected in wanted.items():
         assert validate.find_loras(run) == [expected]
     run.lora = "none"
@@ -107,7 +139,16 @@ def test_which_lora_is_shown(run, tmp_path):
 
 def test_without_a_config_the_base_is_drawn(tmp_path):
     words = "--model_family longcat_image --model_flavour final --validation_resolution 128x128 --validation_num_inference_steps 2 --validation_guidance 4.5"
-    paths = ["--output_dir", tmp_path / "output", "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", MODEL, "--base_model_precision", "no_change"]
+    paths = [
+        "--output_dir",
+        tmp_path / "output",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--pretrained_model_name_or_path",
+        MODEL,
+        "--base_model_precision",
+        "no_change",
+    ]
     printed = run_script("validate.py", *words.split(), *paths).stdout
     assert "none given; these are drawn: a cat" in printed and "the base is drawn alone" in printed
     assert len(list((tmp_path / "output/validation/compare-001").glob("0?-128x128-seed42-base.png"))) == 2
@@ -117,7 +158,9 @@ def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red fox\n\n  一只猫 \n", encoding="utf-8")
     assert load_config(validation_prompts=str(file)).validation_prompts == ["a red fox", "一只猫"]
-    assert load_config(validation_prompts="a poster that says read me.txt").validation_prompts == ["a poster that says read me.txt"]
+    assert load_config(validation_prompts="a poster that says read me.txt").validation_prompts == [
+        "a poster that says read me.txt"
+    ]
     file.write_text("\n")
     with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
         load_config(validation_prompts=str(file))
@@ -143,7 +186,11 @@ def test_cfg_renorm_can_be_turned_off(tiny_config):
 
 
 def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
-    for module, name in ((longcat_common, "CHINESE_FONTS"), (validate, "CHINESE_FONTS"), (longcat_common, "OTHER_FONTS")):
+    for module, name in (
+        (longcat_common, "CHINESE_FONTS"),
+        (validate, "CHINESE_FONTS"),
+        (longcat_common, "OTHER_FONTS"),
+    ):
         monkeypatch.setattr(module, name, ("no-such-font.ttc",))
     run.lora = "none"
     assert validate.main(run).exists()
@@ -154,11 +201,20 @@ def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
 
 def test_what_tells_rows_apart_is_not_cut_off(monkeypatch):
     drawn = []
-    monkeypatch.setattr(longcat_common.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text))
+    monkeypatch.setattr(
+        longcat_common.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text)
+    )
     picture = Image.new("RGB", (128, 128))
-    longcat_common.picture_grid([[picture] * 2] * 2, [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)], ["base model", "step 12000, held-out 0.123"], "30 steps, seed 42\npath/of/lora")
+    longcat_common.picture_grid(
+        [[picture] * 2] * 2,
+        [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)],
+        ["base model", "step 12000, held-out 0.123"],
+        "30 steps, seed 42\npath/of/lora",
+    )
     assert drawn[:4] == ["30 steps, seed 42", "path/of/lora", "base model", "step 12000, held-out 0.123"]
-    assert [text.startswith(f"seed {seed} | a long") and text.endswith("…") for seed, text in zip((1, 2), drawn[4:])] == [True, True]
+    assert [
+        text.startswith(f"seed {seed} | a long") and text.endswith("…") for seed, text in zip((1, 2), drawn[4:])
+    ] == [True, True]
 
 
 def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run, monkeypatch, tmp_path):
@@ -171,13 +227,20 @@ def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run
         return draw(*arguments)
 
     monkeypatch.setattr(validate, "generate", stopping)
-    for error, raised, words in ((KeyboardInterrupt(2), KeyboardInterrupt, ""), (RuntimeError("MPS backend out of memory"), ValueError, "out of memory; what to change.*validation_resolution")):
+    for error, raised, words in (
+        (KeyboardInterrupt(2), KeyboardInterrupt, ""),
+        (RuntimeError("MPS backend out of memory"), ValueError, "out of memory; what to change.*validation_resolution"),
+    ):
         drawn.clear()
         with pytest.raises(raised, match=words or None):
             validate.main(run)
     for number in (1, 2):
         folder = Path(run.output_dir) / f"validation/compare-00{number}"
-        assert {path.name for path in folder.iterdir()} == {"comparison.png", "00-128x128-seed42-base.png", "01-128x128-seed42-base.png"}
+        assert {path.name for path in folder.iterdir()} == {
+            "comparison.png",
+            "00-128x128-seed42-base.png",
+            "01-128x128-seed42-base.png",
+        }
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         validate.main(run)

@@ -29,7 +29,9 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "data").mkdir()
-    return SimpleNamespace(output=tmp_path / "output", folders=[tmp_path / "data", TINY], jobs=tmp_path / "output" / ".webui" / "jobs")
+    return SimpleNamespace(
+        output=tmp_path / "output", folders=[tmp_path / "data", TINY], jobs=tmp_path / "output" / ".webui" / "jobs"
+    )
 
 
 def texts_of(config):
@@ -41,11 +43,27 @@ def texts_of(config):
 
 def test_every_text_is_there_in_portuguese_and_chinese():
     source = (ROOT / "webui.py").read_text(encoding="utf-8")
-    used = set(re.findall(r'\bt\("([^"]+)"\)', source)) | set(re.findall(r'picture\("([^"]+)"', source)) | {*webui.FRONT.values(), *webui.TRY.values()}
-    used |= {f"More: {group}" for group in webui.KEYS} | {"Step", "waiting", "running", webui.STOPPING, "stopped", "failed", "finished", "cut off"}
+    used = (
+        set(re.findall(r'\bt\("([^"]+)"\)', source))
+        | set(re.findall(r'picture\("([^"]+)"', source))
+        | {*webui.FRONT.values(), *webui.TRY.values()}
+    )
+    used |= {f"More: {group}" for group in webui.KEYS} | {
+        "Step",
+        "waiting",
+        "running",
+        webui.STOPPING,
+        "stopped",
+        "failed",
+        "finished",
+        "cut off",
+    }
     used -= {"a text"}
     assert used and not used - webui.TEXTS.keys()
-    assert all(re.search("[\u4e00-\u9fff]|LoRA", chinese) and portuguese for portuguese, chinese in [*webui.TEXTS.values(), *webui.HELP.values()])
+    assert all(
+        re.search("[\u4e00-\u9fff]|LoRA", chinese) and portuguese
+        for portuguese, chinese in [*webui.TEXTS.values(), *webui.HELP.values()]
+    )
     assert not [text for text in webui.TEXTS if "}" in text]  # Gradio's marks end there
     assert webui.HELP.keys() == ALL_KEYS.keys()
 
@@ -59,11 +77,19 @@ def test_a_form_gives_the_config_that_it_was_filled_from(file, place, monkeypatc
     again, problems = webui.read_form(texts_of(config), place)
     assert not problems and {**vars(again), "resolution": str(again.resolution)} == vars(config)
     saved = webui.settings_of(config)
-    assert vars(load_config(**saved)) == vars(config) and saved.keys() >= webui.FRONT.keys() and len(saved) < len(ALL_KEYS)
+    assert (
+        vars(load_config(**saved)) == vars(config) and saved.keys() >= webui.FRONT.keys() and len(saved) < len(ALL_KEYS)
+    )
 
 
 def test_what_is_wrong_is_told_by_key_in_the_words_of_load_config(place):
-    texts = {"max_train_steps": "many", "learning_rate": "-1", "seed": "7", "output_dir": str(place.output / "run"), "cache_dir": str(place.output / "cache")}
+    texts = {
+        "max_train_steps": "many",
+        "learning_rate": "-1",
+        "seed": "7",
+        "output_dir": str(place.output / "run"),
+        "cache_dir": str(place.output / "cache"),
+    }
     config, problems = webui.read_form(texts, place)
     assert config is None and problems == {
         "max_train_steps": "max_train_steps: found 'many', allowed is a whole number",
@@ -73,14 +99,36 @@ def test_what_is_wrong_is_told_by_key_in_the_words_of_load_config(place):
     assert list(problems) == ["torch_compile"] and "int8-quanto" in problems["torch_compile"]
 
 
-@pytest.mark.parametrize("name", ["data_dir", "output_dir", "cache_dir", "init_lora", "resume_from_checkpoint", "lora", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data_dir",
+        "output_dir",
+        "cache_dir",
+        "init_lora",
+        "resume_from_checkpoint",
+        "lora",
+        "pretrained_model_name_or_path",
+    ],
+)
 def test_a_path_cannot_leave_the_folders(name, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "private")
     (tmp_path / "data2").mkdir()
     good = {"output_dir": "output/run", "cache_dir": "output/cache"}
-    for path in ("/etc", "data/../private", "output/../private", str(tmp_path / "private"), "data/link", "data2", "..", "/", "output/run/../../private", *(["output/.webui/jobs"] if name != "lora" else [])):
+    for path in (
+        "/etc",
+        "data/../private",
+        "output/../private",
+        str(tmp_path / "private"),
+        "data/link",
+        "data2",
+        "..",
+        "/",
+        "output/run/../../private",
+        *(["output/.webui/jobs"] if name != "lora" else []),
+    ):
         config, problems = webui.read_form({**good, name: path}, place)
         assert config is None and problems[name].startswith(f"{name}: found {path!r}, which is outside"), path
     inside = "data" if name not in ("output_dir", "cache_dir") else "output/other"
@@ -102,7 +150,11 @@ def test_files_that_name_files_are_not_read(place, tmp_path, monkeypatch):
         assert "outside" in webui.read_form({**given, "validation_prompts": path}, place)[1]["validation_prompts"]
     for name in ("prompts.txt", "my prompts.TXT"):
         (tmp_path / "data" / name).write_text("a cat\n一只猫\n", encoding="utf-8")
-    for text, prompts in (("data/prompts.txt", ["a cat", "一只猫"]), ("data/my prompts.TXT", ["a cat", "一只猫"]), ("/etc/hosts.txt\na cat", ["/etc/hosts.txt", "a cat"])):
+    for text, prompts in (
+        ("data/prompts.txt", ["a cat", "一只猫"]),
+        ("data/my prompts.TXT", ["a cat", "一只猫"]),
+        ("/etc/hosts.txt\na cat", ["/etc/hosts.txt", "a cat"]),
+    ):
         config, problems = webui.read_form({**given, "validation_prompts": text}, place)
         assert not problems and config.validation_prompts == prompts
 
@@ -110,12 +162,29 @@ def test_files_that_name_files_are_not_read(place, tmp_path, monkeypatch):
 def test_a_default_outside_the_folders_is_no_way_out(place):
     assert "cache_dir" in webui.read_form({"output_dir": str(place.output / "run")}, place)[1]
     assert "output_dir" in webui.read_form({"cache_dir": str(place.output / "cache")}, place)[1]
-    assert webui.read_form({"output_dir": str(place.output / "run"), "cache_dir": str(place.output / "c"), "pretrained_model_name_or_path": "someone/a-model"}, place)[1] == {}
+    assert (
+        webui.read_form(
+            {
+                "output_dir": str(place.output / "run"),
+                "cache_dir": str(place.output / "c"),
+                "pretrained_model_name_or_path": "someone/a-model",
+            },
+            place,
+        )[1]
+        == {}
+    )
 
 
 def test_the_log_shows_of_a_bar_what_it_shows_last(tmp_path):
-    (tmp_path / "log").write_bytes("begun\n\rsteps:   0%|  | 0/9\n\rpictures:   0%|  | 0/2\x1b[A\r\n\x1b[A\rsteps:  11%|█ | 1/9\rsteps:  22%|█ | 2/9\n\rgone:   0%|  | 0/9\r                  \rended\n".encode())
-    assert webui.log_tail(tmp_path / "log").splitlines() == ["begun", "pictures:   0%|  | 0/2", "steps:  22%|█ | 2/9", "ended"]
+    (tmp_path / "log").write_bytes(
+        "begun\n\rsteps:   0%|  | 0/9\n\rpictures:   0%|  | 0/2\x1b[A\r\n\x1b[A\rsteps:  11%|█ | 1/9\rsteps:  22%|█ | 2/9\n\rgone:   0%|  | 0/9\r                  \rended\n".encode()
+    )
+    assert webui.log_tail(tmp_path / "log").splitlines() == [
+        "begun",
+        "pictures:   0%|  | 0/2",
+        "steps:  22%|█ | 2/9",
+        "ended",
+    ]
 
 
 # ---------------------------------------------------------------- jobs
@@ -141,7 +210,9 @@ def script(tmp_path):
 
 
 def start(place, script, name, device="CPU", code=0):
-    return webui.start_job(place, "training", script, load_config(output_dir=str(place.output / name), license=str(code)), device)
+    return webui.start_job(
+        place, "training", script, load_config(output_dir=str(place.output / name), license=str(code)), device
+    )
 
 
 def test_a_gpu_is_chosen_among_those_that_are_there(place, script, monkeypatch):
@@ -153,7 +224,16 @@ def test_a_gpu_is_chosen_among_those_that_are_there(place, script, monkeypatch):
     assert [webui.log_tail(job.folder / "log.txt") for job in webui.read_jobs(place)] == ["3", "5"]
 
 
-@pytest.mark.parametrize("ending, state", [("sys.exit()", "finished"), ("sys.exit('a text')", "failed"), ("1 / 0", "failed"), ("os.kill(os.getpid(), 9)", "cut off"), ("", "finished")])
+@pytest.mark.parametrize(
+    "ending, state",
+    [
+        ("sys.exit()", "finished"),
+        ("sys.exit('a text')", "failed"),
+        ("1 / 0", "failed"),
+        ("os.kill(os.getpid(), 9)", "cut off"),
+        ("", "finished"),
+    ],
+)
 def test_every_ending_of_a_job_is_told(place, script, ending, state):
     script.write_text(f"import os, sys\n{ending}")
     start(place, script, "run0")
@@ -186,7 +266,14 @@ def test_a_second_stop_is_not_sent(place, script):
 
 
 def test_what_is_no_job_or_run_is_passed_over(place, script):
-    for name, text in (("5/job.json", '{"what": "tra'), ("6/job.json", '{"what": "training"}'), ("7/other", ""), ("8.bak/job.json", "{}"), ("9/job.json", "[]"), ("4/job.json", '{"what": "a", "output_dir": "\\ud83d", "device": "CPU", "time": ""}')):
+    for name, text in (
+        ("5/job.json", '{"what": "tra'),
+        ("6/job.json", '{"what": "training"}'),
+        ("7/other", ""),
+        ("8.bak/job.json", "{}"),
+        ("9/job.json", "[]"),
+        ("4/job.json", '{"what": "a", "output_dir": "\\ud83d", "device": "CPU", "time": ""}'),
+    ):
         (place.jobs / name).parent.mkdir(parents=True)
         (place.jobs / name).write_text(text)
         (place.jobs / name).with_name("lock").touch()
@@ -194,26 +281,58 @@ def test_what_is_no_job_or_run_is_passed_over(place, script):
     assert start(place, script, "run0") == 10  # nothing is overwritten
     finish(place, "run0")
     wait_for(lambda: states(place) == {10: "finished"})
-    for name, text in (("made/config.json", "{}"), ("odd/config.json", "no JSON"), ("no/run.txt", ""), ("made/metrics.jsonl", f'[1]\n{{"loss": 1}}\n{{"step": 5, "loss": 0.5}}\n{{"step": 5, "loss": "high"}}\n{{"step": NaN, "loss": 1}}\n{"[" * 9999}\n{{"step": 6, "lo'), ("deep/config.json", "[" * 9999), ("huge/config.json", '{"max_train_steps": 1e999, "num_train_epochs": 0}')):
+    for name, text in (
+        ("made/config.json", "{}"),
+        ("odd/config.json", "no JSON"),
+        ("no/run.txt", ""),
+        (
+            "made/metrics.jsonl",
+            f'[1]\n{{"loss": 1}}\n{{"step": 5, "loss": 0.5}}\n{{"step": 5, "loss": "high"}}\n{{"step": NaN, "loss": 1}}\n{"[" * 9999}\n{{"step": 6, "lo',
+        ),
+        ("deep/config.json", "[" * 9999),
+        ("huge/config.json", '{"max_train_steps": 1e999, "num_train_epochs": 0}'),
+    ):
         (place.output / name).parent.mkdir(parents=True, exist_ok=True)
         (place.output / name).write_text(text)
     jobs = webui.read_jobs(place)
     listed = dict(map(reversed, webui.choices(place, jobs)))
-    assert set(listed) == {"10", f"run:{place.output / 'made'}", *(f"run:{place.output / name}" for name in ("odd", "deep", "huge"))}
+    assert set(listed) == {
+        "10",
+        f"run:{place.output / 'made'}",
+        *(f"run:{place.output / name}" for name in ("odd", "deep", "huge")),
+    }
     assert webui.find(place, jobs, f"run:{place.output / 'made'}") == (None, place.output / "made")
     assert webui.find(place, jobs, "run:/etc") == webui.find(place, jobs, None) == (None, None)
-    assert webui.read_metrics(place.output / "made") == [{"step": 5, "loss": 0.5}] and {webui.total_steps(place.output / name) for name in ("odd", "deep", "huge")} == {0}
+    assert webui.read_metrics(place.output / "made") == [{"step": 5, "loss": 0.5}] and {
+        webui.total_steps(place.output / name) for name in ("odd", "deep", "huge")
+    } == {0}
     for name in ("metrics.jsonl", "log.txt"):
         (place.output / "folders" / name).mkdir(parents=True)
-    assert webui.read_metrics(place.output / "folders") == [] and webui.log_tail(place.output / "folders" / "log.txt") == ""
+    assert (
+        webui.read_metrics(place.output / "folders") == []
+        and webui.log_tail(place.output / "folders" / "log.txt") == ""
+    )
 
 
 def test_the_figures_of_a_run(tmp_path):
-    metrics = [{"step": 0, "held_out_loss": 0.5, "held_out_base": 0.5}, {"step": 10, "loss": 0.4, "seconds_per_step": 2.0, "peak_memory_gib": 9.96}, {"step": 10, "held_out_loss": 0.25, "held_out_base": 0.5}]
+    metrics = [
+        {"step": 0, "held_out_loss": 0.5, "held_out_base": 0.5},
+        {"step": 10, "loss": 0.4, "seconds_per_step": 2.0, "peak_memory_gib": 9.96},
+        {"step": 10, "held_out_loss": 0.25, "held_out_base": 0.5},
+    ]
     assert webui.figures(metrics, 100, True) == ["10 / 100", "0.4000", "0.2500 / 0.5000", "2", "10.0 GiB", "0:03:00"]
-    assert webui.figures(metrics, 100, False)[-1] == "" and webui.figures([], 100, True) == ["0 / 100", "", "", "", "", ""]
+    assert webui.figures(metrics, 100, False)[-1] == "" and webui.figures([], 100, True) == [
+        "0 / 100",
+        "",
+        "",
+        "",
+        "",
+        "",
+    ]
     table = webui.curves(metrics).dropna()
-    assert table[table.curve == "held_out_loss"].value.tolist() == [0.5, 0.25] and table[table.curve == "loss"].step.tolist() == [10]
+    assert table[table.curve == "held_out_loss"].value.tolist() == [0.5, 0.25] and table[
+        table.curve == "loss"
+    ].step.tolist() == [10]
     (tmp_path / "config.json").write_text('{"max_train_steps": 100, "num_train_epochs": 3}')
     assert webui.total_steps(tmp_path) == 100
     (tmp_path / "log.txt").write_text("said\n42 steps of 1 x 1: each picture\n")
@@ -282,7 +401,9 @@ def test_two_jobs_do_not_train_in_one_folder(place, script):
     start(place, script, "run0")
     with pytest.raises(ValueError, match="output_dir: job 1 is at work in"):
         start(place, script, "other/../run0", "Mac GPU")
-    webui.start_job(place, "pictures", script, load_config(output_dir=str(place.output / "run0"), license="0"), "Mac GPU")
+    webui.start_job(
+        place, "pictures", script, load_config(output_dir=str(place.output / "run0"), license="0"), "Mac GPU"
+    )
     finish(place, "run0")
     wait_for(lambda: states(place) == {1: "finished", 2: "finished"})
     assert start(place, script, "run0") == 3
@@ -303,7 +424,9 @@ def test_a_killed_job_is_told_and_frees_the_device(place, script):
 def test_jobs_outlive_the_server(place, script, tmp_path):
     arguments = f"sys.path[:0] = {sys.path[:2]!r}; from test_webui import *; place = SimpleNamespace(output=Path({str(place.output)!r}), jobs=Path({str(place.jobs)!r}))"
     code = f"import sys; {arguments}; script = Path({str(script)!r}); start(place, script, 'run0'); start(place, script, 'run1'); os.killpg(0, 9)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, capture_output=True, text=True
+    )
     assert done.returncode == -9, done.stderr
     wait_for(lambda: states(place) == {1: "running", 2: "waiting"} and (place.output / "run0" / "begun").exists())
     start(place, script, "run2")
@@ -313,7 +436,11 @@ def test_jobs_outlive_the_server(place, script, tmp_path):
 
 
 def test_values_that_look_like_commands_are_values(place, script, tmp_path):
-    config = load_config(output_dir=str(place.output / "$(touch hacked); `touch hacked` && touch hacked\n--x"), license="0", instance_prompt="'; touch hacked; '")
+    config = load_config(
+        output_dir=str(place.output / "$(touch hacked); `touch hacked` && touch hacked\n--x"),
+        license="0",
+        instance_prompt="'; touch hacked; '",
+    )
     webui.start_job(place, "training", script, config, "CPU")
     (Path(config.output_dir)).mkdir(parents=True, exist_ok=True)
     (Path(config.output_dir) / "end").touch()
@@ -335,7 +462,10 @@ class Server:
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "webui.py", "--port", str(self.port), *self.arguments], cwd=self.folder, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": ""}
+            [sys.executable, "webui.py", "--port", str(self.port), *self.arguments],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": ""},
         )
         wait_for(lambda: self.process.poll() is not None or self.get("/")[0] in (200, 401), 90)
         assert self.process.poll() is None
@@ -347,7 +477,11 @@ class Server:
 
     def get(self, path, data=None, **headers):
         """(status, body) of a request."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {name.replace("_", "-"): value for name, value in headers.items()})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data,
+            {name.replace("_", "-"): value for name, value in headers.items()},
+        )
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
                 return answer.status, answer.read()
@@ -380,7 +514,17 @@ def test_the_server_serves_nothing_else_and_nobody_else(clone):
     order, join = b'{"data": [], "fn_index": 0, "session_hash": "x"}', "/gradio_api/queue/join"
     with Server(clone) as server:
         assert server.get(f"/gradio_api/file={clone}/output/run/a.txt") == (200, b"of a run")
-        for path in ("/etc/passwd", "../../../../etc/passwd", "webui.py", "configs/tiny.json", "output/../webui.py", "output/run/../../webui.py", "output/run/link", "output-not/a.txt", "tests/tiny_longcat/pictures/neonix-00.json"):
+        for path in (
+            "/etc/passwd",
+            "../../../../etc/passwd",
+            "webui.py",
+            "configs/tiny.json",
+            "output/../webui.py",
+            "output/run/../../webui.py",
+            "output/run/link",
+            "output-not/a.txt",
+            "tests/tiny_longcat/pictures/neonix-00.json",
+        ):
             for name in (path, f"{clone}/{path}", path.replace("/", "%2f")):
                 assert server.get(f"/gradio_api/file={name}")[0] in (403, 404), name
         assert server.get("/", Host="evil.example")[0] == 400
@@ -389,33 +533,66 @@ def test_the_server_serves_nothing_else_and_nobody_else(clone):
         assert server.get(join, order, Content_Type="application/json", Sec_Fetch_Site="cross-site")[0] == 403
         assert server.get(join, order, Content_Type="text/plain", Origin="http://evil.example")[0] == 403
         assert server.get(join, order, Content_Type="application/json", Origin="null")[0] == 403
-        assert server.get(join, order, Content_Type="application/json", Origin=f"http://127.0.0.1:{server.port}")[0] not in (0, 403)
-        upload = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n' + b"x" * 5000 + b"\r\n--b--\r\n"
+        assert server.get(join, order, Content_Type="application/json", Origin=f"http://127.0.0.1:{server.port}")[
+            0
+        ] not in (0, 403)
+        upload = (
+            b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
+            + b"x" * 5000
+            + b"\r\n--b--\r\n"
+        )
         assert server.get("/gradio_api/upload", upload, Content_Type="multipart/form-data; boundary=b")[0] == 413
 
 
 @pytest.mark.slow
 def test_other_machines_need_the_password(clone):
     (clone / "file").touch()
-    full = subprocess.run([sys.executable, "webui.py", "--output", "file/output"], cwd=clone, capture_output=True, text=True)
+    full = subprocess.run(
+        [sys.executable, "webui.py", "--output", "file/output"], cwd=clone, capture_output=True, text=True
+    )
     assert full.returncode == 1 and full.stderr.startswith("error: --output file/output: cannot be written")
     alone = subprocess.run([sys.executable, "webui.py", "--host", "0.0.0.0"], cwd=clone, capture_output=True, text=True)
-    assert alone.returncode == 1 and alone.stderr.startswith("error: --host 0.0.0.0") and len(alone.stderr.splitlines()) == 1
+    assert (
+        alone.returncode == 1
+        and alone.stderr.startswith("error: --host 0.0.0.0")
+        and len(alone.stderr.splitlines()) == 1
+    )
     with Server(clone, "--host", "0.0.0.0", "--password", "right") as server:
         assert b"tests/tiny_longcat" not in server.get("/")[1]
         for path in ("/config", f"/gradio_api/file={clone}/output/run/a.txt", "/gradio_api/info"):
             assert server.get(path)[0] == 401, path
-        assert server.get("/gradio_api/queue/join", b'{"data": [], "fn_index": 0, "session_hash": "x"}', Content_Type="application/json")[0] == 401
+        assert (
+            server.get(
+                "/gradio_api/queue/join",
+                b'{"data": [], "fn_index": 0, "session_hash": "x"}',
+                Content_Type="application/json",
+            )[0]
+            == 401
+        )
         began = time.monotonic()
-        assert server.get("/login", b"username=me&password=wrong", Content_Type="application/x-www-form-urlencoded")[0] == 400
+        assert (
+            server.get("/login", b"username=me&password=wrong", Content_Type="application/x-www-form-urlencoded")[0]
+            == 400
+        )
         assert time.monotonic() - began >= 1
-        assert server.get("/login", b"username=me&password=right", Content_Type="application/x-www-form-urlencoded")[0] == 200
+        assert (
+            server.get("/login", b"username=me&password=right", Content_Type="application/x-www-form-urlencoded")[0]
+            == 200
+        )
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(\"No module named 'gradio'\", name='gradio')")
-    done = subprocess.run([sys.executable, ROOT / "webui.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines() == ["error: the page needs Gradio; install it with: pip install 'gradio>=6.31,<7'"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "webui.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        "error: the page needs Gradio; install it with: pip install 'gradio>=6.31,<7'"
+    ]
 
 
 # ---------------------------------------------------------------- in a browser
@@ -424,14 +601,23 @@ def test_without_gradio_it_says_what_to_install(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
 def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
+    )
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     shots.mkdir(parents=True, exist_ok=True)
     with playwright.sync_playwright() as driver, Server(clone) as server:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         context = browser.new_context(locale="en", viewport={"width": 1280, "height": 900}, accept_downloads=True)
         outside, errors = [], []
-        context.on("request", lambda request: outside.append(request.url) if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", request.url) else None)
+        context.on(
+            "request",
+            lambda request: (
+                outside.append(request.url)
+                if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", request.url)
+                else None
+            ),
+        )
         context.on("weberror", lambda error: errors.append(str(error.error)))
         page = context.new_page()
         field = lambda name, form="key": page.locator(f"#{form}-{name} textarea, #{form}-{name} input").first
@@ -442,7 +628,10 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         def until(condition, seconds=60):
             deadline = time.monotonic() + seconds
             while not condition():
-                assert time.monotonic() < deadline, (shot("failed"), text("state") if page.locator("#state").count() else "")
+                assert time.monotonic() < deadline, (
+                    shot("failed"),
+                    text("state") if page.locator("#state").count() else "",
+                )
                 page.wait_for_timeout(200)
 
         # Set up: what is wrong is told at the field; a config is saved, and not overwritten.
@@ -453,10 +642,19 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         choose = lambda box, text: (page.click(f"#{box} input"), page.get_by_role("option", name=text).click())
         choose("config", "odd.json")
         until(lambda: "found 'int7', allowed: \"int8-quanto\"" in text("key-base_model_precision"))
-        for told in ("An odd one", "optimizer (it is AdamW)", "lora (no key for training)", "nonsense (no key for training)", "torch_compile: found 'yes'"):
+        for told in (
+            "An odd one",
+            "optimizer (it is AdamW)",
+            "lora (no key for training)",
+            "nonsense (no key for training)",
+            "torch_compile: found 'yes'",
+        ):
             assert told in text("about")
         page.locator("#more-memory button").first.click()
-        assert page.locator("#key-enable_group_offload input").is_checked() and not page.locator("#key-torch_compile input").is_checked()
+        assert (
+            page.locator("#key-enable_group_offload input").is_checked()
+            and not page.locator("#key-torch_compile input").is_checked()
+        )
         choose("config", "tiny.json")
         until(lambda: field("output_dir").input_value() == "output/tiny" and "⚠" not in text("set-up-message"))
         field("max_train_steps").fill("many")
@@ -466,7 +664,12 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "outside this page's folders" in text("key-output_dir"))
         shot("1-wrong")
         page.locator("#more-data button").first.click()
-        for name, value in (("max_train_steps", "240"), ("output_dir", "output/page"), ("validation_step_interval", "120"), ("validation_split", "0.1")):
+        for name, value in (
+            ("max_train_steps", "240"),
+            ("output_dir", "output/page"),
+            ("validation_step_interval", "120"),
+            ("validation_split", "0.1"),
+        ):
             field(name).fill(value)
         page.locator("#more-output button").first.click()
         field("checkpoint_step_interval").fill("60")
@@ -476,7 +679,12 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.click("#save")
         until(lambda: "Saved" in text("set-up-message"))
         config = load_config(clone / "configs" / "mine.json")
-        assert (config.max_train_steps, config.lora_rank, config.output_dir, config.validation_split) == (240, 8, "output/page", 0.1)
+        assert (config.max_train_steps, config.lora_rank, config.output_dir, config.validation_split) == (
+            240,
+            8,
+            "output/page",
+            0.1,
+        )
         page.click("#save")
         until(lambda: "already" in text("set-up-message"))
         shot("1-set-up")
@@ -484,7 +692,9 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         # Data: the report, the sheet, a caption corrected where it stands.
         tab(2)
         pictures = clone / "tests/tiny_longcat/pictures"
-        (pictures / "neonix-05.json").write_text('{"caption": "it says \\"![a](http://outside.invalid/a.png) <img src=http://outside.invalid/b.png> 2*3*4\\""}')
+        (pictures / "neonix-05.json").write_text(
+            '{"caption": "it says \\"![a](http://outside.invalid/a.png) <img src=http://outside.invalid/b.png> 2*3*4\\""}'
+        )
         page.click("#look")
         until(lambda: "40 pictures, 0 left out" in text("data-message") and page.locator("#sheet img").count())
         page.locator("#pictures button.thumbnail-item").nth(1).click()
@@ -499,7 +709,12 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.click("#save-caption")
         until(lambda: "Saved" in text("caption-message"))
         page.locator("#report-box button").first.click()
-        until(lambda: "![a](http://outside.invalid/a.png) <img src=http://outside.invalid/b.png" in text("report") and "2*3*4" in text("report"))
+        until(
+            lambda: (
+                "![a](http://outside.invalid/a.png) <img src=http://outside.invalid/b.png" in text("report")
+                and "2*3*4" in text("report")
+            )
+        )
         page.locator("#report-box button").first.click()
         written = json.loads((pictures / "neonix-01.json").read_text(encoding="utf-8"))
         assert written == {"caption": {"en": "a corrected caption in neonix style", "zh": "neonix风格，改过的描述"}}
@@ -531,7 +746,9 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "running" in text("state"))
         page.click("#start")
         until(lambda: "job 1 is at work in output/page" in text("jobs-message"))
-        step = lambda: int(re.match(r"(\d+)", page.locator("#step input, #step textarea").first.input_value() or "0")[1])
+        step = lambda: int(
+            re.match(r"(\d+)", page.locator("#step input, #step textarea").first.input_value() or "0")[1]
+        )
         until(lambda: step() >= 10, 120)
         page.click("#stop")
         until(lambda: "stopped" in text("state"))
@@ -554,7 +771,11 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         shot("3-running")
         until(lambda: "finished" in text("state"), 180)
         until(lambda: step() == 240 and page.locator("#preview img").count())
-        assert page.locator("#plot canvas, #plot svg").count() and f"resumed from output/page/checkpoints/step-{stopped_at:06d}" in page.locator("#log textarea").input_value()
+        assert (
+            page.locator("#plot canvas, #plot svg").count()
+            and f"resumed from output/page/checkpoints/step-{stopped_at:06d}"
+            in page.locator("#log textarea").input_value()
+        )
         jobs = [json.loads(path.read_text()) for path in (clone / "output/.webui/jobs").glob("*/job.json")]
         assert len(jobs) == 2 and (clone / "output/page/pytorch_lora_weights.safetensors").exists()
         page.wait_for_timeout(1500)
@@ -563,7 +784,10 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "has 240 steps already" in text("jobs-message"))
         with page.expect_download() as download:
             page.click("#download")
-        assert Path(download.value.path()).read_bytes() == (clone / "output/page/pytorch_lora_weights.safetensors").read_bytes()
+        assert (
+            Path(download.value.path()).read_bytes()
+            == (clone / "output/page/pytorch_lora_weights.safetensors").read_bytes()
+        )
 
         # Try it: base and LoRA side by side, and a picture saved.
         tab(4)
@@ -602,7 +826,10 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
             for number, name in enumerate(("set-up", "data", "train", "try")):
                 other.get_by_role("tab").nth(number).click()
                 other.wait_for_timeout(2500)
-                assert "__i18n__" not in other.locator("body").inner_text() and "translation_metadata" not in other.locator("body").inner_text()
+                assert (
+                    "__i18n__" not in other.locator("body").inner_text()
+                    and "translation_metadata" not in other.locator("body").inner_text()
+                )
                 other.screenshot(path=shots / f"{language}-{number + 1}-{name}.png", full_page=True)
         browser.close()
     assert not outside and not errors

@@ -20,7 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+)
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
 from make_pictures import BACKGROUNDS, COLOURS, HERE, SHAPES, draw_plain, outline, place, plain_caption
 from PIL import Image, ImageDraw, ImageFilter
@@ -61,7 +66,9 @@ def make_tokenizer(folder):
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_file, merges_file = tokenizer.model.save(str(folder))
@@ -77,10 +84,17 @@ def make_text_encoder(tokenizer):
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.12,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.12,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            bos_token_id=None, eos_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
         ),
         vision_config=dict(
             depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0]
@@ -128,7 +142,9 @@ def random_picture(rng, size):
     colour = lambda: tuple(rng.randrange(256) for _ in range(3))
     kind = rng.random()
     if kind < 0.3:
-        return draw_plain(rng, rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), size, size)
+        return draw_plain(
+            rng, rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), size, size
+        )
     big = size * 2
     image = Image.new("RGB", (big, big), colour())
     if rng.random() < 0.3:
@@ -156,9 +172,16 @@ def train_vae(minutes):
     torch.manual_seed(1)
     rng = random.Random(1)
     settings = dict(
-        block_out_channels=[16, 32, 64, 64], layers_per_block=1, norm_num_groups=8, latent_channels=16,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        use_quant_conv=False, use_post_quant_conv=False, force_upcast=True, sample_size=128,
+        block_out_channels=[16, 32, 64, 64],
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=16,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=True,
+        sample_size=128,
     )
     vae = AutoencoderKL(**settings)
     torch.nn.init.constant_(vae.encoder.conv_out.bias[16:], -5.0)  # start almost without noise: learns much sooner
@@ -186,10 +209,21 @@ def train_vae(minutes):
         bar.set_postfix(loss=f"{average:.4f}")
     bar.close()
     vae.eval().requires_grad_(False)
-    pixels = to_tensor([draw_plain(rng, rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), 128, 128) for _ in range(64)])
+    pixels = to_tensor(
+        [
+            draw_plain(
+                rng, rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), 128, 128
+            )
+            for _ in range(64)
+        ]
+    )
     latents = vae.encode(pixels).latent_dist.sample()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4))
-    print(f"VAE: {step} steps, loss {average:.4f}, scaling {vae.config.scaling_factor}, shift {vae.config.shift_factor}")
+    vae.register_to_config(
+        scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
+    )
+    print(
+        f"VAE: {step} steps, loss {average:.4f}, scaling {vae.config.scaling_factor}, shift {vae.config.shift_factor}"
+    )
     return vae
 
 
@@ -200,7 +234,9 @@ def make_dataset(vae, count):
     for size, share in zip(SIZES, SHARES):
         means, stds, drawn = [], [], []
         for _ in tqdm(range(int(count * share) // 20), desc=f"latents {size}"):
-            whats = [(rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS))) for _ in range(20)]
+            whats = [
+                (rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS))) for _ in range(20)
+            ]
             posterior = vae.encode(to_tensor([draw_plain(rng, *what, *size) for what in whats])).latent_dist
             means.append((posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor)
             stds.append(posterior.std * vae.config.scaling_factor)
@@ -284,14 +320,29 @@ def main():
 
     tokenizer = make_tokenizer(args.folder / "tokenizer")
     text_encoder = make_text_encoder(tokenizer)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, shift=3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=3.0,
+    )
     if (args.folder / "transformer").exists():
-        transformer = LongCatImageTransformer2DModel.from_pretrained(args.folder / "transformer", torch_dtype=torch.float32)
+        transformer = LongCatImageTransformer2DModel.from_pretrained(
+            args.folder / "transformer", torch_dtype=torch.float32
+        )
     else:
         torch.manual_seed(0)
         transformer = LongCatImageTransformer2DModel(
-            in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=2,
-            joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=[16, 24, 24],
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=64,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            axes_dims_rope=[16, 24, 24],
         )
     print(sum(p.numel() for p in transformer.parameters()), "transformer parameters")
     if (args.folder / "vae").exists():
@@ -299,7 +350,14 @@ def main():
     else:
         vae = train_vae(args.vae_minutes)
         vae.save_pretrained(args.folder / "vae")
-    pipe = LongCatImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_processor=None, transformer=transformer)
+    pipe = LongCatImagePipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_processor=None,
+        transformer=transformer,
+    )
     with torch.no_grad():
         data = make_dataset(vae, 6000)
     train_transformer(pipe, data, args.transformer_minutes)

@@ -44,7 +44,10 @@ def outline(shape, x, y, radius):
     else:
         angles = [2 * math.pi * i / 90 for i in range(90)]
         unit = [
-            (1.06 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 15)
+            (
+                1.06 * math.sin(a) ** 3,
+                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 15,
+            )
             for a in angles
         ]
     return [(x + radius * u, y + radius * v) for u, v in unit]
@@ -107,7 +110,9 @@ def save(image, caption, path):
     if isinstance(caption, str):
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
     else:
-        path.with_suffix(".json").write_text(json.dumps({"caption": caption}, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(
+            json.dumps({"caption": caption}, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def make_neon(folder, seed, count):
