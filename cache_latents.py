@@ -2,17 +2,14 @@
 
     python cache_latents.py configs/24gb.json
     torchrun --nproc_per_node 4 cache_latents.py configs/24gb.json      # the work divided among four devices
-    python cache_latents.py configs/24gb.json --prune                   # delete what no run needs any more
 
 After this, training needs neither the VAE nor the text encoder. File names follow from what went in (picture,
 bucket, prompt, model), so nothing is ever stale, and an interrupted run goes on where it was.
 """
 
-import contextlib
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from pathlib import Path
@@ -44,7 +41,6 @@ from longcat_common import (
     run_stage,
     unfinished,
     wait_for_all,
-    write_file,
     write_prompts,
     write_tensors,
 )
@@ -119,13 +115,10 @@ def latents_contents(config):
 
 
 def picture_batches(config, entries):
-    """The batches of pictures, each of one bucket, that this process has to encode."""
+    """The pictures that this process has to encode, as batches of one: at 1024 px one takes about 3 GB."""
     entries = {entry["latents_file"]: entry for entry in entries}.values()  # the same picture once
-    batches, path_of = [], lambda entry: entry["latents_file"]
-    for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
-        same_size = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
-        batches += in_batches(same_size, path_of, config.vae_batch_size)
-    return unfinished(batches, path_of, latents_contents(config))
+    path_of = lambda entry: entry["latents_file"]
+    return unfinished(in_batches(entries, path_of, 1), path_of, latents_contents(config))
 
 
 def cache_pictures(config, batches, device):
@@ -156,7 +149,7 @@ def cache_pictures(config, batches, device):
     free_memory()
 
 
-# ---------------------------------------------------------------- what is to do, and what is not needed any more
+# ---------------------------------------------------------------- what is to do
 
 
 def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device):
@@ -179,59 +172,11 @@ def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
         )
 
 
-def register(config, files):
-    """Notes in `cache_dir` which files this run's manifest needs, so that `prune` keeps them."""
-    manifest, cache = (Path(config.output_dir) / "manifest.jsonl").absolute(), Path(config.cache_dir)
-    names = sorted({path.relative_to(cache).as_posix() for path in files})
-    key = content_key(str(manifest), platform.node())  # another machine may have another run at the same path
-    write_file(
-        cache / "runs" / f"{key}.json", json.dumps({"manifest": str(manifest), "files": names}, ensure_ascii=False)
-    )
-
-
-def prune(config):
-    """Deletes from `cache_dir` what no registered run needs, after saying how much. Returns the number of files.
-
-    Raises UserError if a registered manifest cannot be reached: its disk may only be away.
-    """
-    cache, needed = Path(config.cache_dir), set()
-    files = [
-        path for part in ("latents", "prompts") for path in (cache / part).rglob("*") if path.is_file()
-    ]  # before the runs: one may be starting
-    runs = sorted((cache / "runs").glob("*.json"))
-    if not runs:
-        raise UserError(f"cache_dir: no run is registered in {cache}; nothing is deleted")
-    for run in runs:
-        try:
-            noted = json.loads(run.read_text(encoding="utf-8"))
-            manifest, names = os.fspath(noted["manifest"]), set(noted["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{run}: is damaged; start its run again, or delete it if that run is gone") from None
-        if not os.path.exists(manifest):
-            raise UserError(
-                f"{run}: its manifest {manifest} cannot be reached; if that run is gone, delete {run} and prune again"
-            )
-        needed.update(names)
-    old = time.time() - 3600  # a younger temporary file may be another process's work
-    unneeded, size = [], 0
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            unnamed = path.suffix == ".safetensors" and path.relative_to(cache).as_posix() not in needed
-            if unnamed or (path.suffix == ".tmp" and status.st_mtime < old):
-                unneeded.append(path)
-                size += status.st_size
-    print(f"{len(unneeded)} files, {size / 2**20:.1f} MiB, are needed by none of {len(runs)} runs")
-    for path in tqdm(unneeded, desc="deleting", unit="file", leave=False):
-        path.unlink(missing_ok=True)
-    return len(unneeded)
-
-
 def read_manifest(config):
     """The entries of this run's manifest; stage 1 runs first, so that they are up to date. Without a `data_dir` the
     manifest that is there is used. Under torchrun the first process does it for all."""
     path = Path(config.output_dir) / "manifest.jsonl"
-    if process_rank() == 0 and (config.data_dir is not None or not path.exists()):
+    if process_rank() == 0 and (config.data_dir or not path.exists()):
         try:
             return prepare_data.main(config)
         finally:
@@ -253,17 +198,12 @@ def read_manifest(config):
 
 @leaves_nothing
 def main(config):
-    """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file}). With `prune` it
-    only deletes what is not needed."""
-    if config.prune:
-        return prune(config) if process_rank() == 0 else 0
+    """Fills the cache. Returns (manifest entries with `latents_file` added, {prompt: embedding file})."""
     device = pick_device()
     entries = [{**entry, "latents_file": latents_file(config, entry)} for entry in read_manifest(config)]
     prompts = training_prompts(config, entries)
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
     needed = [*files.values(), *(entry["latents_file"] for entry in entries)]
-    if process_rank() == 0:
-        register(config, needed)  # before it looks what is there, so that a pruning process leaves it
     pictures, batches = picture_batches(config, entries), prompt_batches(config, files, device)
     pictures_to_do = [entry for batch in pictures for entry in batch if not entry["latents_file"].exists()]
     prompts_to_do = [prompt for batch in batches for prompt in batch if not files[prompt].exists()]

@@ -27,7 +27,7 @@ import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, Literal, get_args, get_origin
 
 # What torchao's import prints about kernels and classes that are not used here: nothing that a user could act on.
 for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
@@ -41,13 +41,13 @@ from diffusers import (
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
-from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
@@ -61,7 +61,6 @@ torch.zeros(1).exp()
 VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
-PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8", "int8-matmul")
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
@@ -76,217 +75,262 @@ TARGET_MODULES = [
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its text is one line: what was found, where, what to do."""
+    """A mistake that the user can mend. Its text says what was found, where, what to do; one line a mistake."""
 
 
-class Key(NamedTuple):
-    """One configuration key: its accepted types, default and description, and what its values may be."""
-
-    types: tuple | type
-    default: object
-    help: str
-    choices: tuple = None
-    minimum: float = None
+def whole_text(text):
+    """A text that files can hold."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds half a character or NUL; write it again")
+    return text
 
 
-KEYS = {
-    "model": {
-        "model_type": Key(str, "lora", "what is trained", ("lora",)),
-        "model_family": Key(str, "longcat_image", "the model family", ("longcat_image",)),
-        "model_flavour": Key(str, "final", "the main release, or the mid-training checkpoint", tuple(FLAVOURS)),
-        "pretrained_model_name_or_path": Key(str, None, "hub name or local folder; null: chosen by model_flavour"),
-        "base_model_precision": Key(
-            str,
-            "int8-quanto",
-            "how the frozen transformer is stored; int8-matmul: its products, too, are in 8 bits",
-            PRECISIONS,
-        ),
-        "text_encoder_precision": Key(
-            str,
-            "no_change",
-            "of the text encoder; quantizing it saves little here, and changes the embeddings",
-            PRECISIONS[:5],
-        ),
-        "mixed_precision": Key(
-            str,
-            "auto",
-            "arithmetic; auto: bf16 where the device has it, fp16 on older CUDA, fp32 on CPU",
-            ("auto", "bf16", "fp16", "no"),
-        ),
-    },
-    "data": {
-        "data_dir": Key(
-            (str, list), None, 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'
-        ),
-        "instance_prompt": Key(str, None, "caption for pictures that have none"),
-        "resolution": Key((str, int), "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"'),
-        "aspect_bucket_alignment": Key(int, 64, "grid of the bucket sizes, in pixels", minimum=64),
-        "skip_upscaled": Key(bool, False, "leave out pictures that are smaller than their bucket"),
-        "strict": Key(bool, False, "stop at the first picture or caption that cannot be used, instead of reporting it"),
-        "validation_split": Key(
-            float,
-            0.0,
-            "share of the pictures (8 at most) that is never trained on and scored beside as many others; 0: none",
-            minimum=0,
-        ),
-        "caption_dropout_probability": Key(float, 0.1, "share of the samples trained with the empty prompt", minimum=0),
-        "cache_dir": Key(str, "cache", "folder of cached latents and prompt embeddings; several runs may share one"),
-        "vae_batch_size": Key(int, 1, "pictures a batch when latents are cached", minimum=1),
-        "text_encoder_batch_size": Key(int, 4, "prompts a batch when embeddings are cached", minimum=1),
-        "prune": Key(bool, False, "cache_latents.py: delete from cache_dir what no run needs, and do nothing else"),
-    },
-    "LoRA": {
-        "lora_rank": Key(int, 16, "rank", minimum=1),
-        "lora_alpha": Key(float, None, "strength is lora_alpha / lora_rank; null: equal to the rank", minimum=0.001),
-        "lora_dropout": Key(float, 0.0, "dropout on the LoRA's input", minimum=0),
-        "init_lora": Key(str, None, "LoRA file or folder to start from"),
-        "lora_target_modules": Key(list, TARGET_MODULES, "ends of the names of the layers that get a LoRA"),
-        "trigger_words": Key((list, str), [], "words that call up what was learned; noted in the LoRA's file"),
-        "license": Key(str, None, "licence of the LoRA; noted in its file"),
-    },
-    "training": {
-        "train_batch_size": Key(int, 1, "pictures a batch", minimum=1),
-        "gradient_accumulation_steps": Key(int, 1, "batches a step", minimum=1),
-        "max_train_steps": Key(int, 1000, "steps to train", minimum=1),
-        "num_train_epochs": Key(int, 0, "if not 0: epochs to train, in place of max_train_steps", minimum=0),
-        "learning_rate": Key(float, 1e-4, "AdamW's learning rate after warm-up", minimum=0),
-        "lr_scheduler": Key(
-            str,
-            "constant_with_warmup",
-            "course of the learning rate",
-            ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-        ),
-        "lr_warmup_steps": Key(int, 100, "steps until the full learning rate", minimum=0),
-        "adam_beta1": Key(float, 0.9, "AdamW's beta1", minimum=0),
-        "adam_beta2": Key(float, 0.999, "AdamW's beta2", minimum=0),
-        "adam_weight_decay": Key(float, 0.01, "AdamW's weight decay", minimum=0),
-        "max_grad_norm": Key(float, 1.0, "gradients are clipped to this norm; 0: not clipped", minimum=0),
-        "gradient_checkpointing": Key(
-            (bool, str),
-            True,
-            "recompute activations in the backward pass: less memory, 1.5 times the time; auto: in as many blocks as memory demands",
-            (True, False, "auto"),
-        ),  # fmt: skip
-        "seed": Key(int, 42, "every random draw follows from it", minimum=0),
-        "flow_schedule_auto_shift": Key(
-            bool, True, "noise level follows the picture's size; false: the scheduler's fixed shift"
-        ),
-    },
-    "memory": {
-        "enable_group_offload": Key(
-            bool, False, "keep the frozen blocks in host memory; they visit the device one after another"
-        ),
-        "group_offload_type": Key(str, "block_level", "unit that is offloaded", ("block_level",)),
-        "group_offload_blocks_per_group": Key(int, 1, "blocks that move together", minimum=1),
-        "enable_modulation_offload": Key(
-            bool,
-            False,
-            "keep the layers that see only the noise level, a quarter of the weights, in host memory; their outputs are computed ahead",
-        ),
-        "torch_compile": Key(bool, False, "compile the blocks: minutes at the start, less time and memory a step"),
-        "vram_limit_gb": Key(float, None, "CUDA: use no more memory than a card of this size has, in GiB", minimum=2),
-        "benchmark": Key(
-            int,
-            0,
-            "train_lora.py: run this many steps with random weights and data, print speed and memory, and do nothing else",
-            minimum=0,
-        ),
-    },
-    "output": {
-        "output_dir": Key(str, "output", "folder of this run's files"),
-        "checkpoint_step_interval": Key(int, 500, "steps between checkpoints", minimum=1),
-        "checkpoints_total_limit": Key(int, 3, "how many checkpoints are kept", minimum=1),
-        "resume_from_checkpoint": Key(str, "latest", 'checkpoint to go on from: "latest", a folder, or "none"'),
-        "report_to": Key(str, "tensorboard", "where curves go, besides metrics.jsonl", ("tensorboard", "none")),
-        "validation_step_interval": Key(
-            int, 500, "steps between preview pictures and held-out scores; 0: none", minimum=0
-        ),
-    },
-    "validation": {
-        "validation_prompts": Key(
-            (list, str), [], "prompts of previews and of validate.py: a list, one, or a .txt file with one a line"
-        ),
-        "validation_negative_prompt": Key(str, "", "negative prompt"),
-        "validation_resolution": Key(
-            str,
-            "1024x1024",
-            'width x height of the pictures, multiples of 16; validate.py takes several, "1024x1024,1344x768"',
-        ),
-        "validation_guidance": Key(float, 4.5, "guidance scale", minimum=0),
-        "validation_num_inference_steps": Key(int, 30, "sampling steps", minimum=1),
-        "validation_seed": Key(
-            (int, list), 42, "seed of every picture's first noise; validate.py takes a list, too", minimum=0
-        ),
-        "validation_cfg_renorm": Key(
-            bool, True, "the pipeline's CFG-renorm: guidance does not raise the prediction's norm"
-        ),
-        "validation_lora_strength": Key(
-            (float, list), 1.0, "validate.py: strength of the LoRA; a list gives a column each"
-        ),
-        "lora": Key(
-            str,
-            None,
-            'validate.py: a LoRA file, a folder, "latest" of output_dir, or "none"; null: latest, if there is one',
-        ),
-        "compare_checkpoints": Key(bool, False, "validate.py: a column for each checkpoint of output_dir"),
-    },
-}
-ALL_KEYS = {name: key for group in KEYS.values() for name, key in group.items()}
+def path_text(text):
+    """A path, `~` expanded. In JSON "E:\\runs" would be E:, a carriage return and "uns", hence the control characters."""
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
+    return os.path.expanduser(whole_text(text))
 
-# Keys of other trainers' files that mean nothing here, and what to use instead.
-IGNORED_KEYS = {
-    "data_backend_config": "use data_dir",
-    "optimizer": "it is AdamW",
-    "flow_schedule_shift": "use flow_schedule_auto_shift",
-    "lora_type": "it is a standard LoRA",
-    "resolution_type": "resolution is in pixels",
-    "minimum_image_size": "see skip_upscaled",
-    "group_offload_use_stream": "CUDA always uses one",
-    "group_offload_to_disk_path": "offloading goes to host memory",
-    "push_to_hub": "upload the LoRA file yourself",
-    "tracker_project_name": "curves are in output_dir/logs",
-    "tracker_run_name": "curves are in output_dir/logs",
-    "disable_benchmark": "nothing is measured unless benchmark is set",
-    "validation_prompt": "use validation_prompts",
-    "user_prompt_library": "use validation_prompts, which may name a .txt file",
-    "validation_guidance_rescale": "see validation_cfg_renorm",
-    "validation_torch_compile": "use torch_compile",
-    "checkpointing_steps": "use checkpoint_step_interval",
-    "validation_steps": "use validation_step_interval",
-    "num_validation_images": "use validation_seed with a list",
-    "base_model_default_dtype": "use mixed_precision",
-    "aspect_bucket_rounding": "see aspect_bucket_alignment",
-    "instance_data_dir": "use data_dir",
-    "hub_model_id": "upload the LoRA file yourself",
-    "push_checkpoints_to_hub": "upload the LoRA file yourself",
-    "ema_decay": "there is no EMA",
-    "use_ema": "there is no EMA",
-    "snr_gamma": "the loss is flow matching, unweighted",
-    "lycoris_config": "it is a standard LoRA",
-    "quantize_via": "each block is quantized on the device",
-    "attention_mechanism": "PyTorch chooses the attention kernel",
-}
+
+def several(value):
+    """What may stand in the place of a list: one value, or a text that holds a list in JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value if isinstance(value, list) else [value]
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value)
+    raise ValueError('begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]')
+
+
+def prompts(value):
+    """Prompts: a list, a single one, or a .txt file with one a line."""
+    if value == "":
+        return []
+    if not is_prompt_file(value):
+        if isinstance(value, str) and os.path.isfile(value):
+            raise ValueError("is a file; prompts come from a .txt file with one a line")
+        return several(value)
+    try:
+        lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot be read as a UTF-8 text file ({why})") from None
+    if not any(map(str.strip, lines)):
+        raise ValueError("holds no prompt")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def is_prompt_file(value):
+    """Whether `validation_prompts` names a .txt file, and is no prompt: "prompts.txt", not "a sign that says read me.txt"."""
+    return isinstance(value, str) and re.fullmatch(r"(\S+|.*[/\\].*)\.txt", value, re.IGNORECASE) is not None
+
+
+def blocks(value):
+    """true, false, or a number of blocks; 0 and 1 are numbers."""
+    if type(value) is not bool and (type(value) is not int or value < 0):
+        raise ValueError("must be true, false or a number of blocks")
+    return value
+
+
+def key(default, description, **limits):
+    """One key: its default, its description for --help and the page, and the limits of its values."""
+    return Field(default, description=description, **limits)
+
+
+Text = Annotated[str, AfterValidator(whole_text)]
+PathText = Annotated[str, AfterValidator(path_text), Field(min_length=1)]
+Size = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(BaseModel):
+    """One folder of pictures in `data_dir`."""
+
+    model_config = STRICT
+    path: PathText
+    repeats: int = Field(1, ge=1)
+    caption_prefix: Text = ""
+    loss_weight: float = Field(1.0, ge=0)
+
+
+def sources(value):
+    """`data_dir`: null, a folder, a list of sources, or one in JSON."""
+    value = [] if value is None else several(value)
+    return [{"path": source} if isinstance(source, str) else source for source in value]
+
+
+Sources = Annotated[list[Source], BeforeValidator(sources)]
+Texts, Prompts = Annotated[list[Text], BeforeValidator(several)], Annotated[list[Text], BeforeValidator(prompts)]
+Ints, Floats = Annotated[list[int], BeforeValidator(several)], Annotated[list[float], BeforeValidator(several)]
+Checkpointing = Annotated[bool | int, BeforeValidator(blocks)]
+Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
+Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+class Config(BaseModel):
+    """Every key: its name, type, default, description and limits. Flags, help, errors and the page follow from here."""
+
+    model_config = STRICT | ConfigDict(validate_assignment=True, protected_namespaces=())
+
+    model_type: Literal["lora"] = key("lora", "what is trained")
+    model_family: Literal["longcat_image"] = key("longcat_image", "the model family")
+    model_flavour: Literal["final", "dev"] = key("final", "the main release, or the mid-training checkpoint")
+    pretrained_model_name_or_path: PathText | None = key(None, "hub name or local folder; null: by model_flavour")
+    base_model_precision: Precision = key(
+        "int8-quanto", "storage of the frozen base; int8-matmul: products in 8 bits, too"
+    )
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = key(
+        "auto", "arithmetic; auto: the device's best; no: float32"
+    )
+
+    data_dir: Sources = key([], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}')
+    instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
+    resolution: Size = key("1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"')
+    aspect_bucket_alignment: int = key(64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64)
+    validation_split: float = key(0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1)
+    caption_dropout_probability: float = key(0.1, "share of the samples trained with the empty prompt", ge=0, le=1)
+    cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
+    text_encoder_batch_size: int = key(4, "prompts a batch when embeddings are cached", ge=1)
+
+    lora_rank: int = key(16, "rank", ge=1)
+    lora_alpha: float | None = key(None, "strength is lora_alpha / lora_rank; null: equal to the rank", gt=0)
+    lora_dropout: float = key(0.0, "dropout on the LoRA's input", ge=0, lt=1)
+    init_lora: PathText | None = key(None, "LoRA file or folder to start from")
+    lora_target_modules: Texts = key(TARGET_MODULES, "ends of the names of the layers that get a LoRA", min_length=1)
+    trigger_words: Texts = key([], "words that call up what was learned; noted in the LoRA's file")
+    license: Text | None = key(None, "licence of the LoRA; noted in its file")
+
+    train_batch_size: int = key(1, "pictures a batch", ge=1)
+    gradient_accumulation_steps: int = key(1, "batches a step", ge=1)
+    max_train_steps: int = key(1000, "steps to train", ge=1)
+    num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0)
+    learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", ge=0)
+    lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
+    lr_warmup_steps: int = key(100, "steps until the full learning rate", ge=0)
+    adam_beta2: float = key(0.999, "AdamW's beta2; beta1 is 0.9", ge=0, lt=1)
+    adam_weight_decay: float = key(0.01, "AdamW's weight decay", ge=0)
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", ge=0)
+    gradient_checkpointing: Checkpointing = key(
+        True, "compute blocks again in the backward pass: all, none, or how many"
+    )
+    seed: int = key(42, "every random draw follows from it", ge=0)
+
+    enable_group_offload: bool = key(False, "keep the frozen blocks in host memory; they visit the device in turn")
+    torch_compile: bool = key(False, "compile the blocks: minutes at the start, less time and memory a step")
+    benchmark: int = key(0, "train_lora.py: only measure so many steps, with random weights and data", ge=0)
+
+    output_dir: PathText = key("output", "folder of this run's files")
+    checkpoint_step_interval: int = key(500, "steps between checkpoints", ge=1)
+    checkpoints_total_limit: int = key(3, "how many checkpoints are kept", ge=1)
+    resume_from_checkpoint: PathText = key("latest", 'checkpoint to go on from: "latest", a folder, or "none"')
+    report_to: Literal["tensorboard", "none"] = key("tensorboard", "where curves go, besides metrics.jsonl")
+    validation_step_interval: int = key(500, "steps between preview pictures and held-out scores; 0: none", ge=0)
+
+    validation_prompts: Prompts = key([], "prompts to draw: a list, one, or a .txt file with one a line")
+    validation_negative_prompt: Text = key("", "negative prompt")
+    validation_resolution: Text = key(
+        "1024x1024", "width x height of the pictures; validate.py takes several, with commas"
+    )
+    validation_guidance: float = key(4.5, "guidance scale", ge=0)
+    validation_num_inference_steps: int = key(30, "sampling steps", ge=1)
+    validation_seed: Ints = key([42], "seed of every picture's first noise; validate.py takes a list", min_length=1)
+    validation_lora_strength: Floats = key([1.0], "validate.py: strength of the LoRA, or several", min_length=1)
+    lora: PathText | None = key(None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"')
+    compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
+
+    @model_validator(mode="after")
+    def fits_together(self):
+        """What one key alone cannot tell."""
+        buckets(self)
+        validation_sizes(self)
+        if not all(0 <= seed < 2**63 for seed in self.validation_seed):
+            raise ValueError(f"validation_seed: found {self.validation_seed}, allowed is 0 or more, less than 2^63")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError(f"learning_rate: found {self.learning_rate}, but polynomial ends at 1e-7; choose more")
+        if self.torch_compile and (
+            self.enable_group_offload or self.base_model_precision in ("int4-quanto", "fp8-torchao")
+        ):
+            what = "enable_group_offload" if self.enable_group_offload else self.base_model_precision
+            raise ValueError(f"torch_compile: does not work with {what}; leave one of them out")
+        return self
+
+    def __setattr__(self, name, value):
+        with as_user_error():
+            super().__setattr__(name, value)
+
+
+KEYS = Config.model_fields
+GROUPS = {  # the first key of each
+    "model_type": "model", "data_dir": "data", "lora_rank": "LoRA", "train_batch_size": "training",
+    "enable_group_offload": "memory", "output_dir": "output", "validation_prompts": "validation",
+}  # fmt: skip
+# What other trainers' files, and those for the first version, hold besides: the same under another name, or nothing here.
+RENAMED = {
+    "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
+    "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
+}  # fmt: skip
+IGNORED = set(
+    """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config disable_benchmark
+    disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift flow_schedule_shift
+    group_offload_blocks_per_group group_offload_to_disk_path group_offload_type group_offload_use_stream hub_model_id
+    lora_type lycoris_config minimum_image_size num_eval_images num_validation_images optimizer prune
+    push_checkpoints_to_hub push_to_hub quantize_via resolution_type skip_upscaled snr_gamma strict text_encoder_precision
+    tracker_project_name tracker_run_name use_ema user_prompt_library vae_batch_size validation_cfg_renorm
+    validation_disable_unconditional validation_guidance_rescale validation_prompt_library validation_torch_compile
+    vram_limit_gb""".split()
+)
+
+
+@contextlib.contextmanager
+def as_user_error():
+    """Turns pydantic's error into a UserError with one line a key; the keys that are unknown share one."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error))) from None
+
+
+PLAIN_WORDS = {
+    "Value error, ": "", "Input should be": "must be", "Field required": "must be there",
+    "a valid integer": "a whole number", "a valid number": "a number", "a valid boolean": "true or false",
+    "a valid string": "text", "a valid dictionary or instance of Source": 'a folder or {"path": "folder", ...}',
+    "Extra inputs are not permitted": f"is no key of a source; known are {', '.join(Source.model_fields)}",
+}  # fmt: skip
+
+
+def problems(error):
+    """The lines of a ValidationError: key, what was found, what it must be."""
+    unknown, lines = [], []
+    for problem in error.errors():
+        place = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
+        message = "must not be empty" if "too_short" in problem["type"] else problem["msg"]
+        for pydantics, ours in PLAIN_WORDS.items():
+            message = message.replace(pydantics, ours)
+        if problem["type"] in ("extra_forbidden", "no_such_attribute") and place == problem["loc"][0]:
+            near = difflib.get_close_matches(place, KEYS, n=1, cutoff=0.7)
+            unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        else:
+            found = repr(problem["input"])
+            found = found if len(found) <= 100 else f"{found[:97]}..."
+            lines.append(f"{place}: found {found}, {message}" if place else message)
+    return [f"unknown keys: {', '.join(unknown)}; --help lists all", *lines] if unknown else lines
 
 
 def read_json(path):
     """The dictionary in a JSON file that may hold `//` comments and trailing commas.
 
-    Raises UserError for a missing file, bad JSON (with the line) or a key that is there twice.
+    Raises UserError for a file that cannot be read, bad JSON (with the line) or a key that is there twice.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
+    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
-    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
-    text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
-    try:
+        text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
         values = json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys and values")
     return values
@@ -300,205 +344,49 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-def load_config(path=None, **overrides):
-    """The configuration as an object with every key as an attribute.
-
-    `path`: a JSON file (`//` comments allowed) or None; `overrides` win over the file, defaults fill the rest.
-    Raises UserError (a ValueError), in one line, for an unknown key, a wrong type or an impossible value.
-    """
-    values = (read_config_file(path) if path else {}) | overrides
-    config = SimpleNamespace(**{name: copy.deepcopy(key.default) for name, key in ALL_KEYS.items()})
-    for name, value in values.items():
-        if name in IGNORED_KEYS:
-            print(f"ignored: {name} ({IGNORED_KEYS[name]})", file=sys.stderr)
-        elif name not in ALL_KEYS:
-            near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.4)
-            raise UserError(
-                f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys")
-            )
-        else:
-            setattr(config, name, checked(name, value))
-    config.validation_prompts, config.trigger_words = (
-        read_prompts(config.validation_prompts),
-        as_list(config.trigger_words),
-    )
-    validation_sizes(config)
-    if max(as_list(config.validation_seed)) >= 2**63:
-        raise UserError(f"validation_seed: found {config.validation_seed}, allowed is less than 2^63")
-    buckets(config)
-    sources(config)
-    if config.enable_modulation_offload and any("linear" in target for target in config.lora_target_modules):
-        raise UserError(
-            "lora_target_modules: names modulation layers (norm*.linear), which enable_modulation_offload keeps on the host; leave one of them out"
-        )
-    if config.enable_group_offload and config.gradient_checkpointing is not True:
-        raise UserError(
-            f"gradient_checkpointing: found {json.dumps(config.gradient_checkpointing)}, but enable_group_offload needs true: else every block's weights stay for the backward pass"
-        )
-    if config.torch_compile and (config.enable_group_offload or config.base_model_precision in PRECISIONS[:3]):
-        what = (
-            "enable_group_offload"
-            if config.enable_group_offload
-            else f"base_model_precision {config.base_model_precision}"
-        )
-        raise UserError(
-            f"torch_compile: does not work with {what}; use base_model_precision int8, int8-matmul or no_change, without offload"
-        )
-    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "validation_split", "caption_dropout_probability"):
-        if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "caption_dropout_probability"):
-            limit = "up to 1" if name == "caption_dropout_probability" else "below 1"
-            raise UserError(f"{name}: found {getattr(config, name)}, allowed is a number from 0 {limit}")
-    return config
-
-
-def read_config_file(path):
-    """{key: value} of a config file, as it stands there. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
+def read_config(path):
+    """{key: value} of a config file. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
     return {
         name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value
         for name, value in read_json(path).items()
     }
 
 
-def as_list(value):
-    """A value that may be a list or a single one, as a list."""
-    return value if isinstance(value, list) else [value]
+def load_config(path=None, **overrides):
+    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`.
 
-
-def read_prompts(prompts):
-    """`validation_prompts` as a list: the lines of a .txt file that are not empty, a single prompt, or the list itself."""
-    if isinstance(prompts, str) and prompts.lstrip().startswith("["):
-        raise UserError(
-            f'validation_prompts: found {prompts[:80]!r}, which begins as a list and is none; write it as JSON, with double quotes: \'["a cat", "a dog"]\''
+    Raises UserError (a ValueError) with all that is wrong, one line a key.
+    """
+    given = {}
+    for values in (read_config(path) if path else {}, overrides):
+        given |= {RENAMED.get(name, name): value for name, value in values.items()}
+    if given.get("report_to") in ("all", "comet_ml", "swanlab", "wandb"):
+        print(
+            f"report_to: {given['report_to']} is not here; curves go to TensorBoard and metrics.jsonl", file=sys.stderr
         )
-    if isinstance(prompts, list) or not is_prompt_file(prompts):
-        return as_list(prompts)
-    try:
-        lines = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"validation_prompts: {prompts}: cannot be read as a UTF-8 text file ({error})") from None
-    if not any(map(str.strip, lines)):
-        raise UserError(f"validation_prompts: {prompts}: holds no prompt; write one a line")
-    return [line.strip() for line in lines if line.strip()]
+        given["report_to"] = "tensorboard"
+    if ignored := sorted(IGNORED & given.keys()):
+        print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
+    with as_user_error():
+        return Config(**{name: value for name, value in given.items() if name not in IGNORED})
 
 
-def is_prompt_file(text):
-    """Whether `validation_prompts` names a file, and is no prompt."""
-    return re.fullmatch(r"(\S+|.*[/\\\\].*)\.txt", text, re.IGNORECASE) is not None
+def kinds(annotation):
+    """The plain types in an annotation: {float} for list[float]."""
+    return set().union(*map(kinds, get_args(annotation))) if get_args(annotation) else {annotation}
 
 
-def validation_sizes(config):
-    """The sizes (width, height) in `validation_resolution`."""
-    sizes = [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
-    if max(map(max, sizes)) > 4096:
-        raise UserError(f"validation_resolution: found {config.validation_resolution!r}, allowed are sides up to 4096")
-    return sizes
-
-
-def types_of(name):
-    """The types that a key takes, as a tuple."""
-    types = ALL_KEYS[name].types
-    return types if isinstance(types, tuple) else (types,)
-
-
-def checked(name, value):
-    """`value` for the key `name`, an int where a float is wanted turned into one; UserError if it is not allowed."""
-    key, types = ALL_KEYS[name], types_of(name)
-    if value is None and key.default is None:
+def flag_value(name, text):
+    """What a flag's text stands for: a number, several, true, false or null; for a key that takes text the text itself."""
+    if text == "null":
         return None
-    if name == "report_to" and value in ("wandb", "comet_ml", "all", "swanlab"):
-        print(f"report_to: {value} is not here; curves go to TensorBoard and metrics.jsonl", file=sys.stderr)
-        return "tensorboard"
-    if value in ("", []) and name not in ("validation_prompts", "validation_negative_prompt", "trigger_words"):
-        raise UserError(f"{name}: found {value!r}, which is empty; name a value or leave the key out")
-    if not is_whole_text(value):
-        raise UserError(f"{name}: found {value!r}, which holds half a character; write it again")
-    if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{name}: found {value!r}, which holds a NUL character; write it again")
-    if float in types and type(value) is int:
-        value = float(value)
-    if type(value) not in types:
-        wanted = " or ".join(
-            {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[t]
-            for t in types
-        )
-        raise UserError(f"{name}: found {value!r}, allowed is {wanted}")
-    if type(value) is list and name != "data_dir":
-        wanted, allowed = {int: ("whole numbers", [int]), float: ("numbers", [int, float])}.get(
-            types[0], ("texts", [str])
-        )
-        if not all(type(v) in allowed for v in value):
-            raise UserError(f"{name}: found {value!r}, allowed is a list of {wanted}")
-    if key.choices and value not in key.choices:
-        raise UserError(f"{name}: found {value!r}, allowed: {', '.join(json.dumps(c) for c in key.choices)}")
-    for number in as_list(value) if {int, float} & set(types) else []:
-        if type(number) is float and not math.isfinite(number):
-            raise UserError(f"{name}: found {value!r}, allowed is a finite number")
-        if key.minimum is not None and type(number) in (int, float) and number < key.minimum:
-            raise UserError(f"{name}: found {value!r}, allowed is {key.minimum} or more")
-    return value
-
-
-def is_whole_text(value):
-    """Whether no text in a value holds half a character, which could not be written or sent."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def parse_size(name, text, alignment):
-    """'1344x768' -> (1344, 768). Raises UserError if it is no size or not on the grid."""
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not width or not height or width % alignment or height % alignment:
-        raise UserError(
-            f"{name}: found {text!r}, allowed is WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024"
-        )
-    return width, height
-
-
-def buckets(config):
-    """The sizes (width, height) that pictures are cut to: those listed in `resolution`, or for one number all
-    on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
-    grid, text = config.aspect_bucket_alignment, str(config.resolution).strip()
-    if grid % 64:
-        raise UserError(f"aspect_bucket_alignment: found {grid}, allowed are multiples of 64")
-    if not text.isdecimal():
-        return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
-    side = int(text)
-    if side < grid or side % grid or side > 8192:
-        raise UserError(
-            f"resolution: found {text!r}, allowed is a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768"
-        )
-    sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
-    sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
-    return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
-
-
-def sources(config):
-    """`data_dir` as a list of {"path", "repeats", "caption_prefix", "loss_weight"}, all filled in."""
-    defaults = {"path": None, "repeats": 1, "caption_prefix": "", "loss_weight": 1.0}
-    if config.data_dir is None:
-        return []
-    given = [{"path": config.data_dir}] if isinstance(config.data_dir, str) else config.data_dir
-    for source in given:
-        if not isinstance(source, dict) or not isinstance(source.get("path"), str) or not source["path"]:
-            raise UserError(f'data_dir: found the source {source!r}, allowed is {{"path": "folder", ...}}')
-        for name, value in source.items():
-            if name not in defaults:
-                raise UserError(f"data_dir: unknown key {name!r} in {source!r}; known: {', '.join(defaults)}")
-            allowed, good = {
-                "path": ("a folder", True),
-                "repeats": ("a whole number from 1", type(value) is int and value >= 1),
-                "caption_prefix": ("text", isinstance(value, str)),
-                "loss_weight": ("a number from 0", type(value) in (int, float) and 0 <= value < math.inf),
-            }[name]
-            if not good:
-                raise UserError(
-                    f"data_dir: found {name} {value!r} in the source {source['path']!r}, allowed is {allowed}"
-                )
-    return [{**defaults, **source} for source in given]
+    if name not in KEYS or not isinstance(text, str) or not kinds(KEYS[name].annotation) & {bool, int, float}:
+        return text
+    json_numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))  # 4. and .5
+    for form in (json_numbers, f"[{json_numbers}]"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(form)
+    return text
 
 
 def config_from_flags(description, arguments):
@@ -511,54 +399,62 @@ def config_from_flags(description, arguments):
     usage, layout = "%(prog)s [config.json] [--key value ...]", argparse.RawDescriptionHelpFormatter
     parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=layout)
     parser.add_argument("config", nargs="?", help="JSON file; // comments are allowed")
-    for group, keys in KEYS.items():
-        section = parser.add_argument_group(group)
-        for name, key in keys.items():
-            choices = f"; one of {', '.join(key.choices)}" if key.choices and key.types is str else ""
-            text = f"{key.help}{choices} [{json.dumps(key.default)}]"
-            section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    words, skip = [], False
-    for i, word in enumerate(arguments):
-        name = word[2:].split("=")[0] if word.startswith("--") else None
-        if name in IGNORED_KEYS:
-            load_config(**{name: None})  # says so
-            skip = "=" not in word
-            continue
-        if skip and not name:
-            skip = False
-            continue
-        skip = False
-        if name and name != "help" and name not in ALL_KEYS:
-            load_config(**{name: None})  # names it and the nearest key
-        bare = name == word[2:] and name in ALL_KEYS and bool in types_of(name)
-        bare = bare and [following.lower() for following in arguments[i + 1 : i + 2]] not in (
-            ["true"],
-            ["false"],
-            ["auto"],
-        )
-        words.append(f"{word}=true" if bare else word)
-    given = vars(parser.parse_args(words))
-    path = given.pop("config")
-    return load_config(path, **{name: flag_value(name, text) for name, text in given.items()})
+    for name, field in KEYS.items():
+        if name in GROUPS:
+            section = parser.add_argument_group(GROUPS[name])
+        choices = f"; one of {', '.join(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
+        text = f"{field.description}{choices} [{json.dumps(field.default)}]".replace("%", "%%")
+        section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
+    for name in [*RENAMED, *IGNORED]:
+        parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    bare = {f"--{name}" for name, field in KEYS.items() if bool in kinds(field.annotation)}
+    given, rest = parser.parse_known_args(
+        f"{word}=true" if word in bare and not re.fullmatch(r"true|false|\d+", following, re.IGNORECASE) else word
+        for word, following in zip(arguments, [*arguments[1:], ""])
+    )
+    overrides = {name: flag_value(RENAMED.get(name, name), text) for name, text in vars(given).items()}
+    path, unknown = overrides.pop("config"), [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+    if rest and not unknown:
+        raise UserError(f"{rest[0]!r} is no flag; write [config.json] [--key value ...]")
+    return load_config(None if unknown else path, **overrides, **dict.fromkeys(unknown))
 
 
-def flag_value(name, text):
-    """The value that a flag's text stands for, or the text itself if it stands for none that the key may have."""
-    if name not in ALL_KEYS or type(text) is not str or (ALL_KEYS[name].types is str and text != "null"):
-        return text
-    types = types_of(name)
-    if list in types and str not in types and re.fullmatch(r"[\d.\s-]+(,[\d.\s-]+)+", text):
-        text = f"[{text}]"  # several numbers
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text.lower() if bool in types else text)  # Python's True, too
-        if str not in types or type(value) in types or value is None:
-            return value
-    return text
+def parse_size(name, text, alignment):
+    """'1344x768' -> (1344, 768). Raises UserError if it is no size or not on the grid."""
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not width or not height or width % alignment or height % alignment:
+        allowed = f"WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024"
+        raise UserError(f"{name}: found {text!r}, allowed is {allowed}")
+    return width, height
+
+
+def validation_sizes(config):
+    """The sizes (width, height) in `validation_resolution`."""
+    sizes = [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
+    if max(map(max, sizes)) > 4096:
+        raise UserError(f"validation_resolution: found {config.validation_resolution!r}, allowed are sides up to 4096")
+    return sizes
+
+
+def buckets(config):
+    """The sizes (width, height) that pictures are cut to: those listed in `resolution`, or for one number all
+    on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
+    grid, text = config.aspect_bucket_alignment, config.resolution.strip()
+    if not text.isdecimal():
+        return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
+    side = int(text)
+    if side < grid or side % grid or side > 8192:
+        allowed = f"a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768"
+        raise UserError(f"resolution: found {text!r}, allowed is {allowed}")
+    sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
+    sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
+    return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: parse, call main(config), turn a UserError into one line and exit code 2, and
-    Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
+    """What `python stage.py ...` does: parse, call main(config), turn a UserError into a line a mistake and exit code 2,
+    and Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
     def interrupt(number, frame):
@@ -568,7 +464,8 @@ def run_stage(main, description):
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except UserError as error:
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if not error.filename:
@@ -764,33 +661,17 @@ def autocast(config, device):
 def check_precision(config, device):
     """Raises UserError, naming the key, if a precision does not work on this device."""
     device, dtype = torch.device(device), compute_dtype(config, device)
-    for name in ("base_model_precision", "text_encoder_precision"):
-        if device.type == "mps" and getattr(config, name) not in ("no_change", "int8-quanto"):
-            raise UserError(
-                f"{name}: {getattr(config, name)} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change"
-            )
+    precision = config.base_model_precision
+    if device.type == "mps" and precision not in ("no_change", "int8-quanto"):
+        raise UserError(
+            f"base_model_precision: {precision} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change"
+        )
     # quanto then packs the weights for a kernel (AWQ) whose tensors cannot leave the GPU.
-    offloads = config.enable_group_offload or config.enable_modulation_offload
-    if offloads and config.base_model_precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
+    if config.enable_group_offload and precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
         if torch.cuda.get_device_capability(device)[0] >= 8:
             raise UserError(
                 "mixed_precision: int4-quanto with weights on the host needs bf16 on this GPU; leave it at auto"
             )
-
-
-def limit_memory(config, device):
-    """Caps this process's device memory at `vram_limit_gb`, less what the CUDA context and libraries take outside of
-    PyTorch's allocator."""
-    if config.vram_limit_gb is None:
-        return
-    if torch.device(device).type != "cuda":
-        say("vram_limit_gb: is for CUDA; not limited here")
-        return
-    ones = torch.ones(1, 1, 64, 64, device=device, dtype=compute_dtype(config, device))
-    torch.nn.functional.scaled_dot_product_attention(ones, ones, ones @ ones)  # loads the libraries
-    free, total = torch.cuda.mem_get_info(device)
-    outside = min(total - free - torch.cuda.memory_reserved(device), 2**30)  # more than that is another process's
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (config.vram_limit_gb * 2**30 - outside) / total), device)
 
 
 def send(tensor, device):
@@ -827,25 +708,6 @@ def memory_advised(advice):
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
             raise
         raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
-
-
-def available_memory(device):
-    """How many bytes more this process may take on the device: what is free, within `vram_limit_gb`."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by PyTorch, for its next allocations
-        limit = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)
-        return int(min(free + kept, limit))
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return (
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-        else 0
-    )
 
 
 def free_memory():
@@ -995,24 +857,14 @@ def fill_transformer(transformer, read, config, device):
         transformer.load_state_dict(state, strict=False, assign=True)
 
     fill([name for name in names if not name.startswith(tuple(blocks))])
-    offload, together = GroupOffload(device), []
-    transformer.modulations = (
-        ModulationsAhead(transformer, device, lambda: autocast(config, device))
-        if config.enable_modulation_offload
-        else None
-    )
+    offload = GroupOffload(device)
     for prefix, block in tqdm(
         blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0
     ):
         fill([name for name in names if name.startswith(prefix)])
         quantize(block, config.base_model_precision)
-        if transformer.modulations:
-            transformer.modulations.add(block)
-        together.append(block)
-        if len(together) == config.group_offload_blocks_per_group or prefix == list(blocks)[-1]:
-            if config.enable_group_offload:
-                offload.add(together)
-            together = []
+        if config.enable_group_offload:
+            offload.add(block)
     for module in transformer.modules():
         # CUDA's autocast gives norms a float32 output; every Linear after them would keep a float32 input.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
@@ -1037,7 +889,7 @@ def plain_tensors(tensor):
 
 
 class GroupOffload:
-    """Keeps the frozen weights of groups of blocks on the host. The device holds the group that computes and the one that
+    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the one that
     comes next; on CUDA that is copied meanwhile, and the one before may still be at work: three groups at most.
 
     A block asks for its group whenever it is called, in the forward pass and when checkpointing recomputes it in the
@@ -1050,10 +902,10 @@ class GroupOffload:
         self.device, self.groups, self.current, self.coming, self.reached = torch.device(device), [], None, {}, None
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def add(self, blocks):
-        """Puts the weights of these blocks on the host, as the next group."""
+    def add(self, block):
+        """Puts the weights of this block on the host, as the next group."""
         number, places, plains = len(self.groups), [], []
-        for module in (module for block in blocks for module in block.modules()):
+        for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 tensors, make = plain_tensors(parameter)
                 places.append((module, name, make))
@@ -1078,8 +930,7 @@ class GroupOffload:
         for view, plain in zip(self.views(number, host), plains):
             view.copy_(plain)
         self.place(number, host)
-        for block in blocks:
-            block.register_forward_pre_hook(lambda module, inputs: self.need(number))
+        block.register_forward_pre_hook(lambda module, inputs: self.need(number))
 
     def views(self, number, buffer):
         """The group's plain tensors, as views of a buffer."""
@@ -1096,12 +947,6 @@ class GroupOffload:
         """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
         with torch.cuda.stream(self.stream):  # does nothing without a stream
             return self.groups[number].host.to(self.device, non_blocking=True, copy=True)
-
-    def leave(self):
-        """Sends the group that is on the device back to the host."""
-        if self.current is not None:
-            self.place(self.current, self.groups[self.current].host)
-        self.current, self.coming = None, {}
 
     def need(self, number):
         """Brings a group to the device, in the place of the one that is there."""
@@ -1157,70 +1002,6 @@ class Int8Product(torch.autograd.Function):
         return (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
 
 
-class StandIn(torch.nn.Module):
-    """In the place of a modulation linear: gives the output that ModulationsAhead has chosen, whatever it is given."""
-
-    value = None
-
-    def forward(self, x):
-        return self.value
-
-
-class ModulationsAhead:
-    """Keeps the blocks' modulation linears (`norm*.linear`, a quarter of the weights) on the host.
-
-    They see only the timestep, so their outputs, a megabyte a timestep, are computed ahead: `prepare` brings one block's after
-    the other to the device, once for all the timesteps it is given, and `select` chooses those of the coming call. A call of
-    the transformer that nothing was selected for, as in sampling, prepares its own timestep; the last ones are remembered.
-    Each timestep is computed alone, so the outputs do not depend on which came together.
-    """
-
-    def __init__(self, transformer, device, autocast):
-        self.transformer, self.offload, self.autocast = transformer, GroupOffload(device), autocast
-        self.linears, self.stand_ins, self.known, self.selected = [], [], {}, False
-        transformer.register_forward_pre_hook(self.before_call, with_kwargs=True)
-
-    def add(self, block):
-        """Puts the modulation linears of a block on the host."""
-        norms = [module for module in block.modules() if isinstance(module, (AdaLayerNormZero, AdaLayerNormZeroSingle))]
-        linears = [norm.linear for norm in norms]
-        for norm in norms:
-            norm.linear = StandIn()
-            self.stand_ins.append(norm.linear)
-        self.linears += linears
-        self.offload.add(linears)
-
-    @torch.no_grad()
-    def prepare(self, sigmas):
-        """Computes the outputs for those of `sigmas` (floats) that are not known."""
-        new = sorted(set(sigmas) - self.known.keys())
-        if not new:
-            return
-        if len(self.known) + len(new) > 256:
-            self.known = {sigma: self.known[sigma] for sigma in sigmas if sigma in self.known}
-        with self.autocast():
-            dtype = self.transformer.x_embedder.weight.dtype
-            timesteps = (torch.tensor(new, device=self.offload.device).to(dtype) * 1000).split(1)
-            embeddings = [
-                torch.nn.functional.silu(self.transformer.time_embed(timestep, dtype)) for timestep in timesteps
-            ]
-            outputs = [[linear(embedding) for embedding in embeddings] for linear in self.linears]
-        self.offload.leave()
-        self.known |= {sigma: [of_linear[i] for of_linear in outputs] for i, sigma in enumerate(new)}
-
-    def select(self, sigmas):
-        """Chooses the outputs for the transformer's next call, on a batch with these noise levels (floats)."""
-        self.prepare(sigmas)
-        for i, stand_in in enumerate(self.stand_ins):
-            stand_in.value = torch.cat([self.known[sigma][i] for sigma in sigmas])
-        self.selected = True
-
-    def before_call(self, module, arguments, options):
-        if not self.selected:
-            self.select(options["timestep"].float().tolist())
-        self.selected = False
-
-
 def quantize_rows(x):
     """A matrix in int8 and the scale of each row [rows, 1], float32: x is about int8 * scale."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
@@ -1256,32 +1037,28 @@ class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
 
 
 def quantize(module, precision):
-    """Quantizes the weights of every Linear in `module` in place: "int8-quanto", "int4-quanto", "fp8-torchao", "int8",
-    "int8-matmul" (see Int8Linear) or "no_change". Returns the module. Raises ValueError for another word."""
-    if precision in ("int8-quanto", "int4-quanto"):
+    """Quantizes the weights of every Linear in `module` in place: "int8-quanto" and "int8-matmul" (see Int8Linear),
+    "int4-quanto", "fp8-torchao" or "no_change". Returns the module. Raises ValueError for another word."""
+    if precision == "int4-quanto":
         from optimum import quanto
 
-        for lock in (
-            Path(quanto.__file__).parent.glob("library/extensions/*/build/lock") if precision == "int4-quanto" else []
-        ):
+        for lock in Path(quanto.__file__).parent.glob("library/extensions/*/build/lock"):
             say_once(
                 f"int4-quanto: waiting for another process that compiles its extension; if there is none (one was killed), delete {lock}"
             )
-        quanto.quantize(module, weights=quanto.qint8 if precision == "int8-quanto" else quanto.qint4)
+        quanto.quantize(module, weights=quanto.qint4)
         quanto.freeze(module)
     elif precision == "fp8-torchao":
         from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
         quantize_(module, Float8WeightOnlyConfig())
-    elif precision in ("int8", "int8-matmul"):
+    elif precision in ("int8-quanto", "int8-matmul"):
         for parent in list(module.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, torch.nn.Linear):
                     setattr(parent, name, Int8Linear(child, precision == "int8-matmul"))
     elif precision != "no_change":
-        raise ValueError(
-            f"base_model_precision: found {precision!r}, allowed: {', '.join(ALL_KEYS['base_model_precision'].choices)}"
-        )
+        raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
     return module
 
 
@@ -1324,13 +1101,9 @@ class StreamedTextEncoder(torch.nn.Module):
 
     def __init__(self, config, device):
         super().__init__()
-        self.folder, self.compute_device, self.dtype = (
-            model_folder(config, "text_encoder"),
-            torch.device(device),
+        self.folder, self.compute_device = model_folder(config, "text_encoder"), torch.device(device)
+        self.dtype, self.batch_size, self.seconds_waiting = (
             text_dtype(config, device),
-        )
-        self.precision, self.batch_size, self.seconds_waiting = (
-            config.text_encoder_precision,
             config.text_encoder_batch_size,
             0.0,
         )
@@ -1390,7 +1163,7 @@ class StreamedTextEncoder(torch.nn.Module):
             layer.load_state_dict(
                 {name: w.to(self.compute_device).to(self.dtype) for name, w in weights.items()}, assign=True
             )
-        return quantize(layer.requires_grad_(False), self.precision)
+        return layer.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, input_ids, attention_mask, output_hidden_states=True):
@@ -1477,7 +1250,7 @@ def load_pipeline(config, device, lora=None):
 
 def prompt_file(config, prompt, device):
     """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the model."""
-    how = (str(text_dtype(config, device)), config.text_encoder_precision)
+    how = (str(text_dtype(config, device)), "no_change")  # the encoder is never quantized
     key = content_key("prompt", CACHE_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
     return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
 
@@ -1603,15 +1376,14 @@ def pack_latents(latents):
     return LongCatImagePipeline._pack_latents(latents, *latents.shape)
 
 
-def sample_sigmas(normal, token_count, scheduler, auto_shift=True):
+def sample_sigmas(normal, token_count, scheduler):
     """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)).
 
-    mu grows linearly with the picture's `token_count`, as in the model authors' training; with auto_shift false
-    the scheduler's fixed `shift` is used: shift * t / (1 + (shift - 1) * t), which is the same at mu = ln(shift).
+    mu grows linearly with the picture's `token_count`, as in the model authors' training.
     """
     c = scheduler.config
     mu = calculate_shift(token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    return scheduler.time_shift(mu if auto_shift else math.log(c.shift), 1.0, torch.sigmoid(normal))
+    return scheduler.time_shift(mu, 1.0, torch.sigmoid(normal))
 
 
 def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights=None):
@@ -1653,12 +1425,7 @@ def mean_loss(config, transformer, entries, prompt_files, scheduler, device, sto
         prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
         for normal in SCORED_NORMALS:
             noise = torch.randn(latents.shape, generator=generator("score", entry["key"], normal))
-            sigmas = sample_sigmas(
-                torch.tensor([normal]),
-                latents.shape[2] * latents.shape[3] // 4,
-                scheduler,
-                config.flow_schedule_auto_shift,
-            )
+            sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler)
             tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
             with autocast(config, device):
                 total += flow_matching_loss(transformer, *tensors).item()
@@ -1822,10 +1589,6 @@ def check_fit(transformer, path, state):
     """Raises UserError if a LoRA's state (see read_lora), read from `path`, does not fit the transformer."""
     layers = dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
-        if isinstance(layers.get(module), StandIn):
-            raise UserError(
-                f"{path}: changes {module}, which enable_modulation_offload keeps on the host; set that to false"
-            )
         if not hasattr(layers.get(module), "in_features"):
             raise UserError(
                 f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way"
@@ -1868,7 +1631,7 @@ def generate(pipe, config, prompts, size=None, seed=None):
     """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and `seed`:
     the first ones of the configuration, if not given."""
     width, height = size or validation_sizes(config)[0]
-    seed = as_list(config.validation_seed)[0] if seed is None else seed
+    seed = config.validation_seed[0] if seed is None else seed
     pipe.set_progress_bar_config(leave=False, desc="sampling")
     images = []
     for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
@@ -1880,7 +1643,6 @@ def generate(pipe, config, prompts, size=None, seed=None):
             num_inference_steps=config.validation_num_inference_steps,
             guidance_scale=config.validation_guidance,
             generator=torch.Generator().manual_seed(seed),
-            enable_cfg_renorm=config.validation_cfg_renorm,
             enable_prompt_rewrite=False,
         ).images
     return images
@@ -1899,9 +1661,9 @@ OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  
 
 def picture_settings(config, without):
     """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
-    return {
-        name: getattr(config, name) for name in KEYS["validation"] if name.startswith("validation_") and name != without
-    }
+    names = [name for name in KEYS if name.startswith("validation_")]
+    left_out = ("validation_split", "validation_step_interval", without)
+    return {name: getattr(config, name) for name in names if name not in left_out}
 
 
 def is_chinese(text):

@@ -36,7 +36,6 @@ from longcat_common import (
     label,
     load_tokenizer,
     run_stage,
-    sources,
     split_quotation,
     token_counts,
     unique_keys,
@@ -72,21 +71,12 @@ SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 64, 1600, 160
 
 
 class Findings(dict):
-    """{title: lines} of what the user should know. With `strict`, the first problem is a UserError."""
-
-    def __init__(self, strict):
-        self.strict = strict
+    """{title: lines} of what the user should know."""
 
     def note(self, title, line):
-        line = (
-            re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()
-        )  # file names may hold anything
+        # File names may hold anything.
+        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()
         self.setdefault(title, []).append(line)
-
-    def problem(self, title, line):
-        if self.strict:
-            raise UserError(line)
-        self.note(title, line)
 
 
 LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
@@ -174,7 +164,7 @@ def table_captions(path, findings, pictures=None):
     try:
         rows, encoding = table_rows(path, is_list=pictures is None)
     except (ValueError, OSError, csv.Error, RecursionError) as error:
-        findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+        findings.note(CAPTIONS, f"{path}: {reason(error)}")
         return {}
     if encoding != "UTF-8":
         findings.note("Not UTF-8", f"{path}: read as {encoding}")
@@ -202,7 +192,7 @@ def table_captions(path, findings, pictures=None):
             if not captions:
                 raise ValueError(f"no caption for {name!r}")
         except (ValueError, RecursionError) as error:
-            findings.problem(CAPTIONS, f"{path}, {where}: {reason(error)}")
+            findings.note(CAPTIONS, f"{path}, {where}: {reason(error)}")
     return found
 
 
@@ -440,7 +430,7 @@ def nearest_bucket(width, height, sizes):
 def walk(folder, config, findings):
     """Yields every visible file under `folder`, sorted, through links too, but each folder once and not the run's own."""
     seen = {os.path.realpath(config.output_dir), os.path.realpath(config.cache_dir)}
-    failed = lambda error: findings.problem(LEFT_OUT, f"{error.filename}: {reason(error)}")
+    failed = lambda error: findings.note(LEFT_OUT, f"{error.filename}: {reason(error)}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
         if os.path.realpath(root) in seen:
             folders.clear()
@@ -466,7 +456,7 @@ def read_folder(folder, config, findings):
         elif suffix not in (".txt", ".json"):
             findings.note("Other files, not read", path)
         elif (other := texts.setdefault(plain_name(path.with_suffix(suffix)), path)) != path:
-            findings.problem(CAPTIONS, f"{path}: is not read, {other.name} is")
+            findings.note(CAPTIONS, f"{path}: is not read, {other.name} is")
     tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name)))
     by_name, listed, found = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict), []
     for path in tables:
@@ -482,7 +472,7 @@ def read_folder(folder, config, findings):
             try:
                 given[path], encoding = own_captions(path)
             except (ValueError, OSError, RecursionError) as error:
-                findings.problem(CAPTIONS, f"{path}: {reason(error)}")
+                findings.note(CAPTIONS, f"{path}: {reason(error)}")
             else:
                 if encoding != "UTF-8":
                     findings.note("Not UTF-8", f"{path}: read as {encoding}: {shortened(given[path][0])}")
@@ -490,11 +480,11 @@ def read_folder(folder, config, findings):
         first = next(iter(given), None)
         for path, captions in given.items():
             if captions != given[first]:
-                findings.problem(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
+                findings.note(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
         found.append((picture, given.get(first, []), first))
     for path in texts.values():
         if not served[path]:
-            findings.problem(CAPTIONS, f"{path}: there is no picture to this caption")
+            findings.note(CAPTIONS, f"{path}: there is no picture to this caption")
         elif len(served[path]) > 1:
             findings.note(
                 "One caption file, several pictures", f"{path}: {', '.join(picture.name for picture in served[path])}"
@@ -504,7 +494,7 @@ def read_folder(folder, config, findings):
 
 def read_source(source, config, findings):
     """[(picture, captions, their file)] of one source, a folder or a list file; a picture without captions has [] and None."""
-    path = Path(source["path"])
+    path = Path(source.path)
     if os.path.isdir(path):
         return read_folder(path, config, findings)
     if os.path.isfile(path):
@@ -677,21 +667,21 @@ def contact_sheet(entries):
 def main(config):
     """Writes manifest, report and preview. Returns the manifest's entries: dictionaries with path, key (of the file's
     content), size, bucket [width, height], captions, repeats, loss_weight, file (bytes, time) and notes. Raises
-    UserError if no picture can be used, or with `strict` for the first problem."""
-    if not sources(config):
+    UserError if no picture can be used."""
+    if not config.data_dir:
         raise UserError("data_dir: not set; name the folder with your pictures")
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    output, findings, entries, found = Path(config.output_dir), Findings(config.strict), [], []
-    for source in sources(config):
+    output, findings, entries, found = Path(config.output_dir), Findings(), [], []
+    for source in config.data_dir:
         for name in ("output_dir", "cache_dir"):
-            if os.path.realpath(source["path"]) == os.path.realpath(getattr(config, name)):
+            if os.path.realpath(source.path) == os.path.realpath(getattr(config, name)):
                 raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
         for picture, captions, _ in read_source(source, config, findings):
             if captions or config.instance_prompt:
                 found.append((source, picture, captions))
             else:
                 text_file = picture.with_suffix(".txt").name
-                findings.problem(LEFT_OUT, f"{picture}: no caption; write {text_file} beside it or set instance_prompt")
+                findings.note(LEFT_OUT, f"{picture}: no caption; write {text_file} beside it or set instance_prompt")
     known, nearest = (
         known_pictures(output / "manifest.jsonl"),
         functools.cache(functools.partial(nearest_bucket, sizes=buckets(config))),
@@ -701,17 +691,15 @@ def main(config):
         found, tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
     ):
         if isinstance(facts, str):
-            findings.problem(LEFT_OUT, f"{picture}: {facts}")
-            continue
-        (width, height), bucket = facts["size"], nearest(*facts["size"])
-        if config.skip_upscaled and (width < bucket[0] or height < bucket[1]):
-            findings.note(LEFT_OUT, f"{picture}: {width}x{height} is smaller than its bucket, {bucket[0]}x{bucket[1]}")
+            findings.note(LEFT_OUT, f"{picture}: {facts}")
             continue
         if not captions:
             findings.note("Without a caption of their own, instance_prompt is used", picture)
-        captions = [source["caption_prefix"] + caption for caption in captions or [config.instance_prompt]]
-        weights = {"repeats": source["repeats"], "loss_weight": source["loss_weight"]}
-        entries.append({"path": str(picture), "bucket": list(bucket), "captions": captions, **weights, **facts})
+        captions = [source.caption_prefix + caption for caption in captions or [config.instance_prompt]]
+        weights = {"repeats": source.repeats, "loss_weight": source.loss_weight}
+        entries.append(
+            {"path": str(picture), "bucket": list(nearest(*facts["size"])), "captions": captions, **weights, **facts}
+        )
 
     describe_pictures(entries, config, findings)
     left_out = len(findings.get(LEFT_OUT, []))
@@ -721,7 +709,7 @@ def main(config):
         write_file(output / "report.md", report)
         print(report_text(summary, entries, findings, short=True))
         raise UserError(
-            f"data_dir: no picture to train on in {', '.join(s['path'] for s in sources(config))}, {left_out} left out"
+            f"data_dir: no picture to train on in {', '.join(s.path for s in config.data_dir)}, {left_out} left out"
         )
     manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     unchanged = [

@@ -12,7 +12,6 @@ resumed run ends with the same bytes as an uninterrupted one.
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ import torch
 
 import cache_latents
 from longcat_common import (
+    KEYS,
     TEXT_TOKENS,
     VERSION,
     FlowMatchEulerDiscreteScheduler,
@@ -38,7 +38,6 @@ from longcat_common import (
     UserError,
     add_lora,
     autocast,
-    available_memory,
     base_model,
     buckets,
     check_precision,
@@ -53,7 +52,6 @@ from longcat_common import (
     generator,
     is_readable,
     leaves_nothing,
-    limit_memory,
     load_scheduler,
     load_transformer,
     load_vae,
@@ -65,8 +63,6 @@ from longcat_common import (
     pick_device,
     picture_grid,
     picture_settings,
-    plain_tensors,
-    position_ids,
     process_count,
     process_rank,
     prompt_file,
@@ -216,11 +212,6 @@ def picture_line(entry):
     return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")})
 
 
-def draw_normal(config, name, index):
-    """The normal draw that decides a sample's noise level in the `index`-th batch of the run, [] on the CPU."""
-    return torch.randn((), generator=generator(config.seed, "sigma", index, name))
-
-
 def load_batch(config, batch, prompt_files, epoch, index):
     """Latents [B, 16, H, W] (a fresh sample of the posterior), noise like them, normal draws [B], prompt embeddings
     [B, 512, hidden] and loss weights [B] of a batch, the `index`-th of the run, on the CPU."""
@@ -232,7 +223,7 @@ def load_batch(config, batch, prompt_files, epoch, index):
         shape = posterior["mean"].shape
         latents.append(posterior["mean"] + posterior["std"] * draw("posterior", *shape))
         noise.append(draw("noise", *shape))
-        normal.append(draw_normal(config, name, index))
+        normal.append(draw("sigma"))
         caption = entry["captions"][int(pick("caption") * len(entry["captions"]))]
         if pick("caption_dropout") < config.caption_dropout_probability:
             caption = ""
@@ -268,109 +259,31 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def coming_sigmas(config, scheduler, batches, count):
-    """Takes the next `count` batches. Returns the noise levels (floats) of this process's share of them."""
-    sigmas = []
-    for _, number, batch in batches.take(count)[process_rank() :: process_count()]:
-        for name, entry in batch:
-            tokens = math.prod(entry["bucket"]) // 256
-            sigmas += sample_sigmas(
-                draw_normal(config, name, number)[None], tokens, scheduler, config.flow_schedule_auto_shift
-            ).tolist()
-    return sigmas
-
-
 # ---------------------------------------------------------------- a step
 
 
-def kept_bytes(transformer, block, batch, tokens, autocast):
-    """What autograd keeps of one block for its backward pass, in bytes, at `tokens` tokens a picture, text included: counted at
-    few tokens, for it grows with their number (attention keeps no matrix)."""
-    few, d, dtype = TEXT_TOKENS + 64, transformer.inner_dim, transformer.x_embedder.weight.dtype
-    kept, frozen = (
-        {},
-        {plain.untyped_storage().data_ptr() for p in transformer.parameters() for plain in plain_tensors(p)[0]},
-    )
-
-    def note(tensor):
-        for plain in plain_tensors(tensor)[0]:
-            kept[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
-        return tensor
-
-    draw = lambda *shape: torch.randn(shape, device=transformer.device, dtype=dtype)
-    rotary = transformer.pos_embed(torch.cat(position_ids(16, 16)).to(transformer.device))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        autocast,
-        disable_input_dtype_casting(transformer),
-    ):
-        image, text = draw(batch, 64, d).requires_grad_(), draw(batch, TEXT_TOKENS, d).requires_grad_()
-        block(hidden_states=image, encoder_hidden_states=text, temb=draw(batch, d), image_rotary_emb=rotary)
-    return sum(size for pointer, size in kept.items() if pointer not in frozen) * tokens // few
-
-
-def activation_bytes(checkpoint, kept, boundary):
-    """What the blocks keep until the backward pass, if those are checkpointed that `checkpoint` (booleans) says. `kept`: what a
-    block keeps, `boundary`: what one that is checkpointed keeps. And room for one that is computed again, and its gradients."""
-    return sum(boundary if again else size for again, size in zip(checkpoint, kept)) + 2 * max(kept)
-
-
-def plan_checkpointing(kept, boundary, available):
-    """Which blocks to checkpoint, as booleans: as few as fit into `available` bytes."""
-    checkpoint = [True] * len(kept)
-    for i in sorted(
-        range(len(kept)), key=lambda i: kept[i]
-    ):  # all blocks cost the same time: first those that keep least
-        checkpoint[i] = activation_bytes([*checkpoint[:i], False, *checkpoint[i + 1 :]], kept, boundary) > available
-    return checkpoint
-
-
-def choose_checkpointing(config, transformer, device, earlier=None):
-    """Sets which blocks are checkpointed. For "auto" it says what it chose, and why; a resumed run keeps to its `earlier`
-    choice if that fits. Returns the choice as booleans."""
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+def checkpoint_blocks(config, transformer):
+    """Chooses the blocks that are computed again in the backward pass: all, none or the number in
+    `gradient_checkpointing`, double-stream blocks first, which keep the most. One that is offloaded always is."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-    if config.gradient_checkpointing != "auto":
-        return [config.gradient_checkpointing] * (double + single)
-    tokens, batch = (
-        TEXT_TOKENS + max(width * height for width, height in buckets(config)) // 256,
-        config.train_batch_size,
-    )
-    if transformer.modulations:
-        transformer.modulations.select([0.5] * batch)
-    kinds = [transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]]
-    of_kind = [kept_bytes(transformer, block, batch, tokens, autocast(config, device)) for block in kinds]
-    if transformer.modulations:
-        transformer.modulations.selected = False
-    boundary = batch * tokens * transformer.inner_dim * compute_dtype(config, device).itemsize
-    moments = (
-        3 * 4 * sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    )  # gradients and AdamW's two, not there yet
-    free_memory()
-    available = (
-        available_memory(device) * 0.92 - moments
-    )  # the rest for what the libraries take and for gaps between tensors
-    kept = [of_kind[0]] * double + [of_kind[1]] * single
-    fits = earlier and len(earlier) == len(kept) and activation_bytes(earlier, kept, boundary) <= available
-    checkpoint = earlier if fits else plan_checkpointing(kept, boundary, available)
-    transformer.use_checkpoint, transformer.use_single_checkpoint = checkpoint[:double], checkpoint[double:]
-    say(f"gradient_checkpointing: auto checkpoints {sum(checkpoint)} of {len(checkpoint)} blocks: {available / 2**30:.1f} GiB are there for activations, "
-        f"a block keeps {of_kind[0] / 2**30:.2f} or {of_kind[1] / 2**30:.2f} GiB, one that is checkpointed {boundary / 2**30:.3f}")  # fmt: skip
-    return checkpoint
+    every = config.enable_group_offload or config.gradient_checkpointing is True
+    again = [every or i < config.gradient_checkpointing for i in range(double + single)]
+    if any(again):
+        transformer.enable_gradient_checkpointing()
+    transformer.use_checkpoint, transformer.use_single_checkpoint = again[:double], again[double:]
 
 
-def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
+def set_up(config, transformer, scheduler, device, steps):
     """Puts a LoRA on the transformer. Returns what a step needs: transformer, model (the same, under torchrun within DDP),
-    parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, checkpointing (the
-    choice, and of a resumed run the earlier one), whole (False while the optimizer is at work)."""
+    parameters {name: LoRA tensor}, scheduler, optimizer, lr_of (a function of the step), scaler, device, whole (False while
+    the optimizer is at work)."""
     parameters = add_lora(transformer, config)
     transformer.train()
-    checkpointing = choose_checkpointing(config, transformer, device, checkpointing)
+    checkpoint_blocks(config, transformer)
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=(0.9, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         fused=device.type != "mps",  # leaves a step out by itself, see train_step
     )
@@ -393,7 +306,7 @@ def set_up(config, transformer, scheduler, device, steps, checkpointing=None):
     if config.torch_compile:
         compile_blocks(transformer)
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
-    return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, checkpointing=checkpointing, whole=True)
+    return SimpleNamespace(**parts, lr_of=lr_of, scaler=scaler, device=device, whole=True)
 
 
 def train_step(config, run, step, batches):
@@ -408,9 +321,7 @@ def train_step(config, run, step, batches):
         group["lr"] = config.learning_rate * run.lr_of(step - 1)
     for micro, (number, (latents, noise, normal, prompt_embeds, weights)) in enumerate(batches):
         token_count = latents.shape[2] * latents.shape[3] // 4
-        sigmas = sample_sigmas(normal, token_count, run.scheduler, config.flow_schedule_auto_shift)
-        if run.transformer.modulations:
-            run.transformer.modulations.select(sigmas.tolist())
+        sigmas = sample_sigmas(normal, token_count, run.scheduler)
         latents, noise, sigmas, prompt_embeds, weights = (
             send(tensor, run.device) for tensor in (latents, noise, sigmas, prompt_embeds, weights)
         )
@@ -500,9 +411,8 @@ def save_checkpoint(config, run, step, place, held_out_keys):
             "batches": place[0],
             "held_out": held_out_keys,
             "scaler": run.scaler.state_dict(),
-            "checkpointing": run.checkpointing,
             "base_model": model_identity(config, "transformer"),
-            "config": vars(config),
+            "config": config.model_dump(),
         }
         write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         write_file(
@@ -585,8 +495,8 @@ def find_checkpoint(config):
 
 def check_same_run(config, folder, state):
     """Raises UserError, naming the key, if `config` cannot go on from a checkpoint; else prints what has changed."""
-    was = SimpleNamespace(**{**vars(config), **state["config"]})
-    for settings in (now := SimpleNamespace(**vars(config)), was):
+    was = SimpleNamespace(**{**config.model_dump(), **state["config"]})
+    for settings in (now := SimpleNamespace(**config.model_dump()), was):
         settings.lora_alpha = settings.lora_alpha or float(settings.lora_rank)
         settings.lora_target_modules = sorted(settings.lora_target_modules)
     different = [name for name in FIXED_KEYS if getattr(now, name) != getattr(was, name)]
@@ -604,7 +514,7 @@ def check_same_run(config, folder, state):
     if now.validation_split != was.validation_split:
         say(f"validation_split: stays {was.validation_split}, for the pictures held out must not change")
         config.validation_split = now.validation_split = was.validation_split
-    changed = [name for name in vars(config) if name not in SILENT_KEYS and getattr(now, name) != getattr(was, name)]
+    changed = [name for name in KEYS if name not in SILENT_KEYS and getattr(now, name) != getattr(was, name)]
     later = {"train_batch_size": ", with the next epoch"}
     for name in changed:
         before, after = (json.dumps(getattr(settings, name), ensure_ascii=False) for settings in (was, now))
@@ -781,14 +691,8 @@ def memory_advice(config, device):
         )
     if config.base_model_precision == "no_change":
         advice.append("base_model_precision int8-quanto")
-    if config.gradient_checkpointing is not True:
+    if config.gradient_checkpointing is not True and not config.enable_group_offload:
         advice.append("gradient_checkpointing true")
-    if (
-        not config.enable_modulation_offload
-        and device.type != "mps"
-        and not any("linear" in target for target in config.lora_target_modules)
-    ):
-        advice.append("enable_modulation_offload true")
     if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
     if config.base_model_precision != "int4-quanto" and device.type != "mps":
@@ -918,10 +822,6 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         collections.deque(),
         0.0,
     )
-    coming, ahead = (
-        copy.copy(batches),
-        max(1, 64 // (config.gradient_accumulation_steps * config.train_batch_size)),
-    )  # steps
 
     def save():
         nonlocal saved
@@ -988,9 +888,6 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             )
             clock = time.perf_counter()  # when the last step was noted, previews and checkpoints left out
             while done < steps and not stopping:
-                if run.transformer.modulations and (done - start) % ahead == 0:
-                    run.transformer.modulations.known.clear()
-                    run.transformer.modulations.prepare(coming_sigmas(config, run.scheduler, coming, per_step * ahead))
                 epoch, place_after, tensors = next(loaded)
                 waiting.append((done + 1, train_step(config, run, done + 1, tensors)))
                 done, place, stopping = done + 1, place_after, stop.agreed()
@@ -1061,11 +958,8 @@ def main(config):
     Raises UserError for anything in the configuration or the data that the user has to mend; KeyboardInterrupt with the
     signal's number after SIGINT or SIGTERM, when the step is finished and saved.
     """
-    if config.prune:
-        raise UserError("prune: is for cache_latents.py, which then does nothing else; leave it out to train")
     started, device, output = time.perf_counter(), pick_device(), Path(config.output_dir)
     check_precision(config, device)
-    limit_memory(config, device)
     if config.benchmark:
         with memory_advised(memory_advice(config, device)):
             return benchmark(config, device)
@@ -1095,18 +989,8 @@ def main(config):
     with memory_advised(memory_advice(config, device)):
         transformer = load_transformer(config, device)
         init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
-        earlier = state.get("checkpointing") if state and state["config"]["gradient_checkpointing"] == "auto" else None
-        run, start = (
-            set_up(
-                SimpleNamespace(**{**vars(config), "init_lora": init_lora}),
-                transformer,
-                load_scheduler(config),
-                device,
-                steps,
-                earlier,
-            ),
-            0,
-        )
+        start, begun = 0, config.model_copy(update={"init_lora": init_lora})
+        run = set_up(begun, transformer, load_scheduler(config), device, steps)
     run.started = started
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)
@@ -1130,7 +1014,7 @@ def main(config):
             raise UserError(
                 f"{output / 'checkpoints'}: cannot be written ({error.strerror}); mend that, or choose another output_dir"
             ) from None
-        write_file(output / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
+        write_file(output / "config.json", config.model_dump_json(indent=2) + "\n")
     train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps)
 
     if process_rank() == 0:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from longcat_common import (
     CHINESE_FONTS,
     UserError,
-    as_list,
     base_model,
     cache_prompts,
     check_fit,
@@ -28,7 +27,6 @@ from longcat_common import (
     is_chinese,
     is_readable,
     leaves_nothing,
-    limit_memory,
     load_lora,
     load_pipeline,
     lora_file,
@@ -108,7 +106,7 @@ def held_out_losses(lora):
 
 def columns_of(config, loras):
     """The grid's columns, the base first: (label, name in the pictures' file names, LoRA file or None, strength)."""
-    strengths = list({f"{strength:g}": strength for strength in as_list(config.validation_lora_strength)}.values())
+    strengths = list({f"{strength:g}": strength for strength in config.validation_lora_strength}.values())
     columns, base_loss = [], ""
     for lora in loras:
         losses = held_out_losses(lora)
@@ -149,7 +147,6 @@ def main(config):
     if process_count() > 1:
         raise UserError("validate.py: runs in one process; start it without torchrun")
     device, prompts = pick_device(), config.validation_prompts or PROMPTS
-    limit_memory(config, device)
     loras = find_loras(config)
     for lora in loras:
         read_lora(lora)  # a wrong file is said now, not after the base's pictures
@@ -189,9 +186,7 @@ def main(config):
 
 def draw(config, pipe, prompts, loras, columns, folder, device):
     """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's path."""
-    sizes, seeds = (
-        list(dict.fromkeys(values)) for values in (validation_sizes(config), as_list(config.validation_seed))
-    )
+    sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), config.validation_seed))
     rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
     several = lambda size, seed: (
         (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
@@ -200,9 +195,7 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
     title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (
         f", seed {seeds[0]}" if len(seeds) == 1 else ""
     )
-    title += ("" if config.validation_cfg_renorm else ", CFG-renorm off") + (
-        f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else ""
-    )
+    title += f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else ""
     title += (
         f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1")
         if len(loras) == 1

@@ -10,6 +10,7 @@ write. A job is a process of its own: it goes on without the page and without th
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import hmac
 import html
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 try:
@@ -42,22 +44,21 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    ALL_KEYS,
-    IGNORED_KEYS,
+    GROUPS,
     KEYS,
+    RENAMED,
+    Source,
     UserError,
-    checked,
     checkpoint_folders,
     flag_value,
     in_parallel,
     is_prompt_file,
-    is_whole_text,
+    kinds,
     load_config,
-    read_config_file,
+    read_config,
     read_json,
     sources,
     step_of,
-    types_of,
     write_file,
 )
 from validate import LORA_NAME
@@ -85,13 +86,7 @@ FRONT = {
     "pretrained_model_name_or_path": "Model: local folder or hub name",
     "base_model_precision": "Precision",
 }
-OTHER_STAGES = (
-    "prune",
-    "benchmark",
-    "lora",
-    "compare_checkpoints",
-    "validation_lora_strength",
-)  # mean nothing in training
+OTHER_STAGES = ("benchmark", "lora", "compare_checkpoints", "validation_lora_strength")  # mean nothing in training
 TRY = {
     "validation_prompts": "Prompts to draw, one a line",
     "validation_negative_prompt": "Negative prompt",
@@ -111,14 +106,20 @@ t = gr.I18n()  # t("a text") is shown in the browser's language, see TEXTS
 
 
 def to_text(name, value):
-    """A key's value as its field shows it: a list of texts one a line, true or false as a tick, the default as nothing."""
-    if types_of(name) == (bool,):
+    """A key's value as its field shows it: a list of texts one a line, true or false as a tick, nothing for null and []."""
+    if kinds(KEYS[name].annotation) == {bool}:
         return bool(value)
-    if value is None:
+    if value in (None, []):
         return ""
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-        return "\n".join(value)
-    return value if isinstance(value, str) else "" if value == [] else json.dumps(value, ensure_ascii=False)
+    if name == "data_dir" and isinstance(value, list):
+        value = [part.model_dump(exclude_defaults=True) if isinstance(part, Source) else part for part in value]
+        value = value[0]["path"] if len(value) == 1 and [*value[0]] == ["path"] else value
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if isinstance(value, list) and len(value) == 1 and name != "data_dir":
+        value = value[0]
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()  # half a character could not be sent
 
 
 def from_text(name, text):
@@ -131,34 +132,22 @@ def from_text(name, text):
     if name in ("validation_prompts", "trigger_words", "lora_target_modules"):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[0] if name == "validation_prompts" and len(lines) == 1 and is_prompt_file(lines[0]) else lines
-    if name == "data_dir" and text.startswith("["):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
     return flag_value(name, text)
 
 
 def read_form(texts, place, fixed={}):
-    """The configuration that a form's {key: text} and the `fixed` {key: value} stand for, or None, and {key: what is wrong with it}."""
-    given, problems = {name: from_text(name, text) for name, text in texts.items()}, {}
+    """The configuration that a form's {key: text} and the `fixed` {key: value} stand for, or None, and {key: what is wrong}."""
+    given, problems, config = {name: from_text(name, text) for name, text in texts.items()}, {}, None
     given = {**{name: value for name, value in given.items() if value is not None}, **fixed}
-    for name, value in given.items():
+    for name, value in ({name: KEYS[name].default for name in ("output_dir", "cache_dir")} | given).items():
         try:
-            if name not in ALL_KEYS:
-                load_config(**{name: value})  # says so
-                continue
-            confine(name, checked(name, value), place)
+            confine(name, value, place)
         except UserError as error:
             problems[name] = str(error)
-    config = None
-    if not problems:
-        try:
-            config = load_config(**given)
-            for name in ("output_dir", "cache_dir"):  # defaults, too
-                confine(name, getattr(config, name), place)
-        except UserError as error:
-            problems[str(error).split(":")[0]] = str(error)
+    try:
+        config = load_config(**{name: value for name, value in given.items() if name not in problems})
+    except UserError as error:
+        problems |= {re.split(r"[:.\[]", line)[0]: line for line in str(error).splitlines()}
     return (None if problems else config), problems
 
 
@@ -166,7 +155,8 @@ def confine(name, value, place):
     """Raises UserError if a path in this key's value lies outside the page's folders."""
     paths, folders = [], [place.output] if name == "output_dir" else [place.output, *place.folders]
     if name == "data_dir":
-        paths = [source["path"] for source in sources(SimpleNamespace(data_dir=value))]
+        with contextlib.suppress(ValueError, TypeError):  # load_config says so
+            paths = [source["path"] for source in map(dict, sources(value)) if isinstance(source.get("path"), str)]
     elif name in (
         "output_dir",
         "cache_dir",
@@ -183,7 +173,7 @@ def confine(name, value, place):
             and not os.path.exists(value)
         )
         paths = [] if is_word or is_hub_name else [value]
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         if "\0" in path or not is_inside(path, folders) or is_inside(path, [place.output / ".webui"]):
             flag = "--output" if name == "output_dir" else "--folders"
             raise UserError(
@@ -206,20 +196,17 @@ def fields(names, labels, defaults):
     """A form's components, {key: component}, each with the key's own description."""
     made = {}
     for name in names:
-        key, value = ALL_KEYS[name], to_text(name, getattr(defaults, name))
+        key, value = KEYS[name], to_text(name, getattr(defaults, name))
         label = t(labels[name]) if name in labels else name
         shared = dict(
             label=label, info=description(name, labels), elem_id=f"{'try' if labels is TRY else 'key'}-{name}"
         )
-        if types_of(name) == (bool,):
+        if kinds(key.annotation) == {bool}:
             made[name] = gr.Checkbox(value, **shared)
-        elif key.choices:
-            allowed = [choice if isinstance(choice, str) else json.dumps(choice) for choice in key.choices]
-            made[name] = gr.Dropdown(
-                allowed, value=value, allow_custom_value=True, **shared
-            )  # a wrong one of a file is told in load_config's words
+        elif get_origin(key.annotation) is Literal:  # a wrong one of a file is told in load_config's words
+            made[name] = gr.Dropdown(get_args(key.annotation), value=value, allow_custom_value=True, **shared)
         else:
-            lines = 3 if list in types_of(name) and not {int, float} & {*types_of(name)} else 1
+            lines = 3 if get_origin(key.annotation) is list and not kinds(key.annotation) & {int, float} else 1
             made[name] = gr.Textbox(value, placeholder=to_text(name, key.default), lines=lines, max_lines=8, **shared)
     return made
 
@@ -251,8 +238,8 @@ def plain(text):
 
 def settings_of(config):
     """What a config file must hold: what is in front, and what is not the default."""
-    default = load_config()
-    return {name: value for name, value in vars(config).items() if name in FRONT or value != getattr(default, name)}
+    default, values = load_config().model_dump(), config.model_dump(exclude_defaults=True)
+    return {name: values.get(name, default[name]) for name in KEYS if name in FRONT or name in values}
 
 
 # ---------------------------------------------------------------- jobs: processes, and files that tell about them
@@ -306,7 +293,7 @@ def start_job(place, what, script, config, device):
             1 + max([int(path.name) for path in place.jobs.iterdir() if path.name.isdecimal()], default=0)
         )
         earlier = [str(job.folder / "lock") for job in jobs if job.alive and job.device == device]
-        write_file(folder / "config.json", json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n")
+        write_file(folder / "config.json", config.model_dump_json(indent=2) + "\n")
         facts = {
             "what": what,
             "output_dir": config.output_dir,
@@ -505,9 +492,11 @@ def set_up_tab(place, start):
             form |= fields(names[5:10], FRONT, config)
         with gr.Column():
             form |= fields(names[10:], FRONT, config)
-    for group, keys in KEYS.items():
+    names = [*KEYS]
+    starts = [names.index(first) for first in GROUPS]
+    for group, start, end in zip(GROUPS.values(), starts, [*starts[1:], len(names)]):
         with gr.Accordion(t(f"More: {group}"), open=False, elem_id=f"more-{group}"):
-            rest = [name for name in keys if name not in FRONT and name not in OTHER_STAGES]
+            rest = [name for name in names[start:end] if name not in FRONT and name not in OTHER_STAGES]
             for i in range(0, len(rest), 3):
                 with gr.Row():
                     form |= fields(rest[i : i + 3], {}, config)
@@ -529,19 +518,13 @@ def set_up_tab(place, start):
         if file not in config_names():
             raise gr.Error(f"{file}: there is no such file")
         try:
-            given = read_config_file(CONFIGS / file)
+            given = {RENAMED.get(name, name): value for name, value in read_config(CONFIGS / file).items()}
         except UserError as error:
             return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
-        default, texts, unused = (
-            load_config(),
-            [],
-            [f"{name} ({IGNORED_KEYS.get(name, 'no key for training')})" for name in given if name not in names],
-        )
+        default, texts, unused = load_config(), [], [name for name in given if name not in names]
         for name in names:
             value = given.get(name, getattr(default, name))
-            if (types_of(name) == (bool,) and not isinstance(value, bool)) or not is_whole_text(
-                value
-            ):  # no field can show it
+            if kinds(KEYS[name].annotation) == {bool} and not isinstance(value, bool):  # no tick can show it
                 unused.append(f"{name}: found {ascii(value)}")
                 value = getattr(default, name)
             texts.append(to_text(name, value))
@@ -657,8 +640,8 @@ def data_tab(place, form):
             line = ""
         except (UserError, OSError) as error:
             line = f"⚠ {plain(error)}"
-        for source in sources(config):
-            for path, captions, file in prepare_data.read_source(source, config, prepare_data.Findings(False)):
+        for source in config.data_dir:
+            for path, captions, file in prepare_data.read_source(source, config, prepare_data.Findings()):
                 file = file or path.with_suffix(".txt")
                 found.append({"picture": path, "captions": captions, "file": file, "stamp": stamp(file)})
         keep_typed(before, i, text)
@@ -866,7 +849,7 @@ def jobs_tab(place, form):
         if not run or (job and job.what != "training"):
             return [t("⚠ Choose a job that trains, or a run."), gr.skip()]
         try:
-            given = {**read_config_file((job.folder if job else run) / "config.json"), "output_dir": str(run)}
+            given = {**read_config((job.folder if job else run) / "config.json"), "output_dir": str(run)}
             if checkpoint_folders(SimpleNamespace(output_dir=run)):
                 given["resume_from_checkpoint"] = "latest"
             config, problems = read_form({}, place, given)
@@ -956,12 +939,12 @@ def why_not(config):
     if not folders or config.resume_from_checkpoint != "latest":
         return {}
     try:
-        before = sources(SimpleNamespace(data_dir=read_json(output / "config.json").get("data_dir")))
+        before = load_config(data_dir=read_json(output / "config.json").get("data_dir")).data_dir
     except UserError:
         return {}
-    if {source["path"] for source in before}.isdisjoint(source["path"] for source in sources(config)):
+    if {source.path for source in before}.isdisjoint(source.path for source in config.data_dir):
         return {
-            "output_dir": f"output_dir: {output} holds a run with other pictures ({', '.join(source['path'] for source in before)}); choose another folder for this one"
+            "output_dir": f"output_dir: {output} holds a run with other pictures ({', '.join(source.path for source in before)}); choose another folder for this one"
         }
     if step_of(folders[-1]) >= config.max_train_steps and not config.num_train_epochs:
         return {
@@ -1042,7 +1025,7 @@ def try_tab(place, device):
         try:
             given = {
                 name: value
-                for name, value in read_config_file(Path(folder) / "config.json").items()
+                for name, value in read_config(Path(folder) / "config.json").items()
                 if name not in names and name != "data_dir"
             }
             given |= {"output_dir": folder, "lora": str(loras[lora]), "compare_checkpoints": False, "benchmark": 0}
@@ -1221,7 +1204,9 @@ def main(arguments=None):
 
 def translations():
     """{language: {text: translation}} for Gradio; a key's description has the name `help:` and the key."""
-    described = {f"help:{name}": (key.help.replace("null:", "empty:"), *HELP[name]) for name, key in ALL_KEYS.items()}
+    described = {
+        f"help:{name}": (key.description.replace("null:", "empty:"), *HELP[name]) for name, key in KEYS.items()
+    }
     texts = {
         english: (english, *others) for english, others in TEXTS.items()
     } | described  # a form's field is empty where a file has null
@@ -1370,10 +1355,6 @@ HELP = {
         "como o transformer congelado é guardado; int8-matmul: também os produtos em 8 bits",
         "冻结的 transformer 如何存放；int8-matmul：乘法也用 8 位",
     ),
-    "text_encoder_precision": (
-        "do codificador de texto; quantizá-lo economiza pouco aqui e muda os embeddings",
-        "文本编码器的精度；量化它省得不多，还会改变嵌入",
-    ),
     "mixed_precision": (
         "aritmética; auto: bf16 onde houver, fp16 em CUDA mais antigo, fp32 na CPU",
         "运算精度；auto：支持时用 bf16，较旧的 CUDA 用 fp16，CPU 用 fp32",
@@ -1388,11 +1369,6 @@ HELP = {
         '所需面积的正方形边长，或若干尺寸："1024x1024,1344x768"',
     ),
     "aspect_bucket_alignment": ("grade dos tamanhos, em pixels", "尺寸的网格，单位像素"),
-    "skip_upscaled": ("deixar de fora imagens menores que o tamanho escolhido", "略过比目标尺寸小的图片"),
-    "strict": (
-        "parar na primeira imagem ou legenda inutilizável, em vez de só relatar",
-        "遇到第一张不能用的图片或描述就停止，而不只是报告",
-    ),
     "validation_split": (
         "parte das imagens (no máximo 8) nunca usada no treino, só avaliada ao lado de outras tantas; 0: nenhuma",
         "从不参与训练、只和同样多的训练图片一起评分的图片比例（最多 8 张）；0：没有",
@@ -1402,12 +1378,7 @@ HELP = {
         "pasta do cache de latents e embeddings; vários treinos podem compartilhá-la",
         "latent 和提示词嵌入的缓存文件夹；多次训练可以共用",
     ),
-    "vae_batch_size": ("imagens por lote ao guardar latents no cache", "缓存 latent 时每批图片数"),
     "text_encoder_batch_size": ("prompts por lote ao guardar embeddings no cache", "缓存嵌入时每批提示词数"),
-    "prune": (
-        "cache_latents.py: apagar de cache_dir o que nenhum treino usa, e nada mais",
-        "cache_latents.py：从 cache_dir 删除没有训练需要的文件，此外什么也不做",
-    ),
     "lora_rank": ("posto (rank)", "秩（rank）"),
     "lora_alpha": (
         "a força é lora_alpha / lora_rank; vazio: igual ao rank",
@@ -1431,36 +1402,21 @@ HELP = {
     "learning_rate": ("taxa de aprendizado do AdamW depois do aquecimento", "预热之后 AdamW 的学习率"),
     "lr_scheduler": ("curso da taxa de aprendizado", "学习率的变化方式"),
     "lr_warmup_steps": ("passos até a taxa de aprendizado plena", "达到完整学习率之前的步数"),
-    "adam_beta1": ("beta1 do AdamW", "AdamW 的 beta1"),
     "adam_beta2": ("beta2 do AdamW", "AdamW 的 beta2"),
     "adam_weight_decay": ("decaimento de pesos do AdamW", "AdamW 的权重衰减"),
     "max_grad_norm": ("os gradientes são cortados nesta norma; 0: sem corte", "梯度裁剪到这个范数；0：不裁剪"),
     "gradient_checkpointing": (
-        "recalcular ativações no passo inverso: menos memória, 1,5 vez o tempo; auto: em tantos blocos quanto a memória exigir",
-        "反向时重新计算激活：省显存，时间约为 1.5 倍；auto：按显存需要决定多少块",
+        "recalcular blocos no passo inverso: todos, nenhum ou quantos",
+        "反向时重新计算的块：全部、不用，或块数",
     ),
     "seed": ("todo sorteio decorre dela", "所有随机数都由它决定"),
-    "flow_schedule_auto_shift": (
-        "o nível de ruído acompanha o tamanho da imagem; não: o shift fixo do scheduler",
-        "噪声水平随图片尺寸变化；否：用 scheduler 固定的 shift",
-    ),
     "enable_group_offload": (
         "guardar os blocos congelados na memória do computador; eles visitam o dispositivo um a um",
         "冻结的块放在内存里，逐个轮流上设备",
     ),
-    "group_offload_type": ("unidade que é movida", "移动的单位"),
-    "group_offload_blocks_per_group": ("blocos movidos juntos", "一起移动的块数"),
-    "enable_modulation_offload": (
-        "guardar na memória do computador as camadas que só veem o nível de ruído, um quarto dos pesos; as saídas são calculadas antes",
-        "只依赖噪声水平的层（四分之一的权重）放在内存里；它们的输出提前算好",
-    ),
     "torch_compile": (
         "compilar os blocos: minutos no início, menos tempo e memória por passo",
         "编译各块：开头花几分钟，之后每步更快、更省显存",
-    ),
-    "vram_limit_gb": (
-        "CUDA: não usar mais memória do que tem uma placa deste tamanho, em GiB",
-        "CUDA：最多使用这么大的显卡所有的显存，单位 GiB",
     ),
     "benchmark": (
         "train_lora.py: rodar tantos passos com pesos e dados aleatórios, mostrar velocidade e memória, e nada mais",
@@ -1486,10 +1442,6 @@ HELP = {
     "validation_seed": (
         "semente do primeiro ruído de cada imagem; o validate.py aceita uma lista",
         "每张图片初始噪声的种子；validate.py 可用列表",
-    ),
-    "validation_cfg_renorm": (
-        "CFG-renorm do pipeline: a orientação não aumenta a norma da predição",
-        "pipeline 的 CFG-renorm：引导不会增大预测的范数",
     ),
     "validation_lora_strength": (
         "validate.py: força do LoRA; uma lista dá uma coluna para cada",

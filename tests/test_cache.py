@@ -1,8 +1,6 @@
-"""Stage 2 as something to trust for months: small memory, damaged files, pruning, many processes."""
+"""Stage 2 as something to trust for months: small memory, damaged files, many processes."""
 
 import gc
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,12 +25,10 @@ import prepare_data
 import train_lora
 from longcat_common import (
     cache_prompts,
-    config_from_flags,
     encode_prompts,
     load_text_encoder,
     load_tokenizer,
     load_vae,
-    prompt_file,
 )
 
 PROMPTS = [
@@ -115,16 +111,6 @@ def test_prompts_in_several_chunks_have_the_same_bytes(large, tmp_path, monkeypa
     assert cached_files(config) == whole and len(whole) == len(PROMPTS)
 
 
-def test_a_quantized_text_encoder_has_its_own_files(large):
-    config, _ = large
-    exact = cache_prompts(config, PROMPTS[1:3], "cpu")
-    config.text_encoder_precision = "int8-quanto"
-    close = cache_prompts(config, PROMPTS[1:3], "cpu")
-    for prompt in exact:
-        a, b = (load_file(files[prompt])["prompt_embeds"] for files in (exact, close))
-        assert exact[prompt] != close[prompt] and 0 < (a - b).norm() < 0.1 * a.norm()
-
-
 def test_damaged_files_are_named_and_made_again(tiny_config, capsys):
     config = tiny_config()
     entries, files = cache_latents.main(config)
@@ -175,44 +161,6 @@ def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{part}: cannot be loaded, download it again"):
         cache_latents.main(tiny_config(pretrained_model_name_or_path=str(model)))
-
-
-def test_pruning(tiny_config, tmp_path, capsys):
-    sources = [{"path": str(ROOT / "tests/tiny_longcat/pictures")}]
-    first, second = (
-        tiny_config(),
-        tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=["a new prompt"]),
-    )
-    cache_latents.main(first)
-    cache_latents.main(second)
-    needed_by_both = cached_files(first)
-    prompt = prompt_file(second, "a new prompt", "cpu")
-    assert cache_latents.main(tiny_config(prune=True)) == 0 and cached_files(first) == needed_by_both
-    cache_latents.main(tiny_config(output_dir=str(tmp_path / "second"), data_dir=sources, validation_prompts=[]))
-    left, fresh = (prompt.with_name(f".{name}.tmp") for name in ("left", "fresh"))
-    for path in (left, fresh):
-        path.write_bytes(b"x" * 2**20)
-    os.utime(left, (1, 1))
-    manifest = tmp_path / "second" / "manifest.jsonl"
-    manifest.rename(tmp_path / "away")
-    with pytest.raises(ValueError, match="second/manifest.jsonl cannot be reached.*delete .*runs/"):
-        cache_latents.main(tiny_config(prune=True))
-    assert cached_files(first) == needed_by_both
-    (tmp_path / "away").rename(manifest)
-    capsys.readouterr()
-    assert cache_latents.main(config_from_flags("", ["--cache_dir", first.cache_dir, "--prune"])) == 2
-    printed = capsys.readouterr().out
-    assert "2 files, 1." in printed and "needed by none of 2 runs" in printed
-    assert not prompt.exists() and not left.exists() and fresh.exists()
-    assert set(needed_by_both) - set(cached_files(first)) == {prompt.relative_to(first.cache_dir)}
-    with pytest.raises(ValueError, match="prune: is for cache_latents.py"):
-        train_lora.main(tiny_config(prune=True))
-    broken = Path(first.cache_dir) / "runs" / "broken.json"
-    broken.write_text("{")
-    with pytest.raises(ValueError, match="broken.json: is damaged"):
-        cache_latents.main(tiny_config(prune=True))
-    with pytest.raises(ValueError, match="no run is registered"):
-        cache_latents.main(tiny_config(prune=True, cache_dir=str(tmp_path / "nothing")))
 
 
 def test_the_figure_before_the_work(tiny_config, capsys, monkeypatch):
@@ -342,5 +290,3 @@ def test_killed_at_any_moment_and_two_at_once(tiny_config, tmp_path):
     pair = [start(), start()]
     assert [process.wait() for process in pair] == [0, 0]
     assert cached_files(other) == cached_files(reference)
-    registered = json.loads(next((tmp_path / "other_cache" / "runs").glob("*.json")).read_text())
-    assert len(registered["files"]) == len(cached_files(other))

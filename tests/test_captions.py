@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import TINY
 
-from longcat_common import UserError, load_config
+from longcat_common import Source, UserError, load_config
 from prepare_data import Findings, read_source, write_captions
 
 ROWS = '{"file_name": "a.png", "text": "one", "width": 5}\nno JSON\n{"file_name": "b.png", "text": "two"}\n{"file_name": "a.png", "text": "again"}\n'
@@ -30,7 +30,7 @@ def pictures(tmp_path):
 def captions_of(path):
     return {
         picture.name: (captions, file)
-        for picture, captions, file in read_source({"path": str(path)}, load_config(), Findings(False))
+        for picture, captions, file in read_source(Source(path=str(path)), load_config(), Findings())
     }
 
 

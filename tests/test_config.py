@@ -8,13 +8,12 @@ import pytest
 from conftest import MODEL, ROOT, TINY, run_script
 
 import prepare_data
-from longcat_common import ALL_KEYS, KEYS, buckets, check_precision, config_from_flags, load_config
+from longcat_common import KEYS, UserError, buckets, check_precision, config_from_flags, load_config
 
 
 def message(path=None, **overrides):
     with pytest.raises(ValueError) as error:
         load_config(path, **overrides)
-    assert "\n" not in str(error.value)
     return str(error.value)
 
 
@@ -39,8 +38,10 @@ def test_file_flags_and_defaults(tmp_path):
     config = config_from_flags("", flags)
     assert (config.lora_rank, config.output_dir, config.gradient_checkpointing) == (4, "a//b", True)
     assert config.validation_prompts == ["a", "b"]
-    for words, value in ((["auto"], "auto"), (["--seed", "1"], True), (["True"], True)):
-        assert config_from_flags("", ["--gradient_checkpointing", *words]).gradient_checkpointing == value
+    for words, value in ((["3"], 3), (["0"], 0), (["--seed", "1"], True), (["True"], True)):
+        found = config_from_flags("", ["--gradient_checkpointing", *words]).gradient_checkpointing
+        assert found == value and type(found) is type(value), "0 and 1 are numbers of blocks"
+    assert type(load_config(gradient_checkpointing=1).gradient_checkpointing) is int
     for word in ("false", "False"):
         assert config_from_flags("", ["--gradient_checkpointing", word]).gradient_checkpointing is False
     assert config_from_flags("", ["--validation_prompts", "a red fox"]).validation_prompts == ["a red fox"]
@@ -53,41 +54,105 @@ def test_file_flags_and_defaults(tmp_path):
     assert config_from_flags("", ["--output_dir", "123", "--instance_prompt", "null"]).output_dir == "123"
 
 
+def test_numbers_in_flags_are_numbers():
+    config = config_from_flags(
+        "", "--learning_rate .0001 --validation_guidance 4. --validation_lora_strength .5,1 --lora_alpha 8".split()
+    )
+    assert (config.learning_rate, config.validation_guidance, config.lora_alpha) == (1e-4, 4.0, 8.0)
+    assert config.validation_lora_strength == [0.5, 1.0]
+    for text in ("1_000", "many", "nan"):
+        with pytest.raises(UserError, match=f"lora_rank: found .*{text[:2]}.*, must be a whole number"):
+            config_from_flags("", ["--lora_rank", text])
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ({"lora_rnk": 8}, ["lora_rnk", "did you mean 'lora_rank'"]),
-        ({"lora_rank": "8"}, ["lora_rank", "'8'", "whole number"]),
-        ({"lora_rank": True}, ["lora_rank", "True", "whole number"]),
-        ({"lora_rank": 0}, ["lora_rank", "0", "1 or more"]),
-        ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
-        ({"base_model_precision": "int9"}, ["base_model_precision", "int9", "int8-quanto"]),
-        ({"aspect_bucket_alignment": 32}, ["aspect_bucket_alignment", "32", "64"]),
-        ({"resolution": "1000"}, ["resolution", "1000", "multiple of 64"]),
+        ({"lora_rnk": 8}, ["unknown", "'lora_rnk' (did you mean 'lora_rank'?)"]),
+        ({"lora_rank": "8"}, ["lora_rank: found '8', must be a whole number"]),
+        ({"lora_rank": True}, ["lora_rank: found True, must be a whole number"]),
+        ({"lora_rank": 0}, ["lora_rank: found 0, must be greater than or equal to 1"]),
+        ({"learning_rate": float("nan")}, ["learning_rate: found nan", "finite"]),
+        ({"learning_rate": True}, ["learning_rate: found True, must be a number"]),
+        ({"lora_alpha": 0}, ["lora_alpha: found 0, must be greater than 0"]),
+        ({"torch_compile": "yes"}, ["torch_compile: found 'yes', must be true or false"]),
+        ({"gradient_checkpointing": "auto"}, ["gradient_checkpointing: found 'auto', must be true, false or a number"]),
+        ({"gradient_checkpointing": -1}, ["gradient_checkpointing: found -1, must be true, false or a number"]),
+        (
+            {"base_model_precision": "int9"},
+            ["base_model_precision: found 'int9', must be 'int8-quanto', 'int4-quanto'"],
+        ),
+        ({"base_model_precision": "int8"}, ["base_model_precision: found 'int8', must be 'int8-quanto'"]),
+        ({"model_family": "flux"}, ["model_family: found 'flux', must be 'longcat_image'"]),
+        ({"aspect_bucket_alignment": 100}, ["aspect_bucket_alignment: found 100, must be a multiple of 64"]),
+        ({"resolution": "1000"}, ["resolution: found '1000'", "multiple of 64"]),
         ({"resolution": "64000000"}, ["resolution", "64000000", "up to 8192"]),
         ({"resolution": "1024x1000"}, ["resolution", "1024x1000", "multiples of 64"]),
-        ({"validation_resolution": "big"}, ["validation_resolution", "big", "1024x1024"]),
-        ({"caption_dropout_probability": 1.5}, ["caption_dropout_probability", "1.5", "0 up to 1"]),
-        ({"data_dir": [{"folder": "x"}]}, ["data_dir", "folder", "path"]),
-        ({"data_dir": [{"path": "x", "repeats": 0}]}, ["data_dir", "repeats 0", "'x'"]),
-        ({"lora_target_modules": [1]}, ["lora_target_modules", "list of texts"]),
-        ({"lora_target_modules": []}, ["lora_target_modules", "empty"]),
-        ({"data_dir": ""}, ["data_dir", "empty"]),
-        (
-            {"enable_group_offload": True, "gradient_checkpointing": False},
-            ["gradient_checkpointing", "enable_group_offload"],
-        ),
-        ({"validation_split": 1.0}, ["validation_split", "1.0", "below 1"]),
-        ({"validation_seed": [1, "2"]}, ["validation_seed", "list of whole numbers"]),
-        ({"validation_seed": [1, -2]}, ["validation_seed", "[1, -2]", "0 or more"]),
-        ({"validation_seed": 2**64}, ["validation_seed", "less than 2^63"]),
-        ({"validation_lora_strength": [1, "x"]}, ["validation_lora_strength", "list of numbers"]),
+        ({"resolution": None}, ["resolution: found None, must be text"]),
+        ({"validation_resolution": "big"}, ["validation_resolution: found 'big'", "1024x1024"]),
         ({"validation_resolution": "1024x1024,100"}, ["validation_resolution", "'100'", "1024x1024"]),
+        (
+            {"caption_dropout_probability": 1.5},
+            ["caption_dropout_probability: found 1.5, must be less than or equal to 1"],
+        ),
+        ({"validation_split": 1.0}, ["validation_split: found 1.0, must be less than 1"]),
+        ({"data_dir": [{"path": "x", "folder": "y"}]}, ["data_dir[0].folder: found 'y', is no key", "path, repeats"]),
+        ({"data_dir": [{"repeats": 2}]}, ["data_dir[0].path: ", "must be there"]),
+        ({"data_dir": [{"path": "x"}, {"path": "x", "repeats": 0}]}, ["data_dir[1].repeats: found 0"]),
+        ({"data_dir": 3}, ["data_dir[0]: found 3, must be a folder or"]),
+        ({"data_dir": ""}, ["data_dir[0].path: found '', must not be empty"]),
+        ({"lora_target_modules": [1]}, ["lora_target_modules[0]: found 1, must be text"]),
+        ({"lora_target_modules": []}, ["lora_target_modules: found [], must not be empty"]),
+        ({"instance_prompt": ""}, ["instance_prompt: found '', must not be empty"]),
+        ({"instance_prompt": "half \ud83d"}, ["instance_prompt", "half a character"]),
+        ({"trigger_words": ["a", "\ud800"]}, ["trigger_words[1]", "half a character"]),
+        ({"output_dir": "E:\runs\neon"}, ["output_dir: found 'E:", "control character", "backslash"]),
+        ({"data_dir": [{"path": "a\tb"}]}, ["data_dir[0].path", "control character"]),
+        ({"validation_seed": []}, ["validation_seed: found [], must not be empty"]),
+        ({"validation_seed": [1, "2"]}, ["validation_seed[1]: found '2', must be a whole number"]),
+        ({"validation_seed": [1, -2]}, ["validation_seed: found [1, -2]", "0 or more"]),
+        ({"validation_seed": 2**64}, ["validation_seed", "less than 2^63"]),
+        ({"validation_lora_strength": [1, "x"]}, ["validation_lora_strength[1]: found 'x', must be a number"]),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, ["learning_rate: found 1e-07", "polynomial"]),
     ],
 )
 def test_mistakes_are_named(overrides, words):
     text = message(**overrides)
-    assert all(word in text for word in words), text
+    assert len(text.splitlines()) == 1 and all(word in text for word in words), text
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(
+        '{"lora_rank": 0, "seed": "1", "lora_rnk": 8, "nonsense": 1, "data_dir": [{"path": "x", "repeats": "2"}]}'
+    )
+    lines = message(file, max_train_steps=1.5).splitlines()
+    assert lines[0] == "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'; --help lists all"
+    assert sorted(line.split(":")[0] for line in lines[1:]) == [
+        "data_dir[0].repeats",
+        "lora_rank",
+        "max_train_steps",
+        "seed",
+    ]
+
+
+def test_a_key_that_is_set_later_is_checked_too():
+    config = load_config()
+    config.validation_seed, config.data_dir = 7, "pictures"
+    assert config.validation_seed == [7] and config.data_dir[0].path == "pictures"
+    for name, value, words in (("lora_rank", 0, "lora_rank: found 0"), ("lora_rnk", 8, "did you mean 'lora_rank'")):
+        with pytest.raises(UserError, match=words):
+            setattr(config, name, value)
+    assert config.lora_rank == 16
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    names = "output_dir", "cache_dir", "init_lora", "lora", "resume_from_checkpoint", "pretrained_model_name_or_path"
+    config = load_config(**dict.fromkeys(names, "~/x"), data_dir=[{"path": "~/a"}], validation_prompts="~/prompts.txt")
+    assert {getattr(config, name) for name in names} == {f"{tmp_path}/x"} and config.data_dir[0].path == f"{tmp_path}/a"
+    assert config.validation_prompts == ["a cat"] and load_config(data_dir="~/b").data_dir[0].path == f"{tmp_path}/b"
 
 
 def test_bad_files_are_named(tmp_path):
@@ -101,9 +166,33 @@ def test_bad_files_are_named(tmp_path):
     assert "missing.json" in message(tmp_path / "missing.json")
 
 
-def test_keys_of_other_trainers_are_named_and_ignored(capsys):
-    load_config(data_backend_config="x.json")
-    assert "data_backend_config" in capsys.readouterr().err
+SIMPLETUNERS = """{
+    "base_model_precision": "int8-quanto", "attention_mechanism": "native-flash", "checkpoint_step_interval": 10,
+    "data_backend_config": "config/examples/multidatabackend-small-dreambooth-512px.json", "disable_bucket_pruning": true,
+    "flow_schedule_shift": 0, "flow_schedule_auto_shift": true, "gradient_checkpointing": true,
+    "hub_model_id": "simpletuner-example-longcat_image-peft-lora", "learning_rate": 1e-4, "lora_alpha": 16, "lora_rank": 16,
+    "lora_type": "standard", "lr_scheduler": "constant_with_warmup", "max_train_steps": 1000, "mixed_precision": "bf16",
+    "model_family": "longcat_image", "model_type": "lora", "num_eval_images": 25, "num_train_epochs": 0,
+    "optimizer": "adamw_bf16", "output_dir": "output/examples/longcat-image.peft-lora", "push_checkpoints_to_hub": false,
+    "push_to_hub": false, "quantize_via": "cpu", "report_to": "none", "seed": 42, "tracker_project_name": "lora-training",
+    "tracker_run_name": "example-training-run", "train_batch_size": 1, "use_ema": false, "vae_batch_size": 1,
+    "validation_disable_unconditional": true, "validation_guidance": 4.0, "validation_guidance_rescale": 0.0,
+    "validation_negative_prompt": "ugly, cropped, blurry, low-quality, mediocre average",
+    "validation_num_inference_steps": 16,
+    "validation_prompt": "\U0001f7eb is holding a sign that says hello world from longcat-image",
+    "validation_prompt_library": false, "validation_resolution": "1024x1024", "validation_seed": 42, "validation_steps": 50
+}"""
+
+
+def test_simpletuners_own_example_loads_and_what_has_a_counterpart_is_taken(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(SIMPLETUNERS, encoding="utf-8")
+    config = load_config(tmp_path / "config.json")
+    assert config.validation_prompts == ["\U0001f7eb is holding a sign that says hello world from longcat-image"]
+    assert (config.validation_step_interval, config.validation_seed, config.lora_alpha) == (50, [42], 16.0)
+    (line,) = capsys.readouterr().err.splitlines()
+    ignored = line.removeprefix("ignored, for they mean nothing here: ").split(", ")
+    given = {*json.loads(SIMPLETUNERS)}
+    assert set(ignored) == given - KEYS.keys() - {"validation_prompt", "validation_steps"} and len(ignored) == 19
 
 
 GUIDE = """{
@@ -137,9 +226,9 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
         config.enable_group_offload,
         config.pretrained_model_name_or_path,
     ) == (1e-4, 4.5, True, None)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in said] == ["lora_type", "data_backend_config", "push_to_hub", "optimizer"]
-    assert "ignored: data_backend_config (use data_dir)" in said
+    (line,) = capsys.readouterr().err.splitlines()
+    names = "data_backend_config, group_offload_blocks_per_group, group_offload_type, lora_type, optimizer, push_to_hub"
+    assert line == f"ignored, for they mean nothing here: {names}"
 
 
 def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_path, capsys):
@@ -154,15 +243,11 @@ def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_pat
         config.seed,
         config.report_to,
     ) == (1e-4, 8, 20, 7, "tensorboard")
-    said = capsys.readouterr().err
-    for words in (
-        "report_to: wandb is not here",
-        "lycoris_config (",
-        "validation_prompt (use validation_prompts)",
-        "push_to_hub (",
-        "group_offload_use_stream (",
-    ):
-        assert said.count(words) == 1, said
+    assert config.validation_prompts == ["a cat"]
+    assert capsys.readouterr().err.splitlines() == [
+        "report_to: wandb is not here; curves go to TensorBoard and metrics.jsonl",
+        "ignored, for they mean nothing here: group_offload_use_stream, lycoris_config, push_to_hub",
+    ]
     file.write_text('{"--lora_rank": "many"}')
     assert "lora_rank" in message(file) and "'many'" in message(file)
 
@@ -170,7 +255,12 @@ def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_pat
 def test_script_prints_one_line_and_exits_with_2():
     done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: unknown key 'lora_rnk'; did you mean 'lora_rank'?"
+    assert done.stderr.strip() == "error: unknown keys: 'lora_rnk' (did you mean 'lora_rank'?); --help lists all"
+    done = run_script("train_lora.py", "--lora_rank", "0", "--seed", "x", check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.splitlines() == [
+        "error: lora_rank: found 0, must be greater than or equal to 1",
+        "error: seed: found 'x', must be a whole number",
+    ]
     with pytest.raises(ValueError, match="README.md/manifest.jsonl: cannot be written"):
         prepare_data.main(
             load_config(
@@ -204,13 +294,31 @@ def test_shipped_configs_load_and_fit_their_device(path):
 
 
 def test_readme_table_is_the_keys():
-    rows = re.findall(
-        r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert {name: help for name, help, _ in rows} == {name: key.help for name, key in ALL_KEYS.items()}
-    assert len(rows) == sum(map(len, KEYS.values()))
-    defaults = {name: default for name, _, default in rows if name != "lora_target_modules"}
-    assert defaults == {
-        name: json.dumps(key.default) for name, key in ALL_KEYS.items() if name != "lora_target_modules"
-    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", readme, re.MULTILINE)
+    assert [(name, help) for name, help, _ in rows] == [(name, key.description) for name, key in KEYS.items()]
+    for name, _, default in rows:
+        assert default == json.dumps(KEYS[name].default) or name == "lora_target_modules"
     assert Path(ROOT / "LICENSE").exists()
+
+
+def test_help_names_every_key_with_its_default_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        config_from_flags("What it does.", ["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, key in KEYS.items():
+        assert f"--{name} " in printed and f"{key.description}" in printed
+    assert "one of final, dev" in printed and "[0.0001]" in printed and "--use_ema" not in printed
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--lora_rnk", "8", "--nonsense"], "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'"),
+        (["--lora_rank"], "--lora_rank: expected one argument"),
+        (["a.json", "b.json"], "'b.json' is no flag"),
+    ],
+)
+def test_flags_that_cannot_be_understood_are_named(words, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        config_from_flags("", words)

@@ -57,13 +57,13 @@ def test_a_stage_leaves_no_model_in_memory_not_even_when_it_fails(quick_config, 
     gc.collect()
     before = len(alive())
     config = quick_config(validation_step_interval=4, validation_split=0.2)
-    said = vars(config).copy()
+    said = config.model_dump()
     train_lora.main(config)
     gc.disable()  # on a GPU nothing collects when memory runs out
     try:
         assert len(alive()) == before
         validate.main(config)
-        assert len(alive()) == before and vars(config) == said
+        assert len(alive()) == before and config.model_dump() == said
         for error in (KeyboardInterrupt, torch.OutOfMemoryError):
             monkeypatch.setattr(
                 train_lora,

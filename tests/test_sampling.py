@@ -76,15 +76,6 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws(tiny_config):
     assert len(pictures) == 2
 
 
-def test_the_fixed_shift(tiny_config):
-    scheduler = load_scheduler(tiny_config())
-    normal = torch.randn(100)
-    t, shift = torch.sigmoid(normal), scheduler.config.shift
-    torch.testing.assert_close(
-        sample_sigmas(normal, 96, scheduler, auto_shift=False), shift * t / (1 + (shift - 1) * t)
-    )
-
-
 def test_a_grid_with_any_labels():
     rows = [[Image.new("RGB", (64, 32), "red")] * 2] * 2
     grid = picture_grid(rows, ["a very long label " * 20, "中文的提示词"], ["base", "with LoRA"])

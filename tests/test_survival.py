@@ -40,7 +40,7 @@ def metrics(config):
 def flags(config):
     """The command line that says the same."""
     words = []
-    for name, value in vars(config).items():
+    for name, value in config.model_dump().items():
         if value != getattr(load_config(), name):
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return words

@@ -13,7 +13,7 @@ from test_survival import metrics
 
 import longcat_common
 import validate
-from longcat_common import generate, load_config, load_pipeline
+from longcat_common import load_config
 
 
 def pixels(path):
@@ -165,24 +165,10 @@ def test_prompts_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
         load_config(validation_prompts=str(file))
     for missing in ("missing.txt", "is missing.txt"):
-        with pytest.raises(ValueError, match="validation_prompts: .*missing.txt: cannot be read"):
+        with pytest.raises(ValueError, match="validation_prompts: .*missing.txt.*cannot be read"):
             load_config(validation_prompts=str(tmp_path / missing))
     with pytest.raises(ValueError, match="validation_prompts: .*begins as a list and is none"):
         load_config(validation_prompts="['a cat', 'a dog']")
-
-
-def test_cfg_renorm_can_be_turned_off(tiny_config):
-    config = tiny_config(validation_num_inference_steps=3, validation_guidance=6.0)
-    pipe = load_pipeline(config, "cpu")
-    drawn = {}
-    for config.validation_cfg_renorm in (True, False):
-        drawn[config.validation_cfg_renorm] = np.asarray(generate(pipe, config, ["a red circle"])[0]).astype(int)
-        expected = pipe(
-            "a red circle", height=128, width=128, num_inference_steps=3, guidance_scale=6.0, enable_cfg_renorm=config.validation_cfg_renorm,
-            generator=longcat_common.torch.Generator().manual_seed(42), enable_prompt_rewrite=False,
-        ).images[0]  # fmt: skip
-        assert np.abs(drawn[config.validation_cfg_renorm] - np.asarray(expected)).max() == 0
-    assert np.abs(drawn[True] - drawn[False]).mean() > 1
 
 
 def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
