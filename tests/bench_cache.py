@@ -155,7 +155,6 @@ def bench_pictures(folder, count, rounds):
         pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output")
     )
     config = load_config(resolution=384, instance_prompt="x", **paths)
-    print(f"pictures in batches of {config.vae_batch_size}")
     found = prepare_data.main(config)
 
     def ours(i):

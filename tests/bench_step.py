@@ -28,7 +28,6 @@ from longcat_common import (
     flow_matching_loss,
     free_memory,
     generator,
-    limit_memory,
     load_config,
     load_scheduler,
     pack_latents,
@@ -45,18 +44,15 @@ from peft import LoraConfig
 
 WAYS = {
     "plain": None,
-    "ours, every block checkpointed": dict(base_model_precision="int8-quanto"),
-    "auto": dict(base_model_precision="int8", gradient_checkpointing="auto"),
-    "auto, compiled": dict(base_model_precision="int8", gradient_checkpointing="auto", torch_compile=True),
-    "auto, 8-bit products": dict(base_model_precision="int8-matmul", gradient_checkpointing="auto"),
-    "auto, compiled, 8-bit products": dict(
-        base_model_precision="int8-matmul", gradient_checkpointing="auto", torch_compile=True
+    "ours, every block checkpointed": dict(gradient_checkpointing=True),
+    "nothing checkpointed": dict(gradient_checkpointing=False),
+    "nothing checkpointed, compiled": dict(gradient_checkpointing=False, torch_compile=True),
+    "nothing checkpointed, 8-bit products": dict(gradient_checkpointing=False, base_model_precision="int8-matmul"),
+    "nothing checkpointed, compiled, 8-bit products": dict(
+        gradient_checkpointing=False, base_model_precision="int8-matmul", torch_compile=True
     ),
-    "modulations ahead, every block checkpointed": dict(
-        base_model_precision="int8-quanto", enable_modulation_offload=True
-    ),
-    "bf16 weights, auto, compiled": dict(
-        base_model_precision="no_change", gradient_checkpointing="auto", torch_compile=True
+    "bf16 weights, nothing checkpointed, compiled": dict(
+        gradient_checkpointing=False, base_model_precision="no_change", torch_compile=True
     ),
 }
 REAL, SMALL = dict(num_layers=10, num_single_layers=20), dict(num_layers=2, num_single_layers=4, num_attention_heads=6)
@@ -95,10 +91,10 @@ def run_way(name, steps, limit):
     """One way: {seconds, share outside of forward and backward, peak memory in GiB, needed FLOPs}."""
     device = pick_device()
     on_gpu = device.type != "cpu"
-    config = load_config(
-        vram_limit_gb=limit, resolution="1024x1024" if on_gpu else "256x256", lr_warmup_steps=0, **(WAYS[name] or {})
-    )
-    limit_memory(config, device)
+    resolution = "1024x1024" if on_gpu else "256x256"
+    config = load_config(resolution=resolution, lr_warmup_steps=0, **(WAYS[name] or {}))
+    if limit:
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     dtype, sizes, side = compute_dtype(config, device), REAL if on_gpu else SMALL, 1024 if on_gpu else 256
     draw = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
@@ -126,21 +122,11 @@ def run_way(name, steps, limit):
                 tensor.to(device)
                 for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)
             ]
-            if run.transformer.modulations:
-                run.transformer.modulations.select(tensors[2].tolist())
             with autocast(config, device), train_lora.disable_input_dtype_casting(run.transformer):
                 loss = flow_matching_loss(run.model, *tensors)
             loss.backward()
             run.optimizer.zero_grad()
 
-    ahead = 0.0
-    if name != "plain" and run.transformer.modulations:
-        for sigmas in torch.rand(2, 64).tolist():  # the first warms up
-            synchronize(device)
-            start = time.perf_counter()
-            run.transformer.modulations.prepare(sigmas)
-            synchronize(device)
-            ahead = (time.perf_counter() - start) / 64
     for n in range(1, steps + 4):
         if n == 4 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -154,7 +140,7 @@ def run_way(name, steps, limit):
             forward_and_backward()
             synchronize(device)
             inner.append(time.perf_counter() - start)
-    seconds, first = statistics.median(seconds[3:]) + ahead, seconds[0]
+    seconds, first = statistics.median(seconds[3:]), seconds[0]
     outside = 1 - statistics.median(inner) / seconds if inner else None
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     flops = train_lora.needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
@@ -172,7 +158,7 @@ def run_way(name, steps, limit):
 def losses(steps):
     """The mean loss of the last quarter of a run on the tiny model: a plain loop's and ours, with the same data and draws."""
     with tempfile.TemporaryDirectory() as folder:
-        base = dict(data_dir=str(ROOT / "tests/tiny_longcat/pictures"), train_batch_size=1, max_train_steps=steps, validation_step_interval=0, lr_scheduler="constant",
+        base = dict(base_model_precision="int8-quanto", data_dir=str(ROOT / "tests/tiny_longcat/pictures"), train_batch_size=1, max_train_steps=steps, validation_step_interval=0, lr_scheduler="constant",
                     lora_target_modules=TARGET_MODULES, lr_warmup_steps=0, learning_rate=1e-3, adam_beta2=0.999, report_to="none", cache_dir=f"{folder}/cache", max_grad_norm=1.0)  # fmt: skip
         config, device = load_config(ROOT / "configs/tiny.json", **base), pick_device()
         entries, prompts = cache_latents.main(config)
@@ -202,18 +188,12 @@ def losses(steps):
         print(f"plain loop: {plain:.5f}")
         for name, way in WAYS.items():
             if way and not way.get("torch_compile"):
-                ways = [way, {**way, "base_model_precision": "int8-matmul"}] if name == "auto" else [way]
-                for way in ways:
-                    ours = load_config(
-                        ROOT / "configs/tiny.json",
-                        **{**base, **way, "output_dir": f"{folder}/{name}{way['base_model_precision']}"},
-                    )
-                    train_lora.main(ours)
-                    lines = [
-                        json.loads(line) for line in (Path(ours.output_dir) / "metrics.jsonl").read_text().splitlines()
-                    ]
-                    mean = statistics.fmean([line["loss"] for line in lines if line["step"] > steps - steps // 4])
-                    print(f"{name}, {way['base_model_precision']}: {mean:.5f}, {mean / plain - 1:+.2%}")
+                ours = load_config(ROOT / "configs/tiny.json", **{**base, **way, "output_dir": f"{folder}/{name}"})
+                train_lora.main(ours)
+                lines = (Path(ours.output_dir) / "metrics.jsonl").read_text().splitlines()
+                last = [line for line in map(json.loads, lines) if line["step"] > steps - steps // 4]
+                mean = statistics.fmean(line["loss"] for line in last)
+                print(f"{name}, {ours.base_model_precision}: {mean:.5f}, {mean / plain - 1:+.2%}")
 
 
 def main():
