@@ -47,7 +47,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
@@ -186,8 +186,10 @@ class Config(BaseModel):
 
     data_dir: Sources = key([], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}')
     instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
-    resolution: Size = key("1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"')
     aspect_bucket_alignment: int = key(64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64)
+    resolution: Size = key(
+        "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"', validate_default=True
+    )
     validation_split: float = key(0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1)
     caption_dropout_probability: float = key(0.1, "share of the samples trained with the empty prompt", ge=0, le=1)
     cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
@@ -205,8 +207,8 @@ class Config(BaseModel):
     gradient_accumulation_steps: int = key(1, "batches a step", ge=1)
     max_train_steps: int = key(1000, "steps to train", ge=1)
     num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0)
-    learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", ge=0)
     lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
+    learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", ge=0)
     lr_warmup_steps: int = key(100, "steps until the full learning rate", ge=0)
     adam_beta2: float = key(0.999, "AdamW's beta2; beta1 is 0.9", ge=0, lt=1)
     adam_weight_decay: float = key(0.01, "AdamW's weight decay", ge=0)
@@ -239,21 +241,25 @@ class Config(BaseModel):
     lora: PathText | None = key(None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"')
     compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
 
-    @model_validator(mode="after")
-    def fits_together(self):
-        """What one key alone cannot tell."""
-        buckets(self)
-        validation_sizes(self)
-        if not all(0 <= seed < 2**63 for seed in self.validation_seed):
-            raise ValueError(f"validation_seed: found {self.validation_seed}, allowed is 0 or more, less than 2^63")
-        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
-            raise ValueError(f"learning_rate: found {self.learning_rate}, but polynomial ends at 1e-7; choose more")
-        if self.torch_compile and (
-            self.enable_group_offload or self.base_model_precision in ("int4-quanto", "fp8-torchao")
-        ):
-            what = "enable_group_offload" if self.enable_group_offload else self.base_model_precision
-            raise ValueError(f"torch_compile: does not work with {what}; leave one of them out")
-        return self
+    @field_validator("resolution", "validation_resolution", "validation_seed", "learning_rate", "torch_compile")
+    @classmethod
+    def fits(cls, value, info):
+        """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are right."""
+        earlier = SimpleNamespace(**({"aspect_bucket_alignment": 64} | info.data | {info.field_name: value}))
+        if info.field_name == "resolution":
+            buckets(earlier)
+        if info.field_name == "validation_resolution":
+            validation_sizes(earlier)
+        if info.field_name == "validation_seed" and not all(0 <= seed < 2**63 for seed in value):
+            raise ValueError("must be 0 or more, and less than 2^63")
+        if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
+            raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
+        if info.field_name == "torch_compile" and value:
+            if info.data.get("enable_group_offload"):
+                raise ValueError("does not work with enable_group_offload; leave one of them out")
+            if info.data.get("base_model_precision") in ("int4-quanto", "fp8-torchao"):
+                raise ValueError(f"does not work with base_model_precision {info.data['base_model_precision']}")
+        return value
 
     def __setattr__(self, name, value):
         with as_user_error():
@@ -419,21 +425,23 @@ def config_from_flags(description, arguments):
     return load_config(None if unknown else path, **overrides, **dict.fromkeys(unknown))
 
 
-def parse_size(name, text, alignment):
-    """'1344x768' -> (1344, 768). Raises UserError if it is no size or not on the grid."""
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not width or not height or width % alignment or height % alignment:
-        allowed = f"WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024"
-        raise UserError(f"{name}: found {text!r}, allowed is {allowed}")
-    return width, height
+def parse_sizes(text, alignment):
+    """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)]. Raises ValueError for what is no size or not on the grid."""
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", part)
+        width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not width or not height or width % alignment or height % alignment:
+            raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024")
+        sizes.append((width, height))
+    return list(dict.fromkeys(sizes))
 
 
 def validation_sizes(config):
     """The sizes (width, height) in `validation_resolution`."""
-    sizes = [parse_size("validation_resolution", part, 16) for part in config.validation_resolution.split(",")]
+    sizes = parse_sizes(config.validation_resolution, 16)
     if max(map(max, sizes)) > 4096:
-        raise UserError(f"validation_resolution: found {config.validation_resolution!r}, allowed are sides up to 4096")
+        raise ValueError("sides are 4096 at most")
     return sizes
 
 
@@ -442,11 +450,10 @@ def buckets(config):
     on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
     grid, text = config.aspect_bucket_alignment, config.resolution.strip()
     if not text.isdecimal():
-        return list(dict.fromkeys(parse_size("resolution", part, grid) for part in text.split(",")))
+        return parse_sizes(text, grid)
     side = int(text)
     if side < grid or side % grid or side > 8192:
-        allowed = f"a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768"
-        raise UserError(f"resolution: found {text!r}, allowed is {allowed}")
+        raise ValueError(f"must be a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768")
     sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
     sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
     return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)

@@ -86,9 +86,13 @@ def test_numbers_in_flags_are_numbers():
         ({"model_family": "flux"}, ["model_family: found 'flux', must be 'longcat_image'"]),
         ({"aspect_bucket_alignment": 100}, ["aspect_bucket_alignment: found 100, must be a multiple of 64"]),
         ({"resolution": "1000"}, ["resolution: found '1000'", "multiple of 64"]),
-        ({"resolution": "64000000"}, ["resolution", "64000000", "up to 8192"]),
-        ({"resolution": "1024x1000"}, ["resolution", "1024x1000", "multiples of 64"]),
+        ({"resolution": "64000000"}, ["resolution: found '64000000', must be a multiple of 64 up to 8192"]),
+        (
+            {"resolution": "1024x1000"},
+            ["resolution: found '1024x1000', '1024x1000' is no WIDTHxHEIGHT in multiples of 64"],
+        ),
         ({"resolution": None}, ["resolution: found None, must be text"]),
+        ({"aspect_bucket_alignment": 192}, ["resolution: found '1024', must be a multiple of 192"]),
         ({"validation_resolution": "big"}, ["validation_resolution: found 'big'", "1024x1024"]),
         ({"validation_resolution": "1024x1024,100"}, ["validation_resolution", "'100'", "1024x1024"]),
         (
@@ -113,7 +117,10 @@ def test_numbers_in_flags_are_numbers():
         ({"validation_seed": [1, -2]}, ["validation_seed: found [1, -2]", "0 or more"]),
         ({"validation_seed": 2**64}, ["validation_seed", "less than 2^63"]),
         ({"validation_lora_strength": [1, "x"]}, ["validation_lora_strength[1]: found 'x', must be a number"]),
-        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, ["learning_rate: found 1e-07", "polynomial"]),
+        (
+            {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+            ["learning_rate: found 1e-07, must be more", "polynomial"],
+        ),
     ],
 )
 def test_mistakes_are_named(overrides, words):
@@ -123,17 +130,19 @@ def test_mistakes_are_named(overrides, words):
 
 def test_all_mistakes_are_named_at_once(tmp_path):
     file = tmp_path / "mine.json"
-    file.write_text(
-        '{"lora_rank": 0, "seed": "1", "lora_rnk": 8, "nonsense": 1, "data_dir": [{"path": "x", "repeats": "2"}]}'
-    )
+    wrong = {
+        "lora_rank": 0,
+        "seed": "1",
+        "resolution": 1000,
+        "data_dir": [{"path": "x", "repeats": "2"}],
+        "lora_rnk": 8,
+    }
+    wrong |= {"enable_group_offload": True, "torch_compile": True, "validation_seed": [-1], "nonsense": 1}
+    file.write_text(json.dumps(wrong))
     lines = message(file, max_train_steps=1.5).splitlines()
     assert lines[0] == "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'; --help lists all"
-    assert sorted(line.split(":")[0] for line in lines[1:]) == [
-        "data_dir[0].repeats",
-        "lora_rank",
-        "max_train_steps",
-        "seed",
-    ]
+    named = ["data_dir[0].repeats", "lora_rank", "max_train_steps", "resolution", "seed", "torch_compile"]
+    assert sorted(line.split(":")[0] for line in lines[1:]) == [*named, "validation_seed"]
 
 
 def test_a_key_that_is_set_later_is_checked_too():
