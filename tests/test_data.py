@@ -182,3 +182,8 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     longcat_common.folder_identity.cache_clear()
     assert cache_latents.latents_file(same, entry) != cache_latents.latents_file(other, entry)
     assert prompt_file(same, "a", "cpu") == prompt_file(other, "a", "cpu")
+    assert prompt_file(same, "a", "cpu") != prompt_file(tiny_config(mixed_precision="bf16"), "a", "cpu")
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({**load_file(file), "extra": torch.zeros(1)}, file)
+    longcat_common.folder_identity.cache_clear()
+    assert prompt_file(same, "a", "cpu") != prompt_file(other, "a", "cpu")

@@ -76,6 +76,20 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws(tiny_config):
     assert len(pictures) == 2
 
 
+def test_the_negative_prompt_is_the_pipelines_own(tiny_config):
+    drawn = []
+    for negative in ("", "a red circle"):
+        config = tiny_config(validation_num_inference_steps=3, validation_negative_prompt=negative)
+        pipe = load_pipeline(config, "cpu")
+        drawn.append(np.asarray(generate(pipe, config, [PROMPT])[0]).astype(int))
+        expected = pipe(
+            PROMPT, negative_prompt=negative, height=128, width=128, num_inference_steps=3, guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(42),
+        ).images[0]  # fmt: skip
+        assert np.abs(drawn[-1] - np.asarray(expected)).max() == 0
+    assert np.abs(drawn[0] - drawn[1]).mean() > 1
+
+
 def test_a_grid_with_any_labels():
     rows = [[Image.new("RGB", (64, 32), "red")] * 2] * 2
     grid = picture_grid(rows, ["a very long label " * 20, "中文的提示词"], ["base", "with LoRA"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_cache import cached_files
 
 import train_lora
-from longcat_common import load_config
+from longcat_common import load_config, write_file
 
 NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 
@@ -72,6 +72,8 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, referen
         train_lora.main(other)
         assert lora_bytes(other) == expected, f"resumed from step {done}"
         assert [line["step"] for line in metrics(other) if "loss" in line] == [3]
+        ours, theirs = ([line for line in metrics(run) if "held_out_loss" in line][-1] for run in (other, config))
+        assert ours == theirs and ours["held_out_loss"] < ours["held_out_base"]
     # Another seed is another LoRA: the comparison can fail.
     other = quick_config(**{**settings, "max_train_steps": 1}, output_dir=str(tmp_path / "other"), seed=43)
     train_lora.main(other)
@@ -460,6 +462,15 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
 
 
 # ---------------------------------------------------------------- starved
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, done, sync, replace = tmp_path / "file", [], os.fsync, os.replace
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size) or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append(path.read_text()) or replace(*paths))
+    write_file(path, "after it")
+    assert done == [8, "before"] and path.read_text() == "after it"
 
 
 def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp_path):

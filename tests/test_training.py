@@ -316,6 +316,29 @@ def test_draws_are_as_configured(tiny_config):
     torch.testing.assert_close((spread / posterior["std"]).std(), torch.tensor(1.0), atol=0.01, rtol=0)
     again = train_lora.load_batch(config, [("a", entry)], prompts, 7, 7)
     assert all(torch.equal(a, b) for a, b in zip(again, drawn[7]))
+    later = train_lora.load_batch(config, [("a", {**entry, "loss_weight": 0.25})], prompts, 7, 8)
+    assert not any(torch.equal(a, b) for a, b in zip(later[:3], again[:3])), "each batch of an epoch has its own draws"
+    assert again[4].tolist() == [1.0] and later[4].tolist() == [0.25]
+
+
+def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
+    draw = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 1, 16, 16, 16, generator=draw)
+    batch = latents, noise, torch.zeros(1), torch.randn(1, 512, 64, generator=draw), torch.ones(1)
+    found, moments = [], []
+    for count in (1, 3):
+        config = tiny_config(gradient_accumulation_steps=count, max_grad_norm=1e-3)
+        transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
+        run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
+        found.append(train_lora.train_step(config, run, 1, [(i, batch) for i in range(count)])())
+        first = [run.optimizer.state[parameter]["exp_avg"].flatten() for parameter in run.parameters.values()]
+        moments.append(torch.cat(first).norm().item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][1] > 1e-2, (
+        "loss and gradient norm before clipping"
+    )
+    assert moments == pytest.approx([0.1 * 1e-3] * 2, rel=1e-2), (
+        "AdamW's first moment is a tenth of the clipped gradient"
+    )
 
 
 def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config, monkeypatch, capsys):
