@@ -1523,6 +1523,10 @@ def lora_file(path):
         raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
     if not file.is_file():
         raise UserError(f"{file}: there is no such LoRA file")
+    if file.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"{file}: LoRAs are opened from .safetensors files only; a pickled file (.pt, .bin) could run code"
+        )
     return file
 
 

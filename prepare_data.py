@@ -112,7 +112,7 @@ def captions_in(value):
     if isinstance(value, str):
         value = " ".join(value.split())
         value.encode("utf-8")  # half an emoji is a ValueError
-        return [value] if value else []
+        return [value] if any(letter.isprintable() and letter != " " for letter in value) else []  # zero width is empty
     if isinstance(value, dict):
         named = any(name in value for name in CAPTION_NAMES)
         value = [value[name] for name in CAPTION_NAMES if value.get(name)][:1] if named else list(value.values())

@@ -208,6 +208,10 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=f"{name}.safetensors: is no LoRA that can be opened here.*{words}"):
             read_lora(tmp_path / f"{name}.safetensors")
+    for name in ("lora.pt", "lora.bin", "lora.ckpt"):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: LoRAs are opened from .safetensors files only; a pickled file"):
+            read_lora(tmp_path / name)
     other = {
         "transformer_blocks.99.attn.to_q.lora_A.weight": torch.ones(4, 96),
         "transformer_blocks.99.attn.to_q.lora_B.weight": torch.ones(96, 4),

@@ -169,6 +169,7 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
     [
         ("a.txt", b"", ["a.txt: is empty", "a.jpg: no caption"]),
         ("a.txt", b"\xef\xbb\xbf \n", ["a.jpg: no caption"]),
+        ("a.txt", "\u200b \u2060\u200d".encode(), ["a.txt: is empty", "a.jpg: no caption"]),
         ("a.txt", "café señor".encode("latin-1"), ["a.txt: is not UTF-8, and not surely GB18030", "a.jpg: no caption"]),
         ("a.txt", "一隻紅色的貓在屋頂上".encode("big5"), ["a.txt: is not UTF-8, and not surely GB18030"]),
         ("a.txt", "Тихий вечер у моря".encode("cp1251"), ["a.txt: is not UTF-8, and not surely GB18030"]),
