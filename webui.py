@@ -138,7 +138,8 @@ def from_text(name, text):
 def read_form(texts, place, fixed={}):
     """The configuration that a form's {key: text} and the `fixed` {key: value} stand for, or None, and {key: what is wrong}."""
     given, problems, config = {name: from_text(name, text) for name, text in texts.items()}, {}, None
-    given = {**{name: value for name, value in given.items() if value is not None}, **fixed}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {RENAMED.get(name, name): value for name, value in fixed.items()}
     for name, value in ({name: KEYS[name].default for name in ("output_dir", "cache_dir")} | given).items():
         try:
             confine(name, value, place)

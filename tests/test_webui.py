@@ -136,6 +136,7 @@ def test_a_path_cannot_leave_the_folders(name, place, tmp_path, monkeypatch):
     inside = "data" if name not in ("output_dir", "cache_dir") else "output/other"
     assert webui.read_form({**good, name: inside}, place)[1] == {}
     if name == "data_dir":
+        assert "'/etc'" in webui.read_form({}, place, {**good, "instance_data_dir": "/etc"})[1][name]
         sources = json.dumps([{"path": "data"}, {"path": "/etc"}])
         assert "'/etc'" in webui.read_form({**good, name: sources}, place)[1][name]
 
