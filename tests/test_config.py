@@ -76,6 +76,8 @@ def test_numbers_in_flags_are_numbers():
         ({"learning_rate": True}, ["learning_rate: found True, must be a number"]),
         ({"lora_alpha": 0}, ["lora_alpha: found 0, must be greater than 0"]),
         ({"torch_compile": "yes"}, ["torch_compile: found 'yes', must be true or false"]),
+        ({"torch_compile": True, "enable_group_offload": True}, ["torch_compile: found True", "enable_group_offload"]),
+        ({"torch_compile": True, "base_model_precision": "fp8-torchao"}, ["torch_compile: found True", "fp8-torchao"]),
         ({"gradient_checkpointing": "auto"}, ["gradient_checkpointing: found 'auto', must be true, false or a number"]),
         ({"gradient_checkpointing": -1}, ["gradient_checkpointing: found -1, must be true, false or a number"]),
         (
