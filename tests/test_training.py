@@ -321,24 +321,38 @@ def test_draws_are_as_configured(tiny_config):
     assert again[4].tolist() == [1.0] and later[4].tolist() == [0.25]
 
 
-def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
+def first_step(config, batches):
+    """What the first step over these (number in the run, tensors) gives, and AdamW's first moment after it."""
+    transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
+    run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
+    numbers = train_lora.train_step(config, run, 1, batches)()
+    return numbers, torch.cat([run.optimizer.state[p]["exp_avg"].flatten() for p in run.parameters.values()])
+
+
+def two_pictures():
     draw = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 1, 16, 16, 16, generator=draw)
-    batch = latents, noise, torch.zeros(1), torch.randn(1, 512, 64, generator=draw), torch.ones(1)
-    found, moments = [], []
-    for count in (1, 3):
-        config = tiny_config(gradient_accumulation_steps=count, max_grad_norm=1e-3)
-        transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
-        run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
-        found.append(train_lora.train_step(config, run, 1, [(i, batch) for i in range(count)])())
-        first = [run.optimizer.state[parameter]["exp_avg"].flatten() for parameter in run.parameters.values()]
-        moments.append(torch.cat(first).norm().item())
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][1] > 1e-2, (
-        "loss and gradient norm before clipping"
-    )
-    assert moments == pytest.approx([0.1 * 1e-3] * 2, rel=1e-2), (
+    shapes = [(16, 16, 16), (16, 16, 16), (), (512, 64)]  # latents, noise, normal draws, prompt embeddings
+    return [*(torch.randn(2, *shape, generator=draw) for shape in shapes), torch.ones(2)]
+
+
+def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
+    both = two_pictures()
+    halves = [(i, [tensor[i : i + 1] for tensor in both]) for i in range(2)]
+    config = tiny_config(max_grad_norm=1e-3)
+    together, moment = first_step(config, [(0, both)])
+    config.gradient_accumulation_steps = 2
+    in_turn, other = first_step(config, halves)
+    assert in_turn == pytest.approx(together, rel=1e-4) and in_turn[1] > 1e-2, "loss and gradient norm before clipping"
+    assert (other - moment).norm() < 1e-3 * moment.norm()
+    assert other.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2), (
         "AdamW's first moment is a tenth of the clipped gradient"
     )
+
+
+def test_each_batch_has_its_own_dropout(tiny_config):
+    config, both = tiny_config(lora_dropout=0.5), two_pictures()
+    first, again, second = (first_step(config, [(number, both)])[1] for number in (0, 0, 1))
+    assert torch.equal(first, again) and (first - second).norm() > 0.1 * first.norm()
 
 
 def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config, monkeypatch, capsys):
