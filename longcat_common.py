@@ -121,7 +121,9 @@ def prompts(value):
 
 def is_prompt_file(value):
     """Whether `validation_prompts` names a .txt file, and is no prompt: "prompts.txt", not "a sign that says read me.txt"."""
-    return isinstance(value, str) and re.fullmatch(r"(\S+|.*[/\\].*)\.txt", value, re.IGNORECASE) is not None
+    if not isinstance(value, str) or not value.lower().endswith(".txt"):
+        return False
+    return re.fullmatch(r"\S+|.*[/\\].*", value) is not None or os.path.isfile(os.path.expanduser(value))
 
 
 def blocks(value):
@@ -149,7 +151,7 @@ class Source(BaseModel):
 
     model_config = STRICT
     path: PathText
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=10**6)
     caption_prefix: Text = ""
     loss_weight: float = Field(1.0, ge=0)
 
@@ -195,7 +197,7 @@ class Config(BaseModel):
     cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
     text_encoder_batch_size: int = key(4, "prompts a batch when embeddings are cached", ge=1)
 
-    lora_rank: int = key(16, "rank", ge=1)
+    lora_rank: int = key(16, "rank", ge=1, le=4096)
     lora_alpha: float | None = key(None, "strength is lora_alpha / lora_rank; null: equal to the rank", gt=0)
     lora_dropout: float = key(0.0, "dropout on the LoRA's input", ge=0, lt=1)
     init_lora: PathText | None = key(None, "LoRA file or folder to start from")
@@ -203,10 +205,10 @@ class Config(BaseModel):
     trigger_words: Texts = key([], "words that call up what was learned; noted in the LoRA's file")
     license: Text | None = key(None, "licence of the LoRA; noted in its file")
 
-    train_batch_size: int = key(1, "pictures a batch", ge=1)
-    gradient_accumulation_steps: int = key(1, "batches a step", ge=1)
+    train_batch_size: int = key(1, "pictures a batch", ge=1, le=10**6)
+    gradient_accumulation_steps: int = key(1, "batches a step", ge=1, le=10**6)
     max_train_steps: int = key(1000, "steps to train", ge=1)
-    num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0)
+    num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0, le=10**6)
     lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
     learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", ge=0)
     lr_warmup_steps: int = key(100, "steps until the full learning rate", ge=0)
@@ -314,7 +316,7 @@ def problems(error):
         for pydantics, ours in PLAIN_WORDS.items():
             message = message.replace(pydantics, ours)
         if problem["type"] in ("extra_forbidden", "no_such_attribute") and place == problem["loc"][0]:
-            near = difflib.get_close_matches(place, KEYS, n=1, cutoff=0.7)
+            near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
             unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
         else:
             found = repr(problem["input"])
@@ -351,11 +353,15 @@ def unique_keys(pairs):
 
 
 def read_config(path):
-    """{key: value} of a config file. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
-    return {
-        name.removeprefix("--"): flag_value(name[2:], value) if name.startswith("--") else value
-        for name, value in read_json(path).items()
-    }
+    """{key: value} of a config file, under our names. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
+    pairs = []
+    for name, value in read_json(path).items():
+        key = RENAMED.get(name.removeprefix("--"), name.removeprefix("--"))
+        pairs.append((key, flag_value(key, value) if name.startswith("--") else value))
+    try:
+        return unique_keys(pairs)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_config(path=None, **overrides):
@@ -363,9 +369,13 @@ def load_config(path=None, **overrides):
 
     Raises UserError (a ValueError) with all that is wrong, one line a key.
     """
-    given = {}
-    for values in (read_config(path) if path else {}, overrides):
-        given |= {RENAMED.get(name, name): value for name, value in values.items()}
+    return make_config(path, overrides)
+
+
+def make_config(path, overrides):
+    """load_config with the overrides as a dictionary, which may come from anywhere and hold any key."""
+    given = read_config(path) if path else {}
+    given |= {RENAMED.get(name, name): value for name, value in overrides.items()}
     if given.get("report_to") in ("all", "comet_ml", "swanlab", "wandb"):
         print(
             f"report_to: {given['report_to']} is not here; curves go to TensorBoard and metrics.jsonl", file=sys.stderr
@@ -373,8 +383,9 @@ def load_config(path=None, **overrides):
         given["report_to"] = "tensorboard"
     if ignored := sorted(IGNORED & given.keys()):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
+    readable = lambda name: name.encode("utf-8", "backslashreplace").decode()  # half a character would stop pydantic
     with as_user_error():
-        return Config(**{name: value for name, value in given.items() if name not in IGNORED})
+        return Config(**{readable(name): value for name, value in given.items() if name not in IGNORED})
 
 
 def kinds(annotation):
@@ -414,15 +425,20 @@ def config_from_flags(description, arguments):
     for name in [*RENAMED, *IGNORED]:
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     bare = {f"--{name}" for name, field in KEYS.items() if bool in kinds(field.annotation)}
+    bare |= {f"--{name}" for name in IGNORED if not name.endswith("_config")}  # those take a file
+    ends = lambda word: not word or word.startswith("--") or word.endswith(".json") or os.path.isfile(word)
     given, rest = parser.parse_known_args(
-        f"{word}=true" if word in bare and not re.fullmatch(r"true|false|\d+", following, re.IGNORECASE) else word
+        f"{word}=true" if word in bare and ends(following) else word
         for word, following in zip(arguments, [*arguments[1:], ""])
     )
+    path = vars(given).pop("config")
     overrides = {name: flag_value(RENAMED.get(name, name), text) for name, text in vars(given).items()}
-    path, unknown = overrides.pop("config"), [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+    unknown = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
     if rest and not unknown:
         raise UserError(f"{rest[0]!r} is no flag; write [config.json] [--key value ...]")
-    return load_config(None if unknown else path, **overrides, **dict.fromkeys(unknown))
+    if unknown and not os.path.isfile(path or ""):
+        path = None  # an unknown flag's value
+    return make_config(path, overrides | dict.fromkeys(unknown))
 
 
 def parse_sizes(text, alignment):
@@ -450,7 +466,10 @@ def buckets(config):
     on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
     grid, text = config.aspect_bucket_alignment, config.resolution.strip()
     if not text.isdecimal():
-        return parse_sizes(text, grid)
+        sizes = parse_sizes(text, grid)
+        if max(map(max, sizes)) > 8192:
+            raise ValueError("sides are 8192 at most")
+        return sizes
     side = int(text)
     if side < grid or side % grid or side > 8192:
         raise ValueError(f"must be a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768")

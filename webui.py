@@ -55,6 +55,7 @@ from longcat_common import (
     is_prompt_file,
     kinds,
     load_config,
+    make_config,
     read_config,
     read_json,
     sources,
@@ -113,7 +114,9 @@ def to_text(name, value):
         return ""
     if name == "data_dir" and isinstance(value, list):
         value = [part.model_dump(exclude_defaults=True) if isinstance(part, Source) else part for part in value]
-        value = value[0]["path"] if len(value) == 1 and [*value[0]] == ["path"] else value
+        value = (
+            value[0]["path"] if len(value) == 1 and isinstance(value[0], dict) and [*value[0]] == ["path"] else value
+        )
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if isinstance(value, list) and len(value) == 1 and name != "data_dir":
@@ -145,8 +148,10 @@ def read_form(texts, place, fixed={}):
             confine(name, value, place)
         except UserError as error:
             problems[name] = str(error)
+        except UnicodeEncodeError:
+            continue  # half a character in a path: the configuration says so
     try:
-        config = load_config(**{name: value for name, value in given.items() if name not in problems})
+        config = make_config(None, {name: value for name, value in given.items() if name not in problems})
     except UserError as error:
         problems |= {re.split(r"[:.\[]", line)[0]: line for line in str(error).splitlines()}
     return (None if problems else config), problems
@@ -239,8 +244,9 @@ def plain(text):
 
 def settings_of(config):
     """What a config file must hold: what is in front, and what is not the default."""
-    default, values = load_config().model_dump(), config.model_dump(exclude_defaults=True)
-    return {name: values.get(name, default[name]) for name in KEYS if name in FRONT or name in values}
+    default, values = load_config().model_dump(), config.model_dump()
+    # As written: to Python 1 block and true are equal.
+    return {name: values[name] for name in KEYS if name in FRONT or repr(values[name]) != repr(default[name])}
 
 
 # ---------------------------------------------------------------- jobs: processes, and files that tell about them
@@ -508,6 +514,7 @@ def set_up_tab(place, start):
         )
         replace = gr.Checkbox(label=t("Replace the file of that name"))
         save = gr.Button(t("Save"), elem_id="save")
+    saved = gr.Markdown(elem_id="save-message")  # its own place: a check still at work must not wipe it away
     names, components = list(form), list(form.values())
     kept = gr.BrowserState({}, storage_key="longcat-webui", secret="form")  # a reloaded page shows what was typed
 
@@ -576,7 +583,7 @@ def set_up_tab(place, start):
     typed = [component.blur if isinstance(component, gr.Textbox) else component.input for component in components]
     gr.on(typed, *checking, show_progress="hidden", trigger_mode="always_last")
     chosen.input(load, chosen, [about, *components]).then(*checking, show_progress="hidden")
-    save.click(write, [name, replace, *components], [message, chosen, about, replace])
+    save.click(write, [name, replace, *components], [saved, chosen, about, replace])
     return form, lambda page: page.load(restore, kept, [chosen, about, *components], show_progress="hidden").then(
         *checking, show_progress="hidden"
     )

@@ -71,6 +71,11 @@ def test_numbers_in_flags_are_numbers():
         ({"lora_rnk": 8}, ["unknown", "'lora_rnk' (did you mean 'lora_rank'?)"]),
         ({"lora_rank": "8"}, ["lora_rank: found '8', must be a whole number"]),
         ({"lora_rank": True}, ["lora_rank: found True, must be a whole number"]),
+        ({"LORA_RANK": 8}, ["unknown", "'LORA_RANK' (did you mean 'lora_rank'?)"]),
+        ({"\ud83d": 1}, ["unknown keys: '\\\\ud83d'"]),
+        ({"lora_rank": 10**30}, ["lora_rank: found 1000", "must be less than or equal to 4096"]),
+        ({"data_dir": [{"path": "x", "repeats": 10**30}]}, ["data_dir[0].repeats", "less than or equal to 1000000"]),
+        ({"resolution": "64x64000"}, ["resolution: found '64x64000', sides are 8192 at most"]),
         ({"lora_rank": 0}, ["lora_rank: found 0, must be greater than or equal to 1"]),
         ({"learning_rate": float("nan")}, ["learning_rate: found nan", "finite"]),
         ({"learning_rate": True}, ["learning_rate: found True, must be a number"]),
@@ -263,6 +268,25 @@ def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_pat
     assert "lora_rank" in message(file) and "'many'" in message(file)
 
 
+def test_two_names_of_one_key_are_refused_and_a_renamed_flag_in_a_file_is_read(tmp_path):
+    file = tmp_path / "config.json"
+    for text in ('{"checkpointing_steps": 5, "checkpoint_step_interval": 7}', '{"--lora_rank": 8, "lora_rank": 9}'):
+        file.write_text(text)
+        assert "is there 2 times" in message(file)
+    file.write_text('{"--validation_steps": "50"}')
+    assert load_config(file).validation_step_interval == 50
+
+
+def test_flags_without_a_value_leave_the_config_file_alone(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"lora_rank": 5}')
+    for words in (["--use_ema"], ["--push_to_hub"], ["--enable_group_offload"], ["--data_backend_config", "x.json"]):
+        assert config_from_flags("", [*words, str(file)]).lora_rank == 5
+    with pytest.raises(UserError, match="unknown keys: 'bogus'.*\nseed: found -1"):
+        file.write_text('{"seed": -1}')
+        config_from_flags("", [str(file), "--bogus"])
+
+
 def test_script_prints_one_line_and_exits_with_2():
     done = run_script("train_lora.py", "--lora_rnk", "8", check=False)
     assert done.returncode == 2
@@ -327,6 +351,10 @@ def test_help_names_every_key_with_its_default_and_choices(capsys):
     [
         (["--lora_rnk", "8", "--nonsense"], "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'"),
         (["--lora_rank"], "--lora_rank: expected one argument"),
+        (["--path", "x"], "unknown keys: 'path'"),
+        (["--torch_compile", "no"], "torch_compile: found 'no', must be true or false"),
+        (["--gradient_checkpointing", "-1"], "gradient_checkpointing: found -1, must be true, false or a number"),
+        (["--gradient_checkpointing", "null"], "gradient_checkpointing: found None, must be true, false or a number"),
         (["a.json", "b.json"], "'b.json' is no flag"),
     ],
 )

@@ -154,13 +154,16 @@ def test_without_a_config_the_base_is_drawn(tmp_path):
     assert len(list((tmp_path / "output/validation/compare-001").glob("0?-128x128-seed42-base.png"))) == 2
 
 
-def test_prompts_from_a_file(tmp_path):
+def test_prompts_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red fox\n\n  一只猫 \n", encoding="utf-8")
     assert load_config(validation_prompts=str(file)).validation_prompts == ["a red fox", "一只猫"]
     assert load_config(validation_prompts="a poster that says read me.txt").validation_prompts == [
         "a poster that says read me.txt"
     ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my prompts.txt").write_text("a blue fox")
+    assert load_config(validation_prompts="my prompts.txt").validation_prompts == ["a blue fox"]
     file.write_text("\n")
     with pytest.raises(ValueError, match="validation_prompts: .*holds no prompt"):
         load_config(validation_prompts=str(file))

@@ -141,6 +141,15 @@ def test_a_path_cannot_leave_the_folders(name, place, tmp_path, monkeypatch):
         assert "'/etc'" in webui.read_form({**good, name: sources}, place)[1][name]
 
 
+def test_a_runs_config_cannot_name_another_file_or_break_the_form(place):
+    good = {"output_dir": str(place.output / "run"), "cache_dir": str(place.output / "cache")}
+    config, problems = webui.read_form({}, place, {**good, "path": str(ROOT / "configs" / "24gb.json")})
+    assert config is None and "unknown keys: 'path'" in "".join(problems.values())
+    assert webui.read_form({}, place, {**good, "init_lora": str(place.output) + "/\ud83d"})[0] is None
+    assert webui.to_text("data_dir", [None]) == "[null]" and webui.to_text("data_dir", [3]) == "[3]"
+    assert webui.settings_of(load_config(gradient_checkpointing=1))["gradient_checkpointing"] == 1
+
+
 def test_files_that_name_files_are_not_read(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "list.jsonl").write_text('{"img_path": "/etc/hostname"}')  # could name anything
@@ -677,7 +686,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "⚠" not in text("key-output_dir") and "⚠" not in text("set-up-message"))
         page.locator("#save-name input, #save-name textarea").fill("mine")
         page.click("#save")
-        until(lambda: "Saved" in text("set-up-message"))
+        until(lambda: "Saved" in text("save-message"))
         config = load_config(clone / "configs" / "mine.json")
         assert (config.max_train_steps, config.lora_rank, config.output_dir, config.validation_split) == (
             240,
@@ -686,7 +695,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
             0.1,
         )
         page.click("#save")
-        until(lambda: "already" in text("set-up-message"))
+        until(lambda: "already" in text("save-message"))
         shot("1-set-up")
 
         # Data: the report, the sheet, a caption corrected where it stands.
