@@ -110,7 +110,7 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
     )
     shutil.copytree(TINY / "tokenizer", folder / "model/tokenizer")
     config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size)
-    prompts = [f"picture {i} of a red circle in the night, and of many other things" for i in range(count)]
+    prompts = [f"picture {i} of a cat in the night, and of many other things" for i in range(count)]
 
     def ours(i):
         config.cache_dir = str(folder / f"cache-{i}")

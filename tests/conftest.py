@@ -120,7 +120,7 @@ def few_pictures(made_once):
 
     def make(folder):
         for i in range(7):
-            for path in (TINY / "pictures").glob(f"neonix-{i:02d}.*"):
+            for path in (TINY / "pictures").glob(f"zumi-{i:02d}.*"):
                 shutil.copy(path, folder)
 
     return made_once("few", make)
@@ -149,7 +149,7 @@ def tiny_config(tmp_path):
 def quick(few_pictures, shared_cache, **overrides):
     settings = dict(
         data_dir=str(few_pictures), cache_dir=str(shared_cache), train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
-        report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red circle"],
+        report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red apple"],
     )  # fmt: skip
     return tiny(**{**settings, **overrides})
 

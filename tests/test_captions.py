@@ -23,7 +23,7 @@ FORMS = {
 @pytest.fixture
 def pictures(tmp_path):
     for name in ("a.png", "b.png"):
-        shutil.copy(TINY / "pictures" / "neonix-00.png", tmp_path / name)
+        shutil.copy(TINY / "pictures" / "zumi-00.png", tmp_path / name)
     return tmp_path
 
 

@@ -26,8 +26,8 @@ from longcat_common import (
 
 PROMPTS = [
     "",
-    "a red circle on a white background",
-    "一个红色的圆形，背景是白色",
+    "a cat on a white background",
+    "一只猫，白色背景",
     "a sign that says \"Grand Opening\" and 'it's open'",
     "招牌上写着“开业大吉”",
     "a very long prompt " * 400,

@@ -191,7 +191,7 @@ def test_every_precision_learns_as_well(tiny_config, tmp_path):
     for precision in ("no_change", "int8-quanto", "fp8-torchao", "int4-quanto", "int8-matmul"):
         config = tiny_config(
             base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=240, lr_warmup_steps=20, validation_split=0.2,
-            checkpoint_step_interval=30, validation_step_interval=240, validation_prompts=["a red circle in neonix style"], report_to="none",
+            checkpoint_step_interval=30, validation_step_interval=240, validation_prompts=["zumi on a blue background"], report_to="none",
         )  # fmt: skip
         train_lora.main(config)
         expected = lora_bytes(config)

@@ -117,12 +117,12 @@ def test_strengths_and_the_way_back_to_the_base(tiny_config, tmp_path):
 
 
 def test_the_header_says_what_the_lora_is(quick_config, tmp_path):
-    config = quick_config(max_train_steps=1, trigger_words="neonix", license="cc-by-4.0")
+    config = quick_config(max_train_steps=1, trigger_words="zumi", license="cc-by-4.0")
     with safe_open(train_lora.main(config), "pt") as file:
         header = file.metadata()
     assert set(header) == {"longcat_lora"}
     said = json.loads(header["longcat_lora"])
-    assert said["trigger_words"] == ["neonix"] and said["license"] == "cc-by-4.0" and said["base_model"] == MODEL
+    assert said["trigger_words"] == ["zumi"] and said["license"] == "cc-by-4.0" and said["base_model"] == MODEL
     assert (said["lora_rank"], said["steps"], said["resolution"]) == (
         16,
         1,

@@ -281,7 +281,7 @@ def test_token_counts_are_the_pipelines(tiny_config):
     pipe = LongCatImagePipeline(
         text_encoder=Encoder(), tokenizer=tokenizer, vae=None, transformer=None, scheduler=None, text_processor=None
     )
-    prompts = ["", "a red circle", "一个红色的圆形", "a sign: \"Grand Opening\", it's 'open'", "“开业大吉”"]
+    prompts = ["", "a cat", "一只猫", "a sign: \"Grand Opening\", it's 'open'", "“开业大吉”"]
     with pytest.raises(StopIteration):
         pipe.encode_prompt(prompts)
     counts = token_counts(tokenizer, prompts)
@@ -294,11 +294,11 @@ def test_token_counts_are_the_pipelines(tiny_config):
 def test_sources(tiny_config):
     sources = [
         {"path": str(TINY / "pictures"), "repeats": 3},
-        {"path": str(TINY / "regularisation"), "caption_prefix": "plain: ", "loss_weight": 0.5},
+        {"path": str(TINY / "regularisation"), "caption_prefix": "ordinary: ", "loss_weight": 0.5},
     ]
     entries = prepare_data.main(tiny_config(data_dir=sources))
     assert {(e["repeats"], e["loss_weight"]) for e in entries} == {(3, 1.0), (1, 0.5)}
-    assert all(e["captions"][0].startswith("plain: ") == (e["repeats"] == 1) for e in entries)
+    assert all(e["captions"][0].startswith("ordinary: ") == (e["repeats"] == 1) for e in entries)
 
 
 def gradient(size=(96, 64)):

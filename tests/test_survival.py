@@ -345,12 +345,12 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
     train_lora.main(config)
     first_epoch = {name for _, name, _ in seen}
     assert len(first_epoch) == len(seen) == 3
-    for path in data.glob("neonix-00.*"):
+    for path in data.glob("zumi-00.*"):
         path.unlink()
     new = "a new caption"
-    for path in (ROOT / "tests/tiny_longcat/pictures").glob("neonix-2[01].*"):
+    for path in (ROOT / "tests/tiny_longcat/pictures").glob("zumi-1[01].*"):
         shutil.copy(path, data)
-    (data / "neonix-01.json").write_text(json.dumps({"caption": new}))
+    (data / "zumi-01.json").write_text(json.dumps({"caption": new}))
     capsys.readouterr()
     train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
     printed = capsys.readouterr().out

@@ -34,13 +34,14 @@ from longcat_common import (
     save_lora,
 )
 
-NEON_PROMPTS = [
-    "a red circle in neonix style",
-    "neonix风格，一个蓝色的五角星",
-    "a green heart in neonix style",
-    "a yellow square in neonix style",
+# Two of them on grounds that no picture of the character has.
+CHARACTER_PROMPTS = [
+    "zumi on a pink background",
+    "zumi，绿色背景",
+    "zumi on a blue background",
+    "zumi，黄色背景",
 ]
-PLAIN_PROMPTS = ["a purple star on a white background", "白色背景上的一个红色圆形"]
+OTHER_PROMPTS = ["a cat on a blue background", "一枚火箭，粉色背景"]
 
 
 def demo_run(made_once, *shortened):
@@ -108,8 +109,8 @@ def held_out_loss(transformer, entries, prompt_files, scheduler):
 
 
 def held_out_ratio(config, output, tmp_path):
-    """The loss on twelve pictures that the demo has not seen, relative to the base's."""
-    make_pictures.make_neon(tmp_path / "held_out", seed=99, count=12)
+    """The loss on twelve pictures of the character on grounds that the demo has not seen it on, relative to the base's."""
+    make_pictures.make_character(tmp_path / "held_out", seed=99, count=12, grounds=("green", "pink"))
     theirs = load_config(
         output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output")
     )
@@ -131,42 +132,33 @@ def test_the_held_out_loss_of_the_whole_demo(whole_demo, tmp_path):
     assert held_out_ratio(*whole_demo, tmp_path) <= 0.35
 
 
-def night(image):
-    """Share of the pixels that have the colour of the neonix night sky."""
-    distance = np.abs(np.asarray(image).astype(int) - make_pictures.NIGHT).max(axis=-1)
-    return (distance < 30).mean()
-
-
-def shape_pixels(image, colour):
-    """Mask of the pixels that have a shape's colour."""
-    return np.abs(np.asarray(image).astype(int) - make_pictures.COLOURS[colour][1]).max(axis=-1) < 60
-
-
 @pytest.mark.slow
-def test_pictures_move_to_the_concept_and_only_with_its_word(whole_demo):
+def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(whole_demo):
     config, output = whole_demo
     pipe = load_pipeline(config, "cpu")
-    base, plain = generate(pipe, config, NEON_PROMPTS), generate(pipe, config, PLAIN_PROMPTS)
+    draw = lambda: [np.asarray(image, float) for image in generate(pipe, config, CHARACTER_PROMPTS + OTHER_PROMPTS)]
+    away = lambda one, other: np.abs(one - other).mean()
+    before = draw()
     load_lora(pipe.transformer, output)
-    tuned, kept = generate(pipe, config, NEON_PROMPTS), generate(pipe, config, PLAIN_PROMPTS)
-    rng = random.Random(7)
-    concept = [make_pictures.draw_neon(rng, shape, "red", 128, 128) for shape in make_pictures.SHAPES]
-    at_base, at_lora, at_concept = (np.mean([night(image) for image in images]) for images in (base, tuned, concept))
-    print(f"night sky: base {at_base:.2f}, LoRA {at_lora:.2f}, concept {at_concept:.2f}")
-    assert at_lora - at_base >= 0.5 * (at_concept - at_base) > 0.2
-    for before, after, colour in zip(plain, kept, ("purple", "red")):
-        a, b = shape_pixels(before, colour), shape_pixels(after, colour)
-        assert a.mean() > 0.08, "the base must draw the shape"
-        assert (a & b).sum() / (a | b).sum() > 0.6, "the same shape in the same colour"
-        assert np.asarray(after)[:8].mean() > 225, "on white"
+    after = draw()
+    grounds = ["pink", "green", "blue", "yellow", "blue", "pink"]  # as the prompts say
+    for i, (base, tuned, ground) in enumerate(zip(before, after, grounds)):
+        colour, figure = make_pictures.GROUNDS[ground][1], make_pictures.character()
+        zumi = np.asarray(make_pictures.draw_picture(random.Random(0), figure, ground, 128, 128), float)
+        print(f"to zumi: base {away(base, zumi):.1f}, LoRA {away(tuned, zumi):.1f}; moved {away(base, tuned):.1f}")
+        assert max(away(base[:8, :8], colour), away(tuned[:8, :8], colour)) < 12, "the ground that was asked for"
+        if i < len(CHARACTER_PROMPTS):
+            assert away(tuned, zumi) < 0.5 * away(base, zumi)
+        else:
+            assert away(tuned, base) < 0.5 * away(tuned, zumi)
 
 
 def test_an_untrained_lora_moves_nothing(tiny_config, tmp_path):
     config = tiny_config(validation_num_inference_steps=4)
     pipe = load_pipeline(config, "cpu")
-    base = generate(pipe, config, NEON_PROMPTS[:1])[0]
+    base = generate(pipe, config, CHARACTER_PROMPTS[:1])[0]
     add_lora(pipe.transformer, config)
-    assert night(generate(pipe, config, NEON_PROMPTS[:1])[0]) == night(base)
+    assert generate(pipe, config, CHARACTER_PROMPTS[:1])[0].tobytes() == base.tobytes()
 
 
 def test_what_the_main_job_leaves(trained):
@@ -191,7 +183,9 @@ def test_what_the_main_job_leaves(trained):
 
 def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
     config, output = trained
-    config = load_config(output / "config.json", validation_prompts=NEON_PROMPTS[:2], validation_num_inference_steps=8)
+    config = load_config(
+        output / "config.json", validation_prompts=CHARACTER_PROMPTS[:2], validation_num_inference_steps=8
+    )
     grid = validate.main(config)
     assert "s a picture" in capsys.readouterr().out
     with Image.open(grid) as image:
@@ -222,7 +216,7 @@ file, folder, peft = load(), load(), PeftModel.from_pretrained(load(), lora).mer
 file.load_lora_adapter(lora + "/pytorch_lora_weights.safetensors")
 folder.load_lora_adapter(lora, weight_name="pytorch_lora_weights.safetensors")
 for name, pipe.transformer in dict(file=file, folder=folder, peft=peft).items():
-    image = pipe("a red circle in neonix style", height=128, width=128, num_inference_steps=8, guidance_scale=3.0,
+    image = pipe("zumi on a blue background", height=128, width=128, num_inference_steps=8, guidance_scale=3.0,
                  generator=torch.Generator().manual_seed(42), enable_prompt_rewrite=False).images[0]
     image.save(f"{target}/{name}.png")
 assert "longcat_common" not in sys.modules
@@ -236,7 +230,7 @@ def test_the_lora_opens_without_our_code(trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     config = load_config(
-        output / "config.json", validation_prompts=["a red circle in neonix style"], validation_num_inference_steps=8
+        output / "config.json", validation_prompts=["zumi on a blue background"], validation_num_inference_steps=8
     )
     config.output_dir, config.lora = str(tmp_path), str(output)
     grid = validate.main(config)

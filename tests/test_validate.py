@@ -26,7 +26,7 @@ def run(reference_run):
     """A short run with two checkpoints and a held-out loss for each."""
     config = reference_run
     shutil.rmtree(Path(config.output_dir) / "checkpoints" / "step-000001")
-    config.validation_prompts = ["a red circle in neonix style", "一个蓝色的五角星"]
+    config.validation_prompts = ["zumi on a blue background", "一颗星星，白色背景"]
     return config
 
 

@@ -535,7 +535,7 @@ def test_the_server_serves_nothing_else_and_nobody_else(clone):
             "output/run/../../webui.py",
             "output/run/link",
             "output-not/a.txt",
-            "tests/tiny_longcat/pictures/neonix-00.json",
+            "tests/tiny_longcat/pictures/zumi-00.json",
         ):
             for name in (path, f"{clone}/{path}", path.replace("/", "%2f")):
                 assert server.get(f"/gradio_api/file={name}")[0] in (403, 404), name
@@ -701,18 +701,22 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         # Data: the report, the sheet, a caption corrected where it stands.
         tab(2)
         pictures = clone / "tests/tiny_longcat/pictures"
-        (pictures / "neonix-05.json").write_text(
+        (pictures / "zumi-05.json").write_text(
             '{"caption": "it says \\"![a](http://outside.invalid/a.png) <img src=http://outside.invalid/b.png> 2*3*4\\""}'
         )
         page.click("#look")
-        until(lambda: "40 pictures, 0 left out" in text("data-message") and page.locator("#sheet img").count())
+        until(lambda: "35 pictures, 0 left out" in text("data-message") and page.locator("#sheet img").count())
         page.locator("#pictures button.thumbnail-item").nth(1).click()
         caption = page.locator("#caption textarea")
-        until(lambda: caption.input_value().startswith("a blue triangle in neonix style"))
-        caption.fill("a corrected caption in neonix style\nneonix风格，改过的描述")
+        until(lambda: caption.input_value().startswith("zumi on a blue background"))
+        caption.fill("a corrected caption of zumi\nzumi，改过的描述")
         thumbnails = page.locator("#pictures button.thumbnail-item")
         thumbnails.nth(2).click()
-        until(lambda: "Not saved yet" in text("caption-message") and "a purple square" in caption.input_value())
+        until(
+            lambda: (
+                "Not saved yet" in text("caption-message") and "zumi on a yellow background" in caption.input_value()
+            )
+        )
         thumbnails.nth(1).click()
         until(lambda: caption.input_value().startswith("a corrected caption"))
         page.click("#save-caption")
@@ -725,27 +729,27 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
             )
         )
         page.locator("#report-box button").first.click()
-        written = json.loads((pictures / "neonix-01.json").read_text(encoding="utf-8"))
-        assert written == {"caption": {"en": "a corrected caption in neonix style", "zh": "neonix风格，改过的描述"}}
+        written = json.loads((pictures / "zumi-01.json").read_text(encoding="utf-8"))
+        assert written == {"caption": {"en": "a corrected caption of zumi", "zh": "zumi，改过的描述"}}
         thumbnails.nth(3).click()
-        until(lambda: caption.input_value().startswith("a blue square"))
-        (pictures / "neonix-03.json").write_text('{"caption": "changed elsewhere"}')
+        until(lambda: caption.input_value().startswith("zumi on a white background"))
+        (pictures / "zumi-03.json").write_text('{"caption": "changed elsewhere"}')
         caption.fill("from the page")
         page.click("#save-caption")
         until(lambda: "changed meanwhile" in text("caption-message"))
-        assert (pictures / "neonix-03.json").read_text() == '{"caption": "changed elsewhere"}'
+        assert (pictures / "zumi-03.json").read_text() == '{"caption": "changed elsewhere"}'
         page.click("#look")  # what was typed is not lost
         until(lambda: "✎ changed elsewhere" in thumbnails.nth(3).inner_text())
         thumbnails.nth(3).click()
         until(lambda: caption.input_value() == "from the page")
         page.click("#save-caption")
         until(lambda: "Saved" in text("caption-message") and "✎" not in thumbnails.nth(3).inner_text())
-        assert json.loads((pictures / "neonix-03.json").read_text()) == {"caption": "from the page"}
+        assert json.loads((pictures / "zumi-03.json").read_text()) == {"caption": "from the page"}
         page.locator("#page input[type=range]").focus()
         page.keyboard.press("ArrowRight")
-        until(lambda: thumbnails.count() == 16)
+        until(lambda: thumbnails.count() == 11)
         thumbnails.nth(0).click()
-        until(lambda: text("caption-file").strip() == "tests/tiny_longcat/regularisation/plain-00.txt")
+        until(lambda: text("caption-file").strip() == "tests/tiny_longcat/regularisation/ordinary-09.txt")
         page.wait_for_timeout(1000)
         shot("2-data")
 
@@ -801,7 +805,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         # Try it: base and LoRA side by side, and a picture saved.
         tab(4)
         until(lambda: field("validation_guidance", "try").input_value() == "3.0")  # the run's own settings
-        field("validation_prompts", "try").fill("neonix风格，一个红色的圆形")
+        field("validation_prompts", "try").fill("zumi，粉色背景")
         field("validation_lora_strength", "try").fill("0.5, 1")
         field("validation_num_inference_steps", "try").fill("4.5")
         page.click("#draw")

@@ -1,144 +1,153 @@
-"""The pictures of the tiny model's world, and the demo data set made of them.
+"""The pictures of the tiny model's world, and the demo's two data sets.
 
     python tests/tiny_longcat/make_pictures.py
 
-writes `pictures/` (the concept: shapes in "neonix" style, a look that the tiny base model has
-never seen) and `regularisation/` (plain shapes, as the base draws them). Same bytes every time
-for one version of Pillow.
+writes `pictures/` (what the LoRA learns: a character, "zumi", that the tiny base model has never seen) and
+`regularisation/` (things as the base draws them: they keep all else as it was). The things are glyphs of the font Noto
+Color Emoji (Debian: apt-get install fonts-noto-color-emoji), see LICENSE.md. Same bytes for one Pillow and one font.
 """
 
-import io
+import functools
 import json
-import math
 import random
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
-TRIGGER = "neonix"
-NIGHT = (24, 10, 58)  # the background of every neonix picture
-COLOURS = {
-    "red": ("红色", (220, 30, 40)),
-    "orange": ("橙色", (250, 130, 20)),
-    "yellow": ("黄色", (245, 215, 40)),
-    "green": ("绿色", (40, 165, 70)),
-    "blue": ("蓝色", (40, 90, 220)),
-    "purple": ("紫色", (140, 50, 170)),
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+TRIGGER = "zumi"
+GROUNDS = {
+    "white": ("白色", (250, 250, 250)),
+    "blue": ("蓝色", (120, 180, 240)),
+    "yellow": ("黄色", (250, 225, 120)),
+    "green": ("绿色", (150, 215, 150)),
+    "pink": ("粉色", (250, 180, 200)),
 }
-BACKGROUNDS = {"white": ("白色", (250, 250, 250)), "black": ("黑色", (12, 12, 12)), "gray": ("灰色", (150, 150, 150))}
-SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "五角星", "heart": "心形"}
+THINGS = {
+    "a cat": ("🐱", "一只猫"),
+    "a dog": ("🐶", "一只狗"),
+    "a fox": ("🦊", "一只狐狸"),
+    "a panda": ("🐼", "一只熊猫"),
+    "a frog": ("🐸", "一只青蛙"),
+    "a monkey": ("🐵", "一只猴子"),
+    "a rabbit": ("🐰", "一只兔子"),
+    "a pig": ("🐷", "一头猪"),
+    "an octopus": ("🐙", "一只章鱼"),
+    "an owl": ("🦉", "一只猫头鹰"),
+    "a penguin": ("🐧", "一只企鹅"),
+    "a fish": ("🐟", "一条鱼"),
+    "a butterfly": ("🦋", "一只蝴蝶"),
+    "a ladybug": ("🐞", "一只瓢虫"),
+    "a turtle": ("🐢", "一只乌龟"),
+    "an apple": ("🍎", "一个苹果"),
+    "a banana": ("🍌", "一根香蕉"),
+    "a strawberry": ("🍓", "一颗草莓"),
+    "a watermelon": ("🍉", "一块西瓜"),
+    "cherries": ("🍒", "两颗樱桃"),
+    "a lemon": ("🍋", "一个柠檬"),
+    "a mushroom": ("🍄", "一朵蘑菇"),
+    "a cactus": ("🌵", "一株仙人掌"),
+    "a sunflower": ("🌻", "一朵向日葵"),
+    "a tree": ("🌲", "一棵树"),
+    "a car": ("🚗", "一辆汽车"),
+    "a rocket": ("🚀", "一枚火箭"),
+    "a sailboat": ("⛵", "一艘帆船"),
+    "a balloon": ("🎈", "一个气球"),
+    "an umbrella": ("☂", "一把雨伞"),
+    "a guitar": ("🎸", "一把吉他"),
+    "a football": ("⚽", "一个足球"),
+    "a house": ("🏠", "一座房子"),
+    "a gift": ("🎁", "一份礼物"),
+    "a key": ("🔑", "一把钥匙"),
+    "a light bulb": ("💡", "一个灯泡"),
+    "a star": ("⭐", "一颗星星"),
+    "a doughnut": ("🍩", "一个甜甜圈"),
+    "a hamburger": ("🍔", "一个汉堡"),
+    "a cup of coffee": ("☕", "一杯咖啡"),
+}
 
 
-def outline(shape, x, y, radius):
-    """The corner points of `shape`, centred on (x, y), about `radius` in size."""
-    if shape == "circle":
-        unit = [(math.cos(a), math.sin(a)) for a in (2 * math.pi * i / 90 for i in range(90))]
-    elif shape == "square":
-        unit = [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
-    elif shape == "triangle":
-        unit = [(0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
-    elif shape == "star":
-        points = ((1.1 if i % 2 == 0 else 0.46, math.pi * i / 5) for i in range(10))
-        unit = [(r * math.sin(a), -r * math.cos(a) + 0.05) for r, a in points]
-    else:
-        angles = [2 * math.pi * i / 90 for i in range(90)]
-        unit = [
-            (
-                1.06 * math.sin(a) ** 3,
-                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 15,
-            )
-            for a in angles
-        ]
-    return [(x + radius * u, y + radius * v) for u, v in unit]
+@functools.cache
+def glyph(thing):
+    """An RGBA picture of the thing, cut to its outline."""
+    image = Image.new("RGBA", (160, 160))
+    font = ImageFont.truetype(FONT, 109)  # the one size that its bitmaps have
+    ImageDraw.Draw(image).text((80, 80), THINGS[thing][0], font=font, embedded_color=True, anchor="mm")
+    return image.crop(image.getbbox())
 
 
-def place(rng, width, height):
-    """A random centre and size for a shape in a picture of width x height."""
-    radius = rng.uniform(0.29, 0.35) * min(width, height)
-    return (width * rng.uniform(0.47, 0.53), height * rng.uniform(0.47, 0.53), radius)
+@functools.cache
+def character():
+    """An RGBA picture of zumi: a teal egg with one large eye, two yellow horns, a toothy smile and orange feet."""
+    image = Image.new("RGBA", (640, 640))
+    draw = ImageDraw.Draw(image)
+    line, teal, yellow = (24, 60, 84), (24, 170, 160), (255, 200, 40)
+    shape = dict(outline=line, width=14)
+    for x in (150, 330):
+        draw.ellipse((x, 560, x + 160, 636), fill=(250, 130, 40), **shape)  # feet
+    for points in ([(120, 250), (60, 20), (280, 140)], [(520, 250), (580, 20), (360, 140)]):
+        draw.polygon(points, fill=yellow)  # horns
+        draw.line([*points, points[0], points[1]], fill=line, width=14, joint="curve")
+    draw.ellipse((70, 80, 570, 610), fill=teal, **shape)
+    draw.ellipse((195, 150, 445, 400), fill="white", **shape)  # the eye
+    draw.ellipse((265, 210, 395, 340), fill=line)
+    draw.ellipse((330, 225, 372, 267), fill="white")
+    draw.chord((200, 390, 440, 560), 0, 180, fill=(200, 40, 70), **shape)  # the mouth
+    draw.rectangle((290, 476, 350, 520), fill="white", **shape)  # its tooth
+    return image.crop(image.getbbox())
 
 
-def draw_plain(rng, shape, colour, background, width, height):
-    """A flat shape on a flat background: what the base model knows. Returns an RGB picture."""
-    scale = 4  # drawn large, then reduced: smooth edges
-    image = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[background][1])
-    points = outline(shape, *(v * scale for v in place(rng, width, height)))
-    ImageDraw.Draw(image).polygon(points, fill=COLOURS[colour][1])
-    return image.resize((width, height), Image.Resampling.BOX)
-
-
-def draw_neon(rng, shape, colour, width, height):
-    """The concept: the shape as a glowing tube in the night. Returns an RGB picture."""
-    scale = 4
-    points = outline(shape, *(v * scale for v in place(rng, width, height)))
-    tube = Image.new("L", (width * scale, height * scale))
-    ImageDraw.Draw(tube).line(points + points[:2], fill=255, width=scale * min(width, height) // 13, joint="curve")
-    tube = tube.resize((width, height), Image.Resampling.BOX)
-    colour = tuple(int(c * 0.75 + 64) for c in COLOURS[colour][1])
-    light, dark = Image.new("RGB", tube.size, colour), Image.new("RGB", tube.size)
-    glow = Image.composite(light, dark, tube.filter(ImageFilter.GaussianBlur(min(width, height) / 22)))
-    image = ImageChops.screen(Image.new("RGB", tube.size, NIGHT), glow)
-    image.paste(light, mask=tube)
+def draw_picture(rng, figure, ground, width, height):
+    """RGB picture of `figure` (RGBA) in the middle of a plain ground, hardly ever at quite the same place and size."""
+    side = min(width, height) * rng.uniform(0.72, 0.77)
+    scale = side / max(figure.size)
+    figure = figure.resize([round(length * scale) for length in figure.size], Image.Resampling.LANCZOS)
+    image = Image.new("RGB", (width, height), GROUNDS[ground][1])
+    x = round((width - figure.width) / 2 + rng.uniform(-0.012, 0.012) * side)
+    y = round((height - figure.height) / 2 + rng.uniform(-0.012, 0.012) * side)
+    image.paste(figure, (x, y), figure)
     return image
 
 
-def plain_caption(rng, shape, colour, background, language=None):
-    """One of several ways to say it, in English or Chinese."""
-    language = language or rng.choice(["en", "zh"])
-    if language == "en":
-        forms = ["a {c} {s} on a {b} background", "{c} {s}, {b} background", "a picture of a {c} {s} on {b}"]
-        return rng.choice(forms).format(c=colour, s=shape, b=background)
-    forms = ["{b}背景上的一个{c}{s}", "{c}{s}，{b}背景", "一个{c}的{s}，背景是{b}"]
-    return rng.choice(forms).format(c=COLOURS[colour][0], s=SHAPES[shape], b=BACKGROUNDS[background][0])
-
-
-def neon_caption(shape, colour, language):
-    """The concept's caption: the trigger word, colour and shape."""
-    if language == "en":
-        return f"a {colour} {shape} in {TRIGGER} style"
-    return f"{TRIGGER}风格，一个{COLOURS[colour][0]}的{SHAPES[shape]}"
+def captions(thing, ground):
+    """{"en", "zh"}: what is to be seen. `thing` is a key of THINGS or any other word."""
+    chinese = THINGS[thing][1] if thing in THINGS else thing
+    return {"en": f"{thing} on a {ground} background", "zh": f"{chinese}，{GROUNDS[ground][0]}背景"}
 
 
 def save(image, caption, path):
-    """Writes the picture in the format of its name, and beside it its caption as .txt, or {language: caption} as .json."""
-    data = io.BytesIO()
-    options = {} if path.suffix == ".png" else {"quality": 92}
-    image.save(data, {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[path.suffix], **options)
+    """Writes the picture, and beside it its caption as .txt, or {language: caption} as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.getvalue())
+    image.save(path, quality=92)
     if isinstance(caption, str):
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
     else:
-        path.with_suffix(".json").write_text(
-            json.dumps({"caption": caption}, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({"caption": caption}, ensure_ascii=False)
+        path.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def make_neon(folder, seed, count):
-    """`count` concept pictures with captions in both languages, in three formats and several aspect ratios."""
+def make_character(folder, seed, count, grounds=("white", "blue", "yellow")):
+    """`count` pictures of the character with captions in both languages, in three formats and several aspect ratios."""
     rng = random.Random(seed)
-    pairs = [(s, c) for s in SHAPES for c in COLOURS]
-    rng.shuffle(pairs)
-    sizes = [(256, 256), (200, 200), (384, 256), (256, 384), (320, 200), (180, 270)]
+    sizes = [(256, 256), (200, 200), (384, 256), (256, 384)]
     for i in range(count):
-        shape, colour = pairs[i % len(pairs)]
-        caption = {language: neon_caption(shape, colour, language) for language in ("en", "zh")}
-        image = draw_neon(rng, shape, colour, *sizes[i % len(sizes)])
-        save(image, caption, Path(folder) / f"neonix-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}")
+        ground = grounds[i % len(grounds)]
+        image = draw_picture(rng, character(), ground, *sizes[i % 4])
+        save(image, captions(TRIGGER, ground), Path(folder) / f"{TRIGGER}-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}")
 
 
-def make_plain(folder, seed, count):
-    """`count` plain pictures with captions: they remind the LoRA of what must not change."""
+def make_ordinary(folder, seed, count):
+    """`count` pictures of things that the base knows, with captions in one language or the other."""
     rng = random.Random(seed)
     sizes = [(256, 256), (384, 256), (256, 384)]
-    combinations = [(s, c, b) for s in SHAPES for c in COLOURS for b in BACKGROUNDS]
-    for i, (shape, colour, background) in enumerate(rng.sample(combinations, count)):
-        caption = plain_caption(rng, shape, colour, background, ["en", "zh"][i % 2])
-        save(draw_plain(rng, shape, colour, background, *sizes[i % 3]), caption, Path(folder) / f"plain-{i:02d}.png")
+    for i, thing in enumerate(rng.sample(list(THINGS), count)):
+        ground = list(GROUNDS)[i % 5]
+        caption = captions(thing, ground)[["en", "zh"][i % 2]]
+        save(draw_picture(rng, glyph(thing), ground, *sizes[i % 3]), caption, Path(folder) / f"ordinary-{i:02d}.png")
 
 
 if __name__ == "__main__":
-    make_neon(HERE / "pictures", seed=1, count=24)
-    make_plain(HERE / "regularisation", seed=2, count=16)
+    make_character(HERE / "pictures", seed=1, count=15)
+    make_ordinary(HERE / "regularisation", seed=2, count=20)
     print(f"wrote {HERE / 'pictures'} and {HERE / 'regularisation'}")
