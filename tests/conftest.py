@@ -148,7 +148,7 @@ def tiny_config(tmp_path):
 
 def quick(few_pictures, shared_cache, **overrides):
     settings = dict(
-        data_dir=str(few_pictures), cache_dir=str(shared_cache), train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
+        data_dir=str(few_pictures), cache_dir=str(shared_cache), lora_rank=16, train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
         report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red apple"],
     )  # fmt: skip
     return tiny(**{**settings, **overrides})
@@ -164,7 +164,7 @@ def quick_config(tmp_path, few_pictures, shared_cache):
 
 # Five pictures in batches of two or one: the first epoch ends within step 2.
 REFERENCE = dict(
-    max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1, gradient_checkpointing=True, validation_split=0.2,
+    max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1, gradient_checkpointing=1, validation_split=0.2,
     validation_step_interval=2,
 )  # fmt: skip
 

@@ -223,8 +223,8 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     name = "transformer_blocks.0.attn.to_q.lora_"
     for A, B, words in (
-        (torch.ones(4, 96), torch.ones(96, 4), "a layer from 128 to 128"),
-        (torch.ones(4, 128), torch.full((128, 4), torch.nan), "not finite"),
+        (torch.ones(4, 96), torch.ones(96, 4), "a layer from 192 to 192"),
+        (torch.ones(4, 192), torch.full((192, 4), torch.nan), "not finite"),
     ):
         save_file({f"{name}A.weight": A, f"{name}B.weight": B}, tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=words):

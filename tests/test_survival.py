@@ -314,7 +314,7 @@ def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_co
     )
     printed = capsys.readouterr().out
     assert (
-        "learning_rate: 0.004 -> 0.0002" in printed
+        "learning_rate: 0.008 -> 0.0002" in printed
         and "max_train_steps: 2 -> 3" in printed
         and "train_batch_size: 1 -> 2, with the next epoch" in printed
     )
@@ -437,7 +437,7 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
         return unscale(scaler, optimizer)
 
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflowing)
-    config = quick_config(mixed_precision="fp16", max_train_steps=2, gradient_checkpointing=True)
+    config = quick_config(mixed_precision="fp16", max_train_steps=2)
     train_lora.main(config)
     folder_of = lambda step: Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
     state_of = lambda step: json.loads((folder_of(step) / "state.json").read_text())
@@ -458,7 +458,7 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
     )
     limit = 0.0  # at a scale of 1 the gradients themselves are to blame
     with pytest.raises(ValueError, match="step 5: .*not finite 3 times in a row"):
-        train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40, gradient_checkpointing=True))
+        train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40))
 
 
 # ---------------------------------------------------------------- starved

@@ -184,7 +184,7 @@ def test_what_the_main_job_leaves(trained):
 def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
     config, output = trained
     config = load_config(
-        output / "config.json", validation_prompts=CHARACTER_PROMPTS[:2], validation_num_inference_steps=8
+        output / "config.json", validation_prompts=CHARACTER_PROMPTS[:2], validation_num_inference_steps=4
     )
     grid = validate.main(config)
     assert "s a picture" in capsys.readouterr().out
@@ -216,7 +216,7 @@ file, folder, peft = load(), load(), PeftModel.from_pretrained(load(), lora).mer
 file.load_lora_adapter(lora + "/pytorch_lora_weights.safetensors")
 folder.load_lora_adapter(lora, weight_name="pytorch_lora_weights.safetensors")
 for name, pipe.transformer in dict(file=file, folder=folder, peft=peft).items():
-    image = pipe("zumi on a blue background", height=128, width=128, num_inference_steps=8, guidance_scale=3.0,
+    image = pipe("zumi on a blue background", height=128, width=128, num_inference_steps=4, guidance_scale=3.0,
                  generator=torch.Generator().manual_seed(42), enable_prompt_rewrite=False).images[0]
     image.save(f"{target}/{name}.png")
 assert "longcat_common" not in sys.modules
@@ -230,7 +230,7 @@ def test_the_lora_opens_without_our_code(trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     config = load_config(
-        output / "config.json", validation_prompts=["zumi on a blue background"], validation_num_inference_steps=8
+        output / "config.json", validation_prompts=["zumi on a blue background"], validation_num_inference_steps=4
     )
     config.output_dir, config.lora = str(tmp_path), str(output)
     grid = validate.main(config)

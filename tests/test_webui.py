@@ -674,14 +674,14 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         shot("1-wrong")
         page.locator("#more-data button").first.click()
         for name, value in (
-            ("max_train_steps", "240"),
+            ("max_train_steps", "120"),
             ("output_dir", "output/page"),
-            ("validation_step_interval", "120"),
+            ("validation_step_interval", "60"),
             ("validation_split", "0.1"),
         ):
             field(name).fill(value)
         page.locator("#more-output button").first.click()
-        field("checkpoint_step_interval").fill("60")
+        field("checkpoint_step_interval").fill("30")
         field("lora_rank").click()
         until(lambda: "⚠" not in text("key-output_dir") and "⚠" not in text("set-up-message"))
         page.locator("#save-name input, #save-name textarea").fill("mine")
@@ -689,7 +689,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "Saved" in text("save-message"))
         config = load_config(clone / "configs" / "mine.json")
         assert (config.max_train_steps, config.lora_rank, config.output_dir, config.validation_split) == (
-            240,
+            120,
             8,
             "output/page",
             0.1,
@@ -766,7 +766,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.click("#stop")
         until(lambda: "stopped" in text("state"))
         stopped_at = max(int(path.name[5:]) for path in (clone / "output/page/checkpoints").glob("step-*"))
-        assert 10 <= stopped_at < 240
+        assert 10 <= stopped_at < 120
         shot("3-stopped")
         page.click("#resume")
         until(lambda: "running" in text("state"))
@@ -782,8 +782,8 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: step() > stopped_at)
         page.wait_for_timeout(1000)
         shot("3-running")
-        until(lambda: "finished" in text("state"), 180)
-        until(lambda: step() == 240 and page.locator("#preview img").count())
+        until(lambda: "finished" in text("state"), 300)
+        until(lambda: step() == 120 and page.locator("#preview img").count())
         assert (
             page.locator("#plot canvas, #plot svg").count()
             and f"resumed from output/page/checkpoints/step-{stopped_at:06d}"
@@ -794,7 +794,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         page.wait_for_timeout(1500)
         shot("3-finished")
         page.click("#start")
-        until(lambda: "has 240 steps already" in text("jobs-message"))
+        until(lambda: "has 120 steps already" in text("jobs-message"))
         with page.expect_download() as download:
             page.click("#download")
         assert (
@@ -828,7 +828,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         shutil.copytree(clone / "output/page", clone / "output/elsewhere")
         until(lambda: (page.click("#job input"), page.get_by_role("option", name="output/elsewhere").count())[1])
         page.get_by_role("option", name="output/elsewhere").click()
-        until(lambda: "not started from this page" in text("state") and step() == 240)
+        until(lambda: "not started from this page" in text("state") and step() == 120)
 
         # Portuguese and Chinese.
         for language, word in (("pt-BR", "Configurar"), ("zh-CN", "设置")):
