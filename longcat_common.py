@@ -898,22 +898,6 @@ def fill_transformer(transformer, read, config, device):
     return transformer
 
 
-def plain_tensors(tensor):
-    """The plain tensors that a tensor consists of (quanto's and torchao's wrap several, in layers), and a function that
-    makes one like it from an iterator of such tensors."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor.detach()], next
-    names, meta = tensor.__tensor_flatten__()
-    inner = {name: plain_tensors(getattr(tensor, name)) for name in names}
-    kind, size, stride = type(tensor), tensor.size(), tensor.stride()
-    makers = {name: maker for name, (_, maker) in inner.items()}
-
-    def make(tensors):
-        return kind.__tensor_unflatten__({name: maker(tensors) for name, maker in makers.items()}, meta, size, stride)
-
-    return [plain for plains, _ in inner.values() for plain in plains], make
-
-
 class GroupOffload:
     """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the one that
     comes next; on CUDA that is copied meanwhile, and the one before may still be at work: three groups at most.
@@ -930,12 +914,9 @@ class GroupOffload:
 
     def add(self, block):
         """Puts the weights of this block on the host, as the next group."""
-        number, places, plains = len(self.groups), [], []
-        for module in block.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                tensors, make = plain_tensors(parameter)
-                places.append((module, name, make))
-                plains += tensors
+        number = len(self.groups)
+        places = [(module, name) for module in block.modules() for name, _ in module.named_parameters(recurse=False)]
+        plains = [getattr(module, name).detach() for module, name in places]
         ends = np.cumsum(
             [-(-plain.nbytes // 256) * 256 for plain in plains]
         ).tolist()  # aligned for every dtype and kernel
@@ -947,11 +928,10 @@ class GroupOffload:
         if self.stream:
             # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
             runtime = torch.cuda.cudart()
-            if code := int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-                raise UserError(
-                    f"offloading: host memory cannot be page-locked (CUDA error {code}); free memory, or raise what the system lets a process lock"
-                )
-            weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+            if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
+                say_once("offloading: host memory cannot be page-locked, so copies wait for the computation: slower")
+            else:
+                weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
         for view, plain in zip(self.views(number, host), plains):
             view.copy_(plain)
@@ -965,9 +945,8 @@ class GroupOffload:
 
     def place(self, number, buffer):
         """Gives the group's modules the weights that lie in `buffer`."""
-        tensors = self.views(number, buffer)
-        for module, name, make in self.groups[number].places:
-            module._parameters[name] = torch.nn.Parameter(make(tensors), requires_grad=False)
+        for (module, name), tensor in zip(self.groups[number].places, self.views(number, buffer)):
+            module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
     def fetch(self, number):
         """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
@@ -1000,32 +979,46 @@ class GroupOffload:
             self.coming = {following: self.fetch(following)}
 
 
-class Int8Product(torch.autograd.Function):
-    """x [..., in] @ weight.T for a frozen int8 weight [out, in] with a scale per output: only they are kept for the backward
-    pass, no dequantized copy. With `in_8_bits` the rows of x, and in the backward pass those of the gradient, are quantized to
-    int8 as well (symmetric, to the largest value), and the matrix products are int8 with exact int32 sums."""
+class QuantizedProduct(torch.autograd.Function):
+    """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward pass
+    only that is kept, no dequantized copy.
+
+    With `in_8_bits` (int8-matmul) the rows of x, and in the backward pass those of the gradient, are quantized to int8 as
+    well, and the matrix products are of int8 with exact int32 sums.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, in_8_bits):
-        ctx.save_for_backward(weight, scale)
-        ctx.in_8_bits = in_8_bits
+    def forward(ctx, x, shape, in_8_bits, *stored):
+        ctx.save_for_backward(*stored)
+        ctx.shape, ctx.in_8_bits = shape, in_8_bits
         if not in_8_bits:
-            return x @ (weight.to(x.dtype) * scale[:, None].to(x.dtype)).t()
+            return x @ dequantize(x.dtype, shape, *stored).t()
+        weight, scale = stored
         rows, row_scale = quantize_rows(x.flatten(0, -2))
-        return (torch._int_mm(rows, weight.t()) * (row_scale * scale)).to(x.dtype).unflatten(0, x.shape[:-1])
+        return (torch._int_mm(rows, weight.t()) * (row_scale * scale.t())).to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, scale = ctx.saved_tensors
+        stored = ctx.saved_tensors
         if not ctx.in_8_bits:
-            return gradient @ (weight.to(gradient.dtype) * scale[:, None].to(gradient.dtype)), None, None, None
-        rows, row_scale = quantize_rows(
-            gradient.flatten(0, -2) * scale
-        )  # these products sum over the outputs: their scales go first
-        product = torch._int_mm(
-            rows, weight.t().contiguous().t()
-        )  # the order in memory that CUDA's int8 kernels are made for
-        return (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
+            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
+        else:
+            weight, scale = stored
+            # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in memory.
+            rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale.t())
+            product = torch._int_mm(rows, weight.t().contiguous().t())
+            x_gradient = (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1])
+        return x_gradient, None, None, *(None for _ in stored)
+
+
+def dequantize(dtype, shape, weight, scale, shift=None):
+    """The weight [out, in] in `dtype`: weight * scale [out, 1], of int8 or float8 values; with `shift`, of groups of 4-bit
+    values [groups, group size], of which a byte holds two, values * scale [groups, 1] - shift [groups, 1]."""
+    scale = scale.to(dtype)
+    if shift is not None:
+        values = torch.cat([weight % 16, weight // 16])[: len(scale)]  # MPS cannot shift bits
+        return (values * scale - shift.to(dtype)).reshape(shape)
+    return weight * scale if weight.dtype == torch.int8 else weight.to(dtype) * scale  # float8 does not promote
 
 
 def quantize_rows(x):
@@ -1034,57 +1027,55 @@ def quantize_rows(x):
     return (x / scale).round().to(torch.int8), scale
 
 
-class Int8Linear(torch.nn.Linear):  # PEFT wraps nothing else
-    """A frozen Linear in int8, with a scale per output, as quanto's qint8, but of plain tensors, which torch.compile takes."""
+class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
+    """A frozen Linear with a quantized weight. optimum-quanto and torchao do the rounding; their numbers are kept in plain
+    tensors, which torch.compile and offloading take: `weight`, `scale`, and for int4 `shift` (see dequantize)."""
 
-    def __init__(self, linear, in_8_bits):
+    def __init__(self, linear, precision):
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias, self.in_8_bits = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-            in_8_bits,
-        )
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.in_8_bits, shift = precision == "int8-matmul", None
         weight = linear.weight.detach()
-        scale = (
-            (weight.abs().amax(dim=1) / 127).float().clamp(min=1e-20)
-        )  # rounded to the weight's dtype, as it will be used
-        weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
+        if precision == "fp8-torchao":
+            from torchao.quantization import Float8Tensor
+
+            made = Float8Tensor.from_hp(weight)
+            values, scale = made.qdata, made.scale
+        elif precision == "int4-quanto":
+            from optimum.quanto import MaxOptimizer, qint4, quantize_weight
+
+            # quanto's own sizes: groups of 128, or of what divides a row
+            group = next((size for size in (128, 96, 64, 32) if self.in_features % size == 0), self.in_features)
+            scale, shift = MaxOptimizer()(weight, qint4, axis=0, group_size=group)
+            made = quantize_weight(weight, qint4, 0, scale, shift, group, optimized=False)
+            values = made._data._data
+        else:
+            from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
+
+            scale = AbsmaxOptimizer()(weight, qint8, axis=0)
+            values = quantize_weight(weight, qint8, 0, scale, optimized=False)._data
+        frozen = lambda tensor: tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+        self.weight, self.scale, self.shift = frozen(values), frozen(scale), frozen(shift)
 
     def forward(self, x):
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Int8Product.apply(
-            x, self.weight, self.scale, self.in_8_bits and x.numel() > 16 * self.in_features
-        )  # the kernels want more rows
+        stored = (self.weight, self.scale) if self.shift is None else (self.weight, self.scale, self.shift)
+        in_8_bits = self.in_8_bits and x.numel() > 16 * self.in_features  # the kernels want more rows
+        y = QuantizedProduct.apply(x, (self.out_features, self.in_features), in_8_bits, *stored)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantize(module, precision):
-    """Quantizes the weights of every Linear in `module` in place: "int8-quanto" and "int8-matmul" (see Int8Linear),
-    "int4-quanto", "fp8-torchao" or "no_change". Returns the module. Raises ValueError for another word."""
-    if precision == "int4-quanto":
-        from optimum import quanto
-
-        for lock in Path(quanto.__file__).parent.glob("library/extensions/*/build/lock"):
-            say_once(
-                f"int4-quanto: waiting for another process that compiles its extension; if there is none (one was killed), delete {lock}"
-            )
-        quanto.quantize(module, weights=quanto.qint4)
-        quanto.freeze(module)
-    elif precision == "fp8-torchao":
-        from torchao.quantization import Float8WeightOnlyConfig, quantize_
-
-        quantize_(module, Float8WeightOnlyConfig())
-    elif precision in ("int8-quanto", "int8-matmul"):
-        for parent in list(module.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, Int8Linear(child, precision == "int8-matmul"))
-    elif precision != "no_change":
+    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place; "no_change" none. Returns the
+    module. Raises ValueError for another word."""
+    if precision not in get_args(Precision):
         raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
+    for parent in list(module.modules()) if precision != "no_change" else []:
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, QuantizedLinear(child, precision))
     return module
 
 
