@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 import prepare_data
 from longcat_common import (
+    RANK,
+    WORLD_SIZE,
     CACHE_FORMAT,
     AutoencoderKL,
     UserError,
@@ -33,8 +35,6 @@ from longcat_common import (
     model_identity,
     named_if_damaged,
     pick_device,
-    process_count,
-    process_rank,
     prompt_batches,
     prompt_contents,
     prompt_file,
@@ -127,7 +127,7 @@ def cache_pictures(config, batches, device):
         return
     vae, spent = load_vae(config, device), {"decoding": 0.0, "VAE": 0.0, "writing": 0.0}
     pictures = in_parallel(load_pixels, (entry for batch in batches for entry in batch))  # decoded ahead of the VAE
-    with tqdm(total=sum(map(len, batches)), desc="latents", unit="picture", disable=process_rank() > 0) as bar:
+    with tqdm(total=sum(map(len, batches)), desc="latents", unit="picture", disable=RANK > 0) as bar:
         for batch in batches:
             clock = [time.perf_counter()]
             pixels = torch.stack([next(pictures) for _ in batch])
@@ -162,10 +162,10 @@ def check_space(config, entries, prompts, pictures_to_do, prompts_to_do, device)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    here = " here" if process_count() > 1 else ""
+    here = " here" if WORLD_SIZE > 1 else ""
     work = f"pictures: {len(entries)}, of them {len(pictures_to_do)} to do{here}; prompts: {len(prompts)}, of them {len(prompts_to_do)} to do{here}"
     print(f"{work}; {size / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
-    needed = size * process_count()  # their shares are about equal
+    needed = size * WORLD_SIZE  # their shares are about equal
     if needed > free:
         raise UserError(
             f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another"
@@ -176,7 +176,7 @@ def read_manifest(config):
     """The entries of this run's manifest; stage 1 runs first, so that they are up to date. Without a `data_dir` the
     manifest that is there is used. Under torchrun the first process does it for all."""
     path = Path(config.output_dir) / "manifest.jsonl"
-    if process_rank() == 0 and (config.data_dir or not path.exists()):
+    if RANK == 0 and (config.data_dir or not path.exists()):
         try:
             return prepare_data.main(config)
         finally:

@@ -44,6 +44,7 @@ from diffusers import (
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -62,6 +63,8 @@ VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
+RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -220,7 +223,10 @@ class Config(BaseModel):
     )
     seed: int = key(42, "every random draw follows from it", ge=0)
 
-    enable_group_offload: bool = key(False, "keep the frozen blocks in host memory; they visit the device in turn")
+    enable_group_offload: bool = key(False, "keep frozen blocks in host memory; they visit the device in turn")
+    offloaded_blocks: int | None = key(
+        None, "how many of the 30 blocks enable_group_offload keeps there; null: all", ge=0
+    )
     torch_compile: bool = key(False, "compile the blocks: minutes at the start, less time and memory a step")
     benchmark: int = key(0, "train_lora.py: only measure so many steps, with random weights and data", ge=0)
 
@@ -243,7 +249,7 @@ class Config(BaseModel):
     lora: PathText | None = key(None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"')
     compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
 
-    @field_validator("resolution", "validation_resolution", "validation_seed", "learning_rate", "torch_compile")
+    @field_validator("resolution", "validation_resolution", "validation_seed", "learning_rate")
     @classmethod
     def fits(cls, value, info):
         """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are right."""
@@ -256,11 +262,6 @@ class Config(BaseModel):
             raise ValueError("must be 0 or more, and less than 2^63")
         if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
-        if info.field_name == "torch_compile" and value:
-            if info.data.get("enable_group_offload"):
-                raise ValueError("does not work with enable_group_offload; leave one of them out")
-            if info.data.get("base_model_precision") in ("int4-quanto", "fp8-torchao"):
-                raise ValueError(f"does not work with base_model_precision {info.data['base_model_precision']}")
         return value
 
     def __setattr__(self, name, value):
@@ -487,6 +488,8 @@ def run_stage(main, description):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except UserError as error:
@@ -616,19 +619,9 @@ def pick_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def process_rank():
-    """This process's number under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def process_count():
-    """How many processes torchrun started, on all machines; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def say(text):
     """Prints a line, past any progress bar; under torchrun in the first process only."""
-    if process_rank() == 0:
+    if RANK == 0:
         tqdm.write(text)
 
 
@@ -637,10 +630,8 @@ say_once = functools.cache(say)  # the same line only once
 
 def sum_over_processes(*numbers):
     """The sums of these numbers over all processes, as a list; returns when every process has come here."""
-    if process_count() == 1:
+    if WORLD_SIZE == 1:
         return list(numbers)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one may work for long
     sums = torch.tensor(numbers, dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
@@ -653,7 +644,7 @@ def wait_for_all():
 
 def first_before_others(work):
     """work() in every process, first in the first one, so that the others find what it has put in order."""
-    if process_rank() == 0:
+    if RANK == 0:
         try:
             return work()
         finally:
@@ -686,18 +677,11 @@ def autocast(config, device):
 
 def check_precision(config, device):
     """Raises UserError, naming the key, if a precision does not work on this device."""
-    device, dtype = torch.device(device), compute_dtype(config, device)
-    precision = config.base_model_precision
-    if device.type == "mps" and precision not in ("no_change", "int8-quanto"):
+    if torch.device(device).type == "mps" and config.base_model_precision in ("fp8-torchao", "int8-matmul"):
         raise UserError(
-            f"base_model_precision: {precision} does not work on a Mac's GPU (MPS); choose int8-quanto or no_change"
+            f"base_model_precision: {config.base_model_precision} has never been tried on a Mac's GPU (MPS); choose "
+            "int8-quanto, int4-quanto or no_change"
         )
-    # quanto then packs the weights for a kernel (AWQ) whose tensors cannot leave the GPU.
-    if config.enable_group_offload and precision == "int4-quanto" and device.type == "cuda" and dtype == torch.float16:
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            raise UserError(
-                "mixed_precision: int4-quanto with weights on the host needs bf16 on this GPU; leave it at auto"
-            )
 
 
 def send(tensor, device):
@@ -883,19 +867,27 @@ def fill_transformer(transformer, read, config, device):
         transformer.load_state_dict(state, strict=False, assign=True)
 
     fill([name for name in names if not name.startswith(tuple(blocks))])
-    offload = GroupOffload(device)
-    for prefix, block in tqdm(
-        blocks.items(), desc="transformer", unit="block", leave=False, disable=process_rank() > 0
+    offload, away = GroupOffload(device), offloaded(config, len(blocks))
+    for number, (prefix, block) in enumerate(
+        tqdm(blocks.items(), desc="transformer", unit="block", leave=False, disable=RANK > 0)
     ):
         fill([name for name in names if name.startswith(prefix)])
         quantize(block, config.base_model_precision)
-        if config.enable_group_offload:
+        if away[number]:
             offload.add(block)
+    transformer.forward = autocast(config, device)(transformer.forward)
     for module in transformer.modules():
-        # CUDA's autocast gives norms a float32 output; every Linear after them would keep a float32 input.
+        # CUDA's autocast runs norms in float32, and would keep a float32 copy of each input; their kernels sum in float32 anyway.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
+            module.forward = torch.autocast(torch.device(device).type, enabled=False)(module.forward)
     return transformer
+
+
+def offloaded(config, count):
+    """For each of `count` blocks, whether it lives on the host: `offloaded_blocks` of them, spread evenly."""
+    wanted = count if config.offloaded_blocks is None else min(count, config.offloaded_blocks)
+    wanted = wanted if config.enable_group_offload else 0
+    return [(i + 1) * wanted // count > i * wanted // count for i in range(count)]
 
 
 class GroupOffload:
@@ -1192,7 +1184,7 @@ class StreamedTextEncoder(torch.nn.Module):
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read_layer, 0)
             for i, layer_type in enumerate(
-                tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=process_rank() > 0)
+                tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=RANK > 0)
             ):
                 start = time.perf_counter()
                 weights = following.result()
@@ -1246,7 +1238,8 @@ def compile_blocks(transformer):
     """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
     torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
     torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
-    transformer.compile_repeated_blocks()
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
 
 
 def load_pipeline(config, device, lora=None):
@@ -1303,7 +1296,7 @@ def in_batches(items, path_of, batch_size):
 def unfinished(batches, path_of, contents_of):
     """The batches in which a file is missing or damaged; under torchrun this process's share of them.
     `contents_of(item)`: {tensor: (dtype, shape)} that its file must hold."""
-    mine = batches[process_rank() :: process_count()]
+    mine = batches[RANK::WORLD_SIZE]
     return [batch for batch in mine if not all([is_whole(path_of(item), contents_of(item)) for item in batch])]
 
 
@@ -1357,7 +1350,7 @@ def write_prompts(config, files, batches, device):
         start = time.perf_counter()
         text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
         at_once = max(1, text_encoder.prompts_at_once // config.text_encoder_batch_size)  # batches
-        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=process_rank() > 0) as bar:
+        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=RANK > 0) as bar:
             for i in range(0, len(batches), at_once):
                 some = [prompt for batch in batches[i : i + at_once] for prompt in batch]
                 for prompt, prompt_embeds in zip(some, encode_prompts(text_encoder, tokenizer, some)):
@@ -1432,20 +1425,19 @@ def mean_loss(config, transformer, entries, prompt_files, scheduler, device, sto
     the work. Returns a float; nan as soon as `stopped()`, asked by all processes together, is true."""
     total, training = 0.0, transformer.training
     transformer.eval()
-    for first in range(0, len(entries), process_count()):
+    for first in range(0, len(entries), WORLD_SIZE):
         if stopped():
             return math.nan
-        if first + process_rank() >= len(entries):
+        if first + RANK >= len(entries):
             continue
-        entry = entries[first + process_rank()]
+        entry = entries[first + RANK]
         latents = read_tensors(entry["latents_file"])["mean"][None]
         prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
         for normal in SCORED_NORMALS:
             noise = torch.randn(latents.shape, generator=generator("score", entry["key"], normal))
             sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler)
             tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
-            with autocast(config, device):
-                total += flow_matching_loss(transformer, *tensors).item()
+            total += flow_matching_loss(transformer, *tensors).item()
     transformer.train(training)
     return sum_over_processes(total)[0] / (len(entries) * len(SCORED_NORMALS))
 
@@ -1469,6 +1461,11 @@ def add_lora(transformer, config):
             target_modules=sorted(config.lora_target_modules),
         )
     )
+    for module in transformer.modules():
+        if isinstance(
+            module, BaseTunerLayer
+        ):  # the LoRA gets its input as the base does: no float32 copy of it a layer
+            module.cast_input_dtype_enabled = False
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
     for name, parameter in parameters.items():
         parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there

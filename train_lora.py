@@ -30,6 +30,8 @@ import torch
 
 import cache_latents
 from longcat_common import (
+    RANK,
+    WORLD_SIZE,
     KEYS,
     TEXT_TOKENS,
     VERSION,
@@ -37,7 +39,6 @@ from longcat_common import (
     LongCatImageTransformer2DModel,
     UserError,
     add_lora,
-    autocast,
     base_model,
     buckets,
     check_precision,
@@ -57,14 +58,13 @@ from longcat_common import (
     load_vae,
     make_pipeline,
     mean_loss,
+    offloaded,
     memory_advised,
     model_identity,
     peak_memory,
     pick_device,
     picture_grid,
     picture_settings,
-    process_count,
-    process_rank,
     prompt_file,
     read_init_lora,
     read_json,
@@ -84,7 +84,6 @@ from longcat_common import (
 )
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
-from peft.helpers import disable_input_dtype_casting
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -237,7 +236,7 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
     process's share of its batches. While a step computes, a thread loads the next one and sends it to the device."""
 
     def load(taken):
-        for epoch, number, batch in taken[process_rank() :: process_count()]:
+        for epoch, number, batch in taken[RANK::WORLD_SIZE]:
             tensors = load_batch(config, batch, prompt_files, epoch, number)
             with (
                 torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -266,8 +265,8 @@ def checkpoint_blocks(config, transformer):
     """Chooses the blocks that are computed again in the backward pass: all, none or the number in
     `gradient_checkpointing`, double-stream blocks first, which keep the most. One that is offloaded always is."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-    every = config.enable_group_offload or config.gradient_checkpointing is True
-    again = [every or i < config.gradient_checkpointing for i in range(double + single)]
+    count = double + single if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
+    again = [away or i < count for i, away in enumerate(offloaded(config, double + single))]
     if any(again):
         transformer.enable_gradient_checkpointing()
     transformer.use_checkpoint, transformer.use_single_checkpoint = again[:double], again[double:]
@@ -293,16 +292,14 @@ def set_up(config, transformer, scheduler, device, steps):
     ).lr_lambdas[0]
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
     model = transformer
-    if process_count() > 1:
+    if WORLD_SIZE > 1:
         frozen = [
             name
             for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]
             if name not in parameters
         ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-        model = DistributedDataParallel(
-            transformer, process_group=torch.distributed.new_group(backend="nccl") if device.type == "cuda" else None
-        )
+        model = DistributedDataParallel(transformer)
     if config.torch_compile:
         compile_blocks(transformer)
     parts = dict(transformer=transformer, model=model, parameters=parameters, scheduler=scheduler, optimizer=optimizer)
@@ -329,11 +326,9 @@ def train_step(config, run, step, batches):
             generator(config.seed, "lora_dropout", number).initial_seed()
         )  # dropout alone is drawn on the device
         # The processes' gradients are averaged once a step, with the last batch.
-        alone = run.model.no_sync() if process_count() > 1 and micro + 1 < count else contextlib.nullcontext()
-        # Autocast serves the LoRA its input in the base's dtype: no float32 copy of it in every layer.
-        with alone, disable_input_dtype_casting(run.transformer):
-            with autocast(config, run.device):
-                loss = flow_matching_loss(run.model, latents, noise, sigmas, prompt_embeds, weights)
+        alone = run.model.no_sync() if WORLD_SIZE > 1 and micro + 1 < count else contextlib.nullcontext()
+        with alone:
+            loss = flow_matching_loss(run.model, latents, noise, sigmas, prompt_embeds, weights)
             run.scaler.scale(loss / count).backward()
         total = total + loss.detach() / count
 
@@ -341,7 +336,7 @@ def train_step(config, run, step, batches):
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
     # The gradients are the processes' mean: if one's are not finite, none is, and all leave the step out.
-    finite = torch.isfinite(grad_norm) & (torch.isfinite(total) | (process_count() > 1))
+    finite = torch.isfinite(grad_norm) & (torch.isfinite(total) | (WORLD_SIZE > 1))
     run.whole = False
     if run.scaler.is_enabled():
         run.scaler.step(run.optimizer)  # finds out by itself
@@ -591,7 +586,7 @@ class Metrics:
 
     def __init__(self, config, start):
         self.path, self.board, self.scores = Path(config.output_dir) / "metrics.jsonl", None, {}
-        if process_rank() > 0:
+        if RANK > 0:
             return
         kept = []
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
@@ -618,7 +613,7 @@ class Metrics:
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
-        if process_rank() > 0:
+        if RANK > 0:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
         try:
@@ -724,9 +719,7 @@ def benchmark(config, device):
         torch.ones(batch),
     )
     seconds = []
-    for step in tqdm(
-        range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=process_rank() > 0
-    ):
+    for step in tqdm(range(1, config.benchmark + 1), desc="benchmark", unit="step", leave=False, disable=RANK > 0):
         start = time.perf_counter()
         train_step(config, run, step, [(step, tensors)] * config.gradient_accumulation_steps)
         synchronize(device)
@@ -747,7 +740,7 @@ def benchmark(config, device):
         "matmul_flops_per_second": rate,
         "hours": hours,
     }
-    if process_rank() == 0:
+    if RANK == 0:
         print(
             f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {str(dtype)[6:]} arithmetic, {batch} x {config.gradient_accumulation_steps} pictures of {width}x{height}"
         )
@@ -810,7 +803,7 @@ def peak_host_memory():
 
 def train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps):
     """The loop: from step `start` + 1 to `steps`, with checkpoints, previews and scores. Saves before it raises."""
-    per_step, first = config.gradient_accumulation_steps * process_count(), process_rank() == 0
+    per_step, first = config.gradient_accumulation_steps * WORLD_SIZE, RANK == 0
     metrics, stop, base = Metrics(config, start), StopSignals(), {}
     saved = done = last_sound = start
     place, bad, skipped, recent, smoothed, waiting, clock = (
@@ -836,7 +829,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         if step == start + 1:
             what = f"{seconds:.1f} s for the step itself" + (" and for compiling" if config.torch_compile else "")
             say(f"first step: done {time.perf_counter() - run.started:.1f} s after the start, of which {what}")
-        loss, sound = sum_over_processes(loss)[0] / process_count(), sum_over_processes(sound)[0] == process_count()
+        loss, sound = sum_over_processes(loss)[0] / WORLD_SIZE, sum_over_processes(sound)[0] == WORLD_SIZE
         recent.append((loss if sound else math.nan, grad_norm, seconds))
         bad = 0 if sound else bad + 1
         if sound:
@@ -976,10 +969,10 @@ def main(config):
         raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
     batches = Batches(config, entries)
 
-    per_step, steps = config.gradient_accumulation_steps * process_count(), config.max_train_steps
+    per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
     if config.num_train_epochs:
         steps = math.ceil(config.num_train_epochs * len(batches.batches) / per_step)
-    processes = f" x {process_count()} processes" if process_count() > 1 else ""
+    processes = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     seen = f"each picture will be seen about {steps * per_step / len(batches.batches):.1f} times its repeats"
     say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
     if held_out_keys:
@@ -1005,7 +998,7 @@ def main(config):
         say(
             f"nothing to train: {checkpoint} has {start} steps already; raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}, or choose another output_dir for a new run"
         )
-    if process_rank() == 0:
+    if RANK == 0:
         try:
             (output / "checkpoints").mkdir(
                 parents=True, exist_ok=True
@@ -1017,7 +1010,7 @@ def main(config):
         write_file(output / "config.json", config.model_dump_json(indent=2) + "\n")
     train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps)
 
-    if process_rank() == 0:
+    if RANK == 0:
         save_lora(transformer, output, lora_metadata(config, max(start, steps)))
         if device.type != "cpu":
             print(f"peak device memory: {peak_memory(device):.1f} GiB")

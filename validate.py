@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from longcat_common import (
+    WORLD_SIZE,
     CHINESE_FONTS,
     UserError,
     base_model,
@@ -35,7 +36,6 @@ from longcat_common import (
     pick_device,
     picture_grid,
     picture_settings,
-    process_count,
     read_header,
     read_lora,
     run_stage,
@@ -144,7 +144,7 @@ def new_folder(output):
 def main(config):
     """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the grid's
     path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
-    if process_count() > 1:
+    if WORLD_SIZE > 1:
         raise UserError("validate.py: runs in one process; start it without torchrun")
     device, prompts = pick_device(), config.validation_prompts or PROMPTS
     loras = find_loras(config)

@@ -23,7 +23,6 @@ import cache_latents
 import train_lora
 from longcat_common import (
     TARGET_MODULES,
-    autocast,
     compute_dtype,
     flow_matching_loss,
     free_memory,
@@ -40,10 +39,11 @@ from longcat_common import (
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel
+from optimum import quanto
 from peft import LoraConfig
 
 WAYS = {
-    "plain": None,
+    "plain": dict(base_model_precision="no_change"),  # quantized by quanto itself
     "ours, every block checkpointed": dict(gradient_checkpointing=True),
     "nothing checkpointed": dict(gradient_checkpointing=False),
     "nothing checkpointed, compiled": dict(gradient_checkpointing=False, torch_compile=True),
@@ -92,7 +92,7 @@ def run_way(name, steps, limit):
     device = pick_device()
     on_gpu = device.type != "cpu"
     resolution = "1024x1024" if on_gpu else "256x256"
-    config = load_config(resolution=resolution, lr_warmup_steps=0, **(WAYS[name] or {}))
+    config = load_config(resolution=resolution, lr_warmup_steps=0, **WAYS[name])
     if limit:
         torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     dtype, sizes, side = compute_dtype(config, device), REAL if on_gpu else SMALL, 1024 if on_gpu else 256
@@ -105,7 +105,10 @@ def run_way(name, steps, limit):
     )  # loaded block by block, for the plain loop too
     if name == "plain":
         for module in transformer.modules():
-            module._forward_hooks.clear()  # ours, which keep the norms' dtype
+            module.__dict__.pop("forward", None)  # ours, with autocast where it should be
+        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+            quanto.quantize(block, weights=quanto.qint8)
+            quanto.freeze(block)
         step, _ = plain_loop(transformer, device, dtype)
         sigmas = sample_sigmas(normal, side * side // 256, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
         do = lambda n: step(*(tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds)))
@@ -122,9 +125,7 @@ def run_way(name, steps, limit):
                 tensor.to(device)
                 for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)
             ]
-            with autocast(config, device), train_lora.disable_input_dtype_casting(run.transformer):
-                loss = flow_matching_loss(run.model, *tensors)
-            loss.backward()
+            flow_matching_loss(run.model, *tensors).backward()
             run.optimizer.zero_grad()
 
     for n in range(1, steps + 4):

@@ -48,6 +48,8 @@ def run_child(logs, script, arguments, environment):
     os.chdir(ROOT)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    for stage in ROOT.glob("*.py"):  # so that ours read the environment anew
+        sys.modules.pop(stage.stem, None)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

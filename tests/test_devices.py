@@ -31,10 +31,7 @@ def draws(batch=2):
 # ---------------------------------------------------------------- group offload
 
 
-# int4 compiles quanto's extension first, which takes a minute and a half.
-@pytest.mark.parametrize(
-    "precision", ["no_change", "int8-quanto", "fp8-torchao", pytest.param("int4-quanto", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "int4-quanto", "fp8-torchao"])
 def test_one_block_is_on_the_device_and_the_step_is_the_same(tiny_config, monkeypatch, precision):
     settings = dict(base_model_precision=precision, gradient_checkpointing=True)
     results, alive, sizes, fetch = [], [], [], longcat_common.GroupOffload.fetch
@@ -85,6 +82,25 @@ def test_one_block_is_on_the_device_and_the_step_is_the_same(tiny_config, monkey
     for (loss, grads), (expected, expected_grads) in zip(results[3:], results[:3]):
         assert torch.equal(loss, expected)
         assert all(torch.equal(grads[name], expected_grads[name]) for name in expected_grads)
+
+
+def test_some_blocks_stay_on_the_device(tiny_config):
+    losses = []
+    for count in (0, 1, 4, None):
+        config = tiny_config(enable_group_offload=True, offloaded_blocks=count, gradient_checkpointing=1)
+        transformer = load_transformer(config, "cpu")
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        away = [bool(block._forward_pre_hooks) for block in blocks]
+        spread = {0: [], 1: [5], 4: [1, 2, 4, 5], None: range(6)}[count]
+        assert [i for i, offloaded in enumerate(away) if offloaded] == [*spread]
+        parameters = add_lora(transformer, config)
+        train_lora.checkpoint_blocks(config, transformer)
+        again = transformer.use_checkpoint + transformer.use_single_checkpoint
+        assert again == [i == 0 or offloaded for i, offloaded in enumerate(away)]
+        loss = flow_matching_loss(transformer.train(), **draws())
+        loss.backward()
+        losses.append((loss.item(), *(parameter.grad.norm().item() for parameter in parameters.values())))
+    assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
 def test_training_and_validation_with_offload(quick_config, tmp_path):
@@ -244,10 +260,10 @@ def test_there_is_no_float64_in_training_and_validation(quick_config, monkeypatc
 
 
 def test_what_a_mac_cannot_do_is_refused_by_name():
-    for precision in ("no_change", "int8-quanto"):
+    for precision in ("no_change", "int8-quanto", "int4-quanto"):
         check_precision(load_config(base_model_precision=precision), "mps")
-    for precision in ("int4-quanto", "fp8-torchao", "int8-matmul"):
-        with pytest.raises(ValueError, match=f"base_model_precision: {precision} does not work on a Mac"):
+    for precision in ("fp8-torchao", "int8-matmul"):
+        with pytest.raises(ValueError, match=f"base_model_precision: {precision} has never been tried on a Mac"):
             check_precision(load_config(base_model_precision=precision), "mps")
 
 
@@ -305,6 +321,8 @@ def test_torchrun(quick_config, tmp_path):
     )
     assert "2 steps of 1 x 1 x 2 processes" in done.stdout and done.stdout.count("LoRA:") == 1
     assert checkpoints(config) == ["step-000001", "step-000002"]
+    printed = run_together("train_lora.py", 2, tmp_path, "--benchmark", "2", "--base_model_precision", "no_change")
+    assert "s a step" in printed[0] and "s a step" not in printed[1]
 
 
 # ---------------------------------------------------------------- memory and speed

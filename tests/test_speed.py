@@ -9,12 +9,14 @@ from optimum import quanto
 from PIL import Image
 from test_devices import draws
 from test_survival import lora_bytes, metrics
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 import train_lora
 import validate
 from longcat_common import (
-    Int8Linear,
+    QuantizedLinear,
     add_lora,
+    dequantize,
     flow_matching_loss,
     load_transformer,
 )
@@ -24,7 +26,9 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ---------------------------------------------------------------- 8 bits
+# ---------------------------------------------------------------- quantized layers
+
+PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul")
 
 
 def forward_and_input_gradient(linear, x, gradient):
@@ -34,31 +38,61 @@ def forward_and_input_gradient(linear, x, gradient):
     return y.detach(), x.grad
 
 
-def test_int8_is_quantos_int8_and_int8_matmul_is_close(tmp_path):
+def libraries_own_weight(linear, precision):
+    """The weight as optimum-quanto or torchao quantize it and give it back."""
+    model = torch.nn.Sequential(copy.deepcopy(linear))
+    if precision == "fp8-torchao":
+        quantize_(model, Float8WeightOnlyConfig())
+    elif precision != "int4-quanto":
+        quanto.quantize(model, weights=quanto.qint8)
+        quanto.freeze(model)
+    else:  # its own way back compiles an extension: the same in Python, as in its library/unpack.py and tensor/qbits.py
+        scale, shift = quanto.MaxOptimizer()(linear.weight.detach(), quanto.qint4, axis=0, group_size=128)
+        made = quanto.quantize_weight(
+            linear.weight.detach(), quanto.qint4, 0, scale, shift, group_size=128, optimized=False
+        )
+        values = torch.cat([made._data._data & 15, made._data._data >> 4])
+        return (made._scale * values - made._shift).reshape(linear.weight.shape)
+    return model[0].weight.dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantized_weights_are_the_libraries_own_to_the_last_bit(precision, dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(384, 256).to(dtype)
+    expected, quantized = libraries_own_weight(linear, precision), QuantizedLinear(linear, precision)
+    stored = [tensor for tensor in (quantized.weight, quantized.scale, quantized.shift) if tensor is not None]
+    assert torch.equal(dequantize(dtype, (256, 384), *stored), expected) and expected.dtype == dtype
+    assert all(type(tensor.data) is torch.Tensor and not tensor.requires_grad for tensor in stored)
+    if precision != "int8-matmul":
+        x, gradient = torch.randn(2, 64, 384).to(dtype), torch.randn(2, 64, 256).to(dtype)
+        linear.weight.data = expected
+        exact = forward_and_input_gradient(linear, x, gradient)
+        for found, reference in zip(forward_and_input_gradient(quantized, x, gradient), exact):
+            assert distance(found, reference) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_products_in_8_bits_are_close():
     torch.manual_seed(0)
     linear, x, gradient = torch.nn.Linear(256, 384), torch.randn(2, 64, 256), torch.randn(2, 64, 384)
-    theirs = torch.nn.Sequential(copy.deepcopy(linear))
-    quanto.quantize(theirs, weights=quanto.qint8)
-    quanto.freeze(theirs)
-    exact, expected = forward_and_input_gradient(linear, x, gradient), forward_and_input_gradient(theirs, x, gradient)
-    for found, reference in zip(forward_and_input_gradient(Int8Linear(linear, False), x, gradient), expected):
-        assert distance(found, reference) < 1e-6
-    for found, reference in zip(forward_and_input_gradient(Int8Linear(linear, True), x, gradient), exact):
+    quantized, exact = QuantizedLinear(linear, "int8-matmul"), forward_and_input_gradient(linear, x, gradient)
+    for found, reference in zip(forward_and_input_gradient(quantized, x, gradient), exact):
         assert 1e-4 < distance(found, reference) < 0.012
     few = torch.randn(3, 256)  # such as a modulation's: computed with the weights alone in 8 bits
-    assert distance(Int8Linear(linear, True)(few), linear(few)) < 0.006
+    assert distance(quantized(few), linear(few)) < 0.006
     with torch.autocast("cpu", torch.bfloat16):
-        assert Int8Linear(linear, True)(x).dtype == torch.bfloat16
+        assert quantized(x).dtype == torch.bfloat16
 
 
-def test_nothing_but_the_8_bits_is_kept_for_the_backward_pass():
-    kept = []
-    for in_8_bits in (False, True):
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-        ):
-            Int8Linear(torch.nn.Linear(256, 384), in_8_bits)(torch.randn(64, 256, requires_grad=True))
-    assert {(tensor.dtype, tensor.numel()) for tensor in kept} == {(torch.int8, 256 * 384), (torch.float32, 384)}
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_the_quantized_weight_is_kept_for_the_backward_pass(precision):
+    kept, linear = [], QuantizedLinear(torch.nn.Linear(256, 384), precision)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(torch.randn(64, 256, requires_grad=True))
+    places = {tensor.data_ptr() for tensor in linear.parameters()}
+    assert kept and all(tensor.data_ptr() in places for tensor in kept)
+    assert sum(tensor.nbytes for tensor in kept) <= 256 * 384 * (0.57 if precision == "int4-quanto" else 1.02)
 
 
 # ---------------------------------------------------------------- a number of checkpointed blocks
@@ -109,9 +143,10 @@ def test_the_next_step_is_loaded_while_one_computes(quick_config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "int8-matmul"])
+@pytest.mark.parametrize("precision", ["no_change", *PRECISIONS])
 def test_compiled_blocks_learn_the_same(quick_config, tmp_path, precision):
     settings = dict(
+        enable_group_offload=precision == "int4-quanto",
         base_model_precision=precision,
         max_train_steps=3,
         gradient_checkpointing=True,

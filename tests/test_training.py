@@ -368,10 +368,7 @@ def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config
     )
 
 
-# int4 compiles quanto's extension first, which takes a minute and a half.
-@pytest.mark.parametrize(
-    "precision", ["int8-quanto", "fp8-torchao", "int8-matmul", pytest.param("int4-quanto", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul"])
 def test_quantized_bases_train_and_draw(tiny_config, quick_config, precision):
     plain = load_transformer(tiny_config(), "cpu")
     config = quick_config(base_model_precision=precision, gradient_checkpointing=True, max_train_steps=2)
