@@ -857,6 +857,8 @@ def fill_transformer(transformer, read, config, device):
     device ever holds the whole unquantized model. Returns the transformer.
     """
     check_precision(config, device)
+    if config.base_model_precision == "int8-matmul" and not config.torch_compile and torch.device(device).type != "cpu":
+        say_once("int8-matmul: without torch_compile the rounding costs more than the 8-bit products save")
     dtype, names = compute_dtype(config, device), list(transformer.state_dict())
     transformer.requires_grad_(False).eval()
     kinds = ("transformer_blocks", "single_transformer_blocks")
@@ -985,9 +987,9 @@ class QuantizedProduct(torch.autograd.Function):
         ctx.shape, ctx.in_8_bits = shape, in_8_bits
         if not in_8_bits:
             return x @ dequantize(x.dtype, shape, *stored).t()
-        weight, scale = stored
+        values, scale = stored
         rows, row_scale = quantize_rows(x.flatten(0, -2))
-        return (torch._int_mm(rows, weight.t()) * (row_scale * scale.t())).to(x.dtype).unflatten(0, x.shape[:-1])
+        return (torch._int_mm(rows, values.t()) * (row_scale * scale.t())).to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -995,22 +997,24 @@ class QuantizedProduct(torch.autograd.Function):
         if not ctx.in_8_bits:
             x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
         else:
-            weight, scale = stored
+            values, scale = stored
             # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in memory.
             rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale.t())
-            product = torch._int_mm(rows, weight.t().contiguous().t())
+            product = torch._int_mm(rows, values.t().contiguous().t())
             x_gradient = (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1])
         return x_gradient, None, None, *(None for _ in stored)
 
 
-def dequantize(dtype, shape, weight, scale, shift=None):
-    """The weight [out, in] in `dtype`: weight * scale [out, 1], of int8 or float8 values; with `shift`, of groups of 4-bit
-    values [groups, group size], of which a byte holds two, values * scale [groups, 1] - shift [groups, 1]."""
+def dequantize(dtype, shape, values, scale, shift=None):
+    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 values or the bytes of float8 ones; with
+    `shift`, of groups of 4-bit values [groups, group size], of which a byte holds two, values * scale - shift [groups, 1]."""
     scale = scale.to(dtype)
     if shift is not None:
-        values = torch.cat([weight % 16, weight // 16])[: len(scale)]  # MPS cannot shift bits
-        return (values * scale - shift.to(dtype)).reshape(shape)
-    return weight * scale if weight.dtype == torch.int8 else weight.to(dtype) * scale  # float8 does not promote
+        halves = torch.cat([values % 16, values // 16])[: len(scale)]  # MPS cannot shift bits
+        return (halves * scale - shift.to(dtype)).reshape(shape)
+    if values.dtype == torch.uint8:
+        values = values.view(torch.float8_e4m3fn).to(dtype)  # float8 does not promote by itself
+    return values * scale
 
 
 def quantize_rows(x):
@@ -1032,7 +1036,7 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
             from torchao.quantization import Float8Tensor
 
             made = Float8Tensor.from_hp(weight)
-            values, scale = made.qdata, made.scale
+            values, scale = made.qdata.view(torch.uint8), made.scale  # PEFT would make a LoRA float8, too
         elif precision == "int4-quanto":
             from optimum.quanto import MaxOptimizer, qint4, quantize_weight
 

@@ -690,7 +690,9 @@ def memory_advice(config, device):
         advice.append("gradient_checkpointing true")
     if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
         advice.append("enable_group_offload true")
-    if config.base_model_precision != "int4-quanto" and device.type != "mps":
+    elif config.enable_group_offload and config.offloaded_blocks is not None:
+        advice.append("offloaded_blocks null")
+    if config.base_model_precision != "int4-quanto":
         advice.append("base_model_precision int4-quanto")
     return "; ".join([*advice, f"a resolution under {config.resolution}"])
 

@@ -1419,8 +1419,12 @@ HELP = {
     ),
     "seed": ("todo sorteio decorre dela", "所有随机数都由它决定"),
     "enable_group_offload": (
-        "guardar os blocos congelados na memória do computador; eles visitam o dispositivo um a um",
-        "冻结的块放在内存里，逐个轮流上设备",
+        "guardar blocos congelados na memória do computador; eles visitam o dispositivo um a um",
+        "把冻结的块放在内存里，逐个轮流上设备",
+    ),
+    "offloaded_blocks": (
+        "quantos dos 30 blocos enable_group_offload guarda lá; null: todos",
+        "enable_group_offload 放在内存里的块数，共 30 块；null：全部",
     ),
     "torch_compile": (
         "compilar os blocos: minutos no início, menos tempo e memória por passo",
