@@ -225,10 +225,10 @@ def test_small_buckets_are_divided_too(tiny_config, monkeypatch):
     config = tiny_config()
     entries = [{"key": f"{i:032x}", "bucket": [64 * (i + 1), 64]} for i in range(30)]
     entries = [{**entry, "latents_file": cache_latents.latents_file(config, entry)} for entry in entries]
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(longcat_common, "WORLD_SIZE", 4)
     shares = []
     for rank in range(4):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(longcat_common, "RANK", rank)
         shares.append([entry["key"] for batch in cache_latents.picture_batches(config, entries) for entry in batch])
     assert sorted(map(len, shares)) == [7, 7, 8, 8] and sorted(sum(shares, [])) == sorted(
         entry["key"] for entry in entries

@@ -231,6 +231,6 @@ def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run
             "00-128x128-seed42-base.png",
             "01-128x128-seed42-base.png",
         }
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(validate, "WORLD_SIZE", 2)
     with pytest.raises(ValueError, match="runs in one process"):
         validate.main(run)
