@@ -526,7 +526,7 @@ def set_up_tab(place, start):
         if file not in config_names():
             raise gr.Error(f"{file}: there is no such file")
         try:
-            given = {RENAMED.get(name, name): value for name, value in read_config(CONFIGS / file).items()}
+            given = read_config(CONFIGS / file)
         except UserError as error:
             return [f"⚠ {plain(error)}", *[gr.skip() for _ in names]]
         default, texts, unused = load_config(), [], [name for name in given if name not in names]

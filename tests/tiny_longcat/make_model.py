@@ -124,7 +124,7 @@ class Optimizer:
 
 
 def train(name, work, steps, module, matrices, matrix_rate, loss_of, warmup=100):
-    """Trains `module` for `steps` steps of loss_of(step, generator), from what is in `work` if it was stopped before.
+    """Trains `module` for `steps` steps of loss_of(share done, generator); stopped before, it goes on from `work`.
 
     Leaves the running average of its weights in it.
     """
