@@ -11,7 +11,6 @@ import difflib
 import functools
 import gc
 import hashlib
-import io
 import json
 import logging
 import math
@@ -20,7 +19,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 import traceback
 import unicodedata
 import warnings
@@ -41,19 +39,20 @@ from diffusers import (
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids, split_quotation
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from transformers import AutoConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from transformers import AutoConfig, Qwen2Tokenizer
+from transformers.masking_utils import create_causal_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm, Qwen2_5_VLRotaryEmbedding,
+)  # fmt: skip
 
 # MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a coarser
 # kernel that time (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
@@ -62,7 +61,6 @@ torch.zeros(1).exp()
 VERSION = "0.1.0"
 CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
-SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
@@ -816,16 +814,22 @@ def named_if_damaged(folder):
 def tensor_files(folder):
     """{tensor name: safetensors file} of a model's folder, whether it holds one file or an index and many."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    names = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index
-        else {path.name for path in folder.glob("*.safetensors")}
-    )
+    shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()} if index else ()
     files = {}
-    for name in sorted(names):
-        with safe_open(folder / name, "pt") as shard:
-            files |= dict.fromkeys(shard.keys(), folder / name)
+    for path in sorted(shards or folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            files |= dict.fromkeys(shard.keys(), path)
     return files
+
+
+def read_weights(files, names):
+    """{name: tensor} on the host, for some of the names in tensor_files. The files are closed again, so that what was read
+    does not stay in memory."""
+    tensors = {}
+    for path in sorted({files[name] for name in names}):
+        with safe_open(path, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
+    return tensors
 
 
 def load_transformer(config, device):
@@ -838,16 +842,8 @@ def load_transformer(config, device):
     missing = sorted(transformer.state_dict().keys() - files.keys())
     if missing:
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
-
-    def read(names):
-        tensors = {}
-        for path in sorted({files[name] for name in names}):
-            with safe_open(path, "pt") as shard:  # closed after each part: what was read does not stay in memory
-                tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
-        return tensors
-
     with named_if_damaged(folder):
-        return fill_transformer(transformer, read, config, device)
+        return fill_transformer(transformer, functools.partial(read_weights, files), config, device)
 
 
 def fill_transformer(transformer, read, config, device):
@@ -1093,149 +1089,79 @@ def load_tokenizer(config):
         return Qwen2Tokenizer.from_pretrained(folder)
 
 
+def text_config(config):
+    """transformers' configuration of the language layers."""
+    with named_if_damaged(folder := model_folder(config, "text_encoder")):
+        return AutoConfig.from_pretrained(folder).text_config
+
+
 def load_text_encoder(config, device):
-    """The language layers of Qwen2.5-VL, ready to compute on `device`; see StreamedTextEncoder."""
-    check_precision(config, device)
+    """The language layers of Qwen2.5-VL, ready to compute on `device`. Raises UserError if a weight is missing."""
     return StreamedTextEncoder(config, device)
 
 
-class StreamedTextEncoder(torch.nn.Module):
-    """The language layers of Qwen2.5-VL, without vision tower and `lm_head`, for a device of any size.
-
-    A model of one layer, which gets the weights of one layer after another from the shards: each layer computes all
-    prompts of a call before the next takes its place, and the next is read meanwhile. So one layer is on the device and
-    one more on the host, not 28, a call costs one reading of the files, and the result is that of the whole model. The
-    word embeddings stay on the host. Both key layouts load (`model.layers...` and `model.language_model.layers...`);
-    raises UserError if a weight is missing. A call takes `prompts_at_once` prompts with no more than 0.5 GiB of hidden
-    states: with batches of 4 that keeps it under 3 GB on the device, in float32 too (by calculation).
-    """
+class StreamedTextEncoder:
+    """The text encoder for a device of any size. A call reads each layer from its file once and computes all prompts with
+    it, batch after batch, while the next layer is read: the device holds one layer, the host one more. The embeddings are
+    those of the whole model. (transformers' own device map would read all 13 GB anew for every batch.)"""
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
 
     def __init__(self, config, device):
-        super().__init__()
-        self.folder, self.compute_device = model_folder(config, "text_encoder"), torch.device(device)
-        self.dtype, self.batch_size, self.seconds_waiting = (
-            text_dtype(config, device),
-            config.text_encoder_batch_size,
-            0.0,
-        )
-        with named_if_damaged(self.folder):
-            self.config = AutoConfig.from_pretrained(self.folder).text_config
-            files = tensor_files(self.folder)
-            shards = {path: safe_open(path, "pt") for path in set(files.values())}
-        self.shard_of = {
-            re.sub(r"^(model\.|language_model\.)+", "", name): (shards[path], name) for name, path in files.items()
-        }
-        small = copy.deepcopy(self.config)
-        small.num_hidden_layers, small.layer_types, small.vocab_size, small.pad_token_id = 0, [], 1, None
-        self.model = Qwen2_5_VLTextModel(small).requires_grad_(False).eval().to(device)
-        self.model.has_sliding_layers = "sliding_attention" in self.config.layer_types
-        self.config._attn_implementation = self.model.config._attn_implementation
-        self.weight_names = list(self.empty_layer(0).state_dict())
-        layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in self.weight_names]
-        missing = sorted({"embed_tokens.weight", "norm.weight", *layers} - self.shard_of.keys())
-        if missing:
+        self.folder, self.batch_size = model_folder(config, "text_encoder"), config.text_encoder_batch_size
+        self.compute_device, self.dtype = torch.device(device), text_dtype(config, device)
+        self.config = text_config(config)
+        self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
+        with named_if_damaged(self.folder), torch.device("meta"):
+            self.files = tensor_files(self.folder)
+            self.layer = Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
+            self.norm = Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        # Checkpoints begin their names with "model." or with "model.language_model.".
+        embeddings = next((name for name in self.files if name.endswith("embed_tokens.weight")), "model.")
+        self.start, names = embeddings.removesuffix("embed_tokens.weight"), self.layer.state_dict()
+        layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in names]
+        needed = [self.start + name for name in ("embed_tokens.weight", "norm.weight", *layers)]
+        if missing := [name for name in needed if name not in self.files]:
             raise UserError(
                 f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again"
             )
-        self.word_embeddings, self.norm = self.read("embed_tokens.weight"), self.model.norm
-        if list(self.word_embeddings.shape) != [self.config.vocab_size, self.config.hidden_size]:
-            raise UserError(
-                f"{self.folder}: embed_tokens.weight has the shape {list(self.word_embeddings.shape)}; download it again"
-            )
+
+    def read(self, part, names):
+        """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
+        names = {self.start + part + name: name for name in names}
         with named_if_damaged(self.folder):
-            self.norm.load_state_dict({"weight": self.read("norm.weight").to(device, self.dtype)}, assign=True)
-        self.model.norm = torch.nn.Identity()  # it comes after the last layer only
-        self.prompts_at_once = max(
-            1, 2**29 // (600 * self.config.hidden_size * self.dtype.itemsize)
-        )  # 512 tokens and the template
+            weights = read_weights(self.files, names)
+        # Read here, not when it is first used; page-locked, for a fast copy to CUDA.
+        own = lambda weight: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone()
+        return {names[name]: own(weight) for name, weight in weights.items()}
 
-    def read(self, name):
-        """One tensor of the shards, on the host."""
+    def fill(self, module, weights):
+        """Gives a module on the device these weights; those that it had go first."""
+        module.to("meta")
+        weights = {name: weight.to(self.compute_device).to(self.dtype) for name, weight in weights.items()}
         with named_if_damaged(self.folder):
-            shard, name = self.shard_of[name]
-            return shard.get_tensor(name)
-
-    def empty_layer(self, i):
-        with torch.device("meta"):
-            return Qwen2_5_VLDecoderLayer(self.config, i).eval()
-
-    def read_layer(self, i):
-        """A layer's weights in host memory (on CUDA page-locked, for a fast copy). Touches no device: a second thread may."""
-        weights = {name: self.read(f"layers.{i}.{name}") for name in self.weight_names}
-        return {
-            name: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone()
-            for name, weight in weights.items()
-        }
-
-    def make_layer(self, i, weights):
-        """The layer with these weights, on the device."""
-        layer = self.empty_layer(i)
-        with named_if_damaged(self.folder):
-            layer.load_state_dict(
-                {name: w.to(self.compute_device).to(self.dtype) for name, w in weights.items()}, assign=True
-            )
-        return layer.requires_grad_(False)
+            module.load_state_dict(weights, assign=True)
 
     @torch.no_grad()
-    def forward(self, input_ids, attention_mask, output_hidden_states=True):
-        """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden], computed in batches."""
-        embed = lambda ids: torch.nn.functional.embedding(ids, self.word_embeddings).to(self.compute_device, self.dtype)
-        hidden = [embed(ids) for ids in input_ids.split(self.batch_size)]  # stays on the device from layer to layer
+    def __call__(self, input_ids, attention_mask, output_hidden_states=True):
+        """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden]."""
+        embeddings = read_weights(self.files, [self.start + "embed_tokens.weight"])[self.start + "embed_tokens.weight"]
+        hidden = [embeddings[ids].to(self.compute_device, self.dtype) for ids in input_ids.split(self.batch_size)]
         masks = attention_mask.to(self.compute_device).split(self.batch_size)
-        layers = self.config.layer_types
+        masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
+        positions = torch.arange(input_ids.shape[1], device=self.compute_device).expand(3, 1, -1)
+        rotary = Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
+        names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            following = reader.submit(self.read_layer, 0)
-            for i, layer_type in enumerate(
-                tqdm(layers, desc="text encoder", unit="layer", leave=False, disable=RANK > 0)
-            ):
-                start = time.perf_counter()
-                weights = following.result()
-                self.seconds_waiting += time.perf_counter() - start
-                self.model.config.layer_types, self.model.layers = (
-                    [layer_type],
-                    torch.nn.ModuleList(),
-                )  # the old one goes first
-                self.model.layers.append(self.make_layer(i, weights))
-                del weights
-                following = reader.submit(self.read_layer, i + 1) if i + 1 < len(layers) else None
+            following = reader.submit(self.read, "layers.0.", names)
+            for i in tqdm(range(count), desc="text encoder", unit="layer", leave=False, disable=RANK > 0):
+                self.fill(self.layer, following.result())
+                following = reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
                 for n, mask in enumerate(masks):
-                    hidden[n] = self.model(
-                        inputs_embeds=hidden[n], attention_mask=mask, use_cache=False
-                    ).last_hidden_state
-                if self.compute_device.type == "cuda":
-                    torch.cuda.synchronize(self.compute_device)  # so that waiting for weights is told from computing
-        self.model.layers = torch.nn.ModuleList()
-        return SimpleNamespace(hidden_states=(torch.cat([self.norm(part).to(self.device) for part in hidden]),))
-
-
-class CachedPromptPipeline(LongCatImagePipeline):
-    """LongCatImagePipeline without a text encoder of its own: embeddings come from `cache_dir`, and what is
-    not there yet is encoded and kept. Prompts are never rewritten: a trigger word would be lost."""
-
-    settings = None  # the configuration; make_pipeline sets it
-
-    def encode_prompt(self, prompt, num_images_per_prompt=1, prompt_embeds=None):
-        """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        files = cache_prompts(self.settings, prompts, self.device)
-        prompt_embeds = torch.stack([read_tensors(files[p])["prompt_embeds"] for p in prompts])
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
-        return prompt_embeds.to(self.device, self.transformer.x_embedder.weight.dtype), text_ids.to(self.device)
-
-    def rewire_prompt(self, prompt, device):
-        """The prompt as it is."""
-        return prompt
-
-
-def make_pipeline(config, transformer, vae):
-    """A CachedPromptPipeline around loaded models."""
-    parts = dict(text_encoder=None, tokenizer=None, text_processor=None, scheduler=load_scheduler(config))
-    pipe = CachedPromptPipeline(transformer=transformer, vae=vae, **parts)
-    pipe.settings = config
-    return pipe
+                    hidden[n] = self.layer(hidden[n], attention_mask=mask, position_embeddings=rotary)
+        self.layer.to("meta")
+        self.fill(self.norm, self.read("norm.", ["weight"]))
+        return SimpleNamespace(hidden_states=[torch.cat([self.norm(states).to(self.device) for states in hidden])])
 
 
 def compile_blocks(transformer):
@@ -1246,125 +1172,7 @@ def compile_blocks(transformer):
         block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
 
 
-def load_pipeline(config, device, lora=None):
-    """A ready pipeline: `load_pipeline(config, "cuda", lora="output")("a cat").images[0]`.
-
-    `lora`: a LoRA file or folder, or None. Raises UserError if it cannot be read or does not fit.
-    """
-    transformer = load_transformer(config, device)
-    if config.torch_compile:
-        compile_blocks(transformer)
-    if lora:
-        load_lora(transformer, lora)
-    return make_pipeline(config, transformer, load_vae(config, device))
-
-
 # ---------------------------------------------------------------- prompt cache
-
-
-def prompt_file(config, prompt, device):
-    """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the model."""
-    how = (str(text_dtype(config, device)), "no_change")  # the encoder is never quantized
-    key = content_key("prompt", CACHE_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
-    return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
-
-
-def encode_prompts(text_encoder, tokenizer, prompts):
-    """Prompts -> embeddings [B, 512, hidden], by the pipeline's own tokenization (text in quotes letter by letter)."""
-    parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
-    pipe = LongCatImagePipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
-    with torch.no_grad():
-        return pipe.encode_prompt(list(prompts))[0]
-
-
-def token_counts(tokenizer, prompts):
-    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
-    pieces = {
-        prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
-        for prompt in prompts
-    }
-    distinct, lengths = sorted({piece for prompt in pieces for piece in pieces[prompt]}), {}
-    for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
-        some = distinct[i : i + 1000]
-        lengths.update(zip(some, map(len, tokenizer(some, add_special_tokens=False)["input_ids"])))
-    return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
-
-
-def in_batches(items, path_of, batch_size):
-    """Items sorted by their file's name, in batches. They do not depend on what is there already, so an interrupted run
-    ends with the same bytes as an uninterrupted one."""
-    items = sorted(items, key=lambda item: path_of(item).name)
-    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-
-
-def unfinished(batches, path_of, contents_of):
-    """The batches in which a file is missing or damaged; under torchrun this process's share of them.
-    `contents_of(item)`: {tensor: (dtype, shape)} that its file must hold."""
-    mine = batches[RANK::WORLD_SIZE]
-    return [batch for batch in mine if not all([is_whole(path_of(item), contents_of(item)) for item in batch])]
-
-
-def is_whole(path, contents):
-    """Whether a cache file is there with these {tensor: (dtype, shape)}. One that is cut off, which its header tells, or
-    holds something else is named and removed, so that it is made again. Raises UserError for one that cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except SafetensorError as error:
-        found = error
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
-            return False
-        raise UserError(f"{path}: is there but cannot be read; mend that or choose another cache_dir") from None
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    if found != {name: (names[dtype], tuple(shape)) for name, (dtype, shape) in contents.items()}:
-        tqdm.write(f"{path}: is damaged ({found}), it is made again")
-        path.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def prompt_contents(config, device):
-    """{tensor: (dtype, shape)} of a cached prompt."""
-    with named_if_damaged(folder := model_folder(config, "text_encoder")):
-        hidden_size = AutoConfig.from_pretrained(folder).text_config.hidden_size
-    return {"prompt_embeds": (text_dtype(config, device), (TEXT_TOKENS, hidden_size))}
-
-
-def prompt_batches(config, files, device):
-    """The batches of prompts that this process has to encode. `files`: {prompt: file}."""
-    contents = prompt_contents(config, device)
-    return unfinished(in_batches(files, files.get, config.text_encoder_batch_size), files.get, lambda prompt: contents)
-
-
-def cache_prompts(config, prompts, device):
-    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file}."""
-    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
-    write_prompts(config, files, prompt_batches(config, files, device), device)
-    return files
-
-
-def write_prompts(config, files, batches, device):
-    """Encodes batches of prompts to their `files`, {prompt: file}. Says where the time went.
-
-    The text encoder is opened only if there is something to encode, and freed before this returns.
-    """
-    if batches:
-        start = time.perf_counter()
-        text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
-        at_once = max(1, text_encoder.prompts_at_once // config.text_encoder_batch_size)  # batches
-        with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=RANK > 0) as bar:
-            for i in range(0, len(batches), at_once):
-                some = [prompt for batch in batches[i : i + at_once] for prompt in batch]
-                for prompt, prompt_embeds in zip(some, encode_prompts(text_encoder, tokenizer, some)):
-                    if not files[prompt].exists():
-                        write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
-                    bar.update()
-        seconds, waiting = time.perf_counter() - start, text_encoder.seconds_waiting
-        print(f"prompts: {waiting:.1f} s waiting for weights, {seconds - waiting:.1f} s computing and writing")
-        del text_encoder
-        free_memory()
 
 
 # ---------------------------------------------------------------- flow matching
@@ -1420,30 +1228,6 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     )[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
     return (losses if weights is None else losses * weights).mean()
-
-
-@torch.no_grad()
-def mean_loss(config, transformer, entries, prompt_files, scheduler, device, stopped=lambda: False):
-    """The mean loss over pictures in a form that tells learning from chance: every picture (the posterior's mean, its first
-    caption) at the same four noise levels, with the same noise whenever this is called. Under torchrun the processes share
-    the work. Returns a float; nan as soon as `stopped()`, asked by all processes together, is true."""
-    total, training = 0.0, transformer.training
-    transformer.eval()
-    for first in range(0, len(entries), WORLD_SIZE):
-        if stopped():
-            return math.nan
-        if first + RANK >= len(entries):
-            continue
-        entry = entries[first + RANK]
-        latents = read_tensors(entry["latents_file"])["mean"][None]
-        prompt_embeds = read_tensors(prompt_files[entry["captions"][0]])["prompt_embeds"][None]
-        for normal in SCORED_NORMALS:
-            noise = torch.randn(latents.shape, generator=generator("score", entry["key"], normal))
-            sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler)
-            tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
-            total += flow_matching_loss(transformer, *tensors).item()
-    transformer.train(training)
-    return sum_over_processes(total)[0] / (len(entries) * len(SCORED_NORMALS))
 
 
 # ---------------------------------------------------------------- LoRA
@@ -1647,125 +1431,3 @@ def remove_lora(transformer):
 
 
 # ---------------------------------------------------------------- pictures
-
-
-def generate(pipe, config, prompts, size=None, seed=None):
-    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and `seed`:
-    the first ones of the configuration, if not given."""
-    width, height = size or validation_sizes(config)[0]
-    seed = config.validation_seed[0] if seed is None else seed
-    pipe.set_progress_bar_config(leave=False, desc="sampling")
-    images = []
-    for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
-        images += pipe(
-            prompt,
-            negative_prompt=config.validation_negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=config.validation_guidance,
-            generator=torch.Generator().manual_seed(seed),
-            enable_prompt_rewrite=False,
-        ).images
-    return images
-
-
-CHINESE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "PingFang.ttc",
-    "STHeiti Light.ttc",
-    "msyh.ttc",
-)
-OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
-
-
-def picture_settings(config, without):
-    """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
-    names = [name for name in KEYS if name.startswith("validation_")]
-    left_out = ("validation_split", "validation_step_interval", without)
-    return {name: getattr(config, name) for name in names if name not in left_out}
-
-
-def is_chinese(text):
-    """Whether a text has characters that only a Chinese, Japanese or Korean font has."""
-    return any(ord(letter) > 0x2E7F for letter in text)
-
-
-@functools.cache
-def system_font(names, size):
-    """The first of these fonts that is installed, or None."""
-    for name in names:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-
-
-def label(text, size, instead="(no font for Chinese text)"):
-    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one accents are
-    left out, and a Chinese text is replaced by `instead`."""
-    text = " ".join(text.split())
-    font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
-    if font is None and is_chinese(text):
-        text = instead
-    elif font is None:
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return text, font or ImageFont.load_default(size)
-
-
-def picture_grid(rows, row_labels, column_labels, title=None):
-    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size. `title`:
-    a line or several."""
-    cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
-    size = max(13, cell // 16)
-    line = size + 2 * gap
-    heights = [round(images[0].height * cell / images[0].width) for images in rows]
-    titles = title.splitlines() if title else []
-    head = line * (len(titles) + 1)
-    grid = Image.new(
-        "RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white"
-    )
-    draw = ImageDraw.Draw(grid)
-
-    def write(text, x, y, width, anchor, colour, instead=None):
-        text, font = label(text[:300], size, instead)
-        while draw.textlength(text, font=font) > width:
-            text = text.rstrip("…")[:-1] + "…"
-        draw.text((x, y), text, colour, font=font, anchor=anchor)
-
-    for y, text in enumerate(titles):
-        write(
-            text,
-            gap,
-            line * y + line / 2,
-            grid.width - 2 * gap,
-            "lm",
-            "#444444",
-            text.encode("ascii", "replace").decode(),
-        )
-    for x, text in enumerate(column_labels):
-        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
-    top = head
-    for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
-        write(
-            text,
-            gap,
-            top + line / 2,
-            grid.width - 2 * gap,
-            "lm",
-            "#444444",
-            f"row {y + 1} (its prompt is Chinese; no Chinese font found)",
-        )
-        for x, image in enumerate(images):
-            grid.paste(image.resize((cell, height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
-        top += line + height
-    return grid
-
-
-def save_picture(image, path, **text):
-    """Writes a PNG whole or not at all, with `text` in its metadata."""
-    info, data = PngInfo(), io.BytesIO()
-    for name, value in text.items():
-        info.add_itxt(name, value)
-    image.save(data, "PNG", pnginfo=info)
-    write_file(path, data.getvalue())

@@ -22,41 +22,25 @@ import re
 import stat
 import unicodedata
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS,
-    UserError,
-    buckets,
-    in_parallel,
-    label,
-    load_tokenizer,
-    run_stage,
-    split_quotation,
-    token_counts,
-    unique_keys,
+    TEXT_TOKENS, UserError, buckets, in_parallel, load_tokenizer, run_stage, unique_keys,
     write_file,
-)
+)  # fmt: skip
+
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    split_quotation,
+)  # longcat_common quiets its imports
 
 PICTURES = {
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".avif",
-    ".heic",
-    ".heif",
-    ".jxl",
-}
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl",
+}  # fmt: skip
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
 CAPTION_NAMES = ("caption", "text", "prompt")
 PATH_NAMES = ("file_name", "img_path")
@@ -68,6 +52,40 @@ UPRIGHT = {
 }  # fmt: skip
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
 SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 64, 1600, 160
+CHINESE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "STHeiti Light.ttc",
+    "msyh.ttc",
+)
+OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
+
+
+@dataclass
+class Picture:
+    """A picture to train on: a line of the manifest."""
+
+    path: str
+    key: str  # hash of the file's bytes
+    size: tuple[int, int]  # width and height in pixels, as a viewer shows it
+    bucket: tuple[int, int]  # width and height
+    captions: list[str]
+    repeats: int  # times an epoch
+    loss_weight: float
+    file: list[int]  # the file's bytes and time, which tell that it has not changed
+    notes: list[str]  # for the report
+
+
+def read_manifest(path):
+    """The pictures in a manifest. Raises OSError, or ValueError for one that is damaged or of another kind."""
+    with open(path, encoding="utf-8") as lines:
+        try:
+            rows = [json.loads(line) for line in lines]
+            return [Picture(**row | {"size": tuple(row["size"]), "bucket": tuple(row["bucket"])}) for row in rows]
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class Findings(dict):
@@ -356,7 +374,7 @@ def inspect_picture(path):
         elif not (image.format in ("JPEG", "MPO") and data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")):
             image.draft(None, (1, 1))
             image.load()
-    return {"key": hashlib.sha256(data).hexdigest()[:32], "size": list(size), "notes": notes}
+    return {"key": hashlib.sha256(data).hexdigest()[:32], "size": size, "notes": notes}
 
 
 def orientation_of(image):
@@ -502,33 +520,24 @@ def read_source(source, config, findings):
     raise UserError(f"data_dir: {path} is no folder")
 
 
-def known_pictures(manifest):
-    """{path: facts} of an earlier manifest, for the pictures that have not changed since."""
-    try:
-        with open(manifest, encoding="utf-8") as lines:
-            entries = map(json.loads, lines)
-            return {
-                entry["path"]: {name: entry[name] for name in ("file", "key", "size", "notes")} for entry in entries
-            }
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # there is none, or one of another kind: everything is read
-
-
 def file_stamp(status):
     """What tells that a file has not changed, from os.stat: its size in bytes and its time."""
     return [status.st_size, status.st_mtime_ns]
 
 
 def facts_of(path, known):
-    """ "file" (bytes, time), "key", "size" and "notes" of a picture, or as a text the reason to leave it out."""
+    """{"file", "key", "size", "notes"} of a picture, as in Picture, or as a text the reason to leave it out. `known`: the
+    pictures of an earlier manifest by their paths."""
     try:
         str(path).encode("utf-8")
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return "is no file"
-        file, facts = file_stamp(status), known.get(str(path))
-        if not facts or facts["file"] != file:
-            facts = {"file": file, **inspect_picture(path)}
+        file, before = file_stamp(status), known.get(str(path))
+        if before and before.file == file:
+            facts = {"key": before.key, "size": before.size, "notes": before.notes}
+        else:
+            facts = inspect_picture(path)
     except Image.UnidentifiedImageError:
         return "is not a picture that Pillow can read; save it as JPEG or PNG"
     except UnicodeEncodeError:
@@ -539,29 +548,42 @@ def facts_of(path, known):
         return f"cannot be read as a picture ({reason(error)})"
     if min(facts["size"]) < SMALLEST_SIDE:
         return f"is {facts['size'][0]}x{facts['size'][1]} pixels, under {SMALLEST_SIDE} on a side"
-    return facts
+    return {"file": file, **facts}
 
 
 # ---------------------------------------------------------------- what the user sees
 
 
-def describe_pictures(entries, config, findings):
+def token_counts(tokenizer, prompts):
+    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
+    pieces = {
+        prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
+        for prompt in prompts
+    }
+    distinct, lengths = sorted({piece for prompt in pieces for piece in pieces[prompt]}), {}
+    for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
+        some = distinct[i : i + 1000]
+        lengths.update(zip(some, map(len, tokenizer(some, add_special_tokens=False)["input_ids"])))
+    return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
+
+
+def describe_pictures(pictures, config, findings):
     """Adds what is worth knowing of the pictures to `findings`."""
     by_key, buckets_used = collections.defaultdict(list), collections.Counter()
-    for entry in entries:
-        (width, height), bucket = entry["size"], entry["bucket"]
+    for picture in pictures:
+        (width, height), bucket = picture.size, picture.bucket
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        by_key[entry["key"]].append(entry["path"])
-        buckets_used[tuple(bucket)] += 1
-        for note in entry["notes"]:
-            findings.note(note, entry["path"])
+        by_key[picture.key].append(picture.path)
+        buckets_used[bucket] += 1
+        for note in picture.notes:
+            findings.note(note, picture.path)
         if scale > 1:
             findings.note(
-                "Smaller than their bucket, enlarged", f"{entry['path']}: {width}x{height} to {bucket[0]}x{bucket[1]}"
+                "Smaller than their bucket, enlarged", f"{picture.path}: {width}x{height} to {bucket[0]}x{bucket[1]}"
             )
         if kept < 0.5:
-            findings.note("More than half is cut away", f"{entry['path']}: {width}x{height}, {kept:.0%} is kept")
+            findings.note("More than half is cut away", f"{picture.path}: {width}x{height}, {kept:.0%} is kept")
     for paths in by_key.values():
         if len(paths) > 1:
             findings.note("Exact duplicates", " = ".join(paths))
@@ -573,26 +595,26 @@ def describe_pictures(entries, config, findings):
             )
 
 
-def describe_captions(entries, config, findings):
+def describe_captions(pictures, config, findings):
     """Adds what is worth knowing of the captions to `findings`. Returns a sentence on their number, languages and tokens."""
-    captions = list(dict.fromkeys(caption for entry in entries for caption in entry["captions"]))
-    total = sum(len(entry["captions"]) for entry in entries)
-    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for entry in entries for caption in entry["captions"])
+    captions = list(dict.fromkeys(caption for picture in pictures for caption in picture.captions))
+    total = sum(len(picture.captions) for picture in pictures)
+    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for picture in pictures for caption in picture.captions)
     summary = f"{total} captions: {chinese} with Chinese, {total - chinese} without"
-    for entry in entries:
-        quoted = [part for caption in entry["captions"] for part, is_quoted in split_quotation(caption) if is_quoted]
+    for picture in pictures:
+        quoted = [part for caption in picture.captions for part, is_quoted in split_quotation(caption) if is_quoted]
         if quoted:
-            findings.note("Quoted text, drawn letter by letter", f"{entry['path']}: {' '.join(quoted)}")
+            findings.note("Quoted text, drawn letter by letter", f"{picture.path}: {' '.join(quoted)}")
     try:
         tokens = token_counts(load_tokenizer(config), captions)
     except (UserError, OSError, ValueError) as error:
         return f"{summary}; tokens were not counted ({error})"
-    for entry in entries:
-        for caption in entry["captions"]:
+    for picture in pictures:
+        for caption in picture.captions:
             if tokens[caption] > TEXT_TOKENS:
                 findings.note(
                     f"Captions over {TEXT_TOKENS} tokens, the rest is not read",
-                    f"{entry['path']}: {tokens[caption]} tokens: {shortened(caption)}",
+                    f"{picture.path}: {tokens[caption]} tokens: {shortened(caption)}",
                 )
     if not tokens:
         return summary
@@ -604,14 +626,14 @@ def shortened(text, length=60):
     return text if len(text) <= length else text[:length].rstrip() + "…"
 
 
-def report_text(summary, entries, findings, short=False):
+def report_text(summary, pictures, findings, short=False):
     """The report, in Markdown: the summary, the buckets, and every finding, problems first. `short` is for a terminal."""
-    pictures, samples = collections.Counter(), collections.Counter()
-    for entry in entries:
-        pictures[tuple(entry["bucket"])] += 1
-        samples[tuple(entry["bucket"])] += entry["repeats"]
+    used, samples = collections.Counter(), collections.Counter()
+    for picture in pictures:
+        used[picture.bucket] += 1
+        samples[picture.bucket] += picture.repeats
     lines = ["# Data report", "", summary, "", "| bucket | pictures | samples an epoch |", "| --- | ---: | ---: |"]
-    lines += [f"| {w}x{h} | {pictures[w, h]} | {samples[w, h]} |" for w, h in sorted(pictures)]
+    lines += [f"| {w}x{h} | {used[w, h]} | {samples[w, h]} |" for w, h in sorted(used)]
     for title in sorted(findings, key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
         found = findings[title]
         shown = found[: 20 if title in (LEFT_OUT, CAPTIONS) else 3] if short else found
@@ -621,13 +643,38 @@ def report_text(summary, entries, findings, short=False):
     return "\n".join(lines) + "\n"
 
 
-def contact_sheet(entries):
+def is_chinese(text):
+    """Whether a text has characters that only a Chinese, Japanese or Korean font has."""
+    return any(ord(letter) > 0x2E7F for letter in text)
+
+
+@functools.cache
+def system_font(names, size):
+    """The first of these fonts that is installed, or None."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+
+
+def label(text, size, instead="(no font for Chinese text)"):
+    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one accents are
+    left out, and a Chinese text is replaced by `instead`."""
+    text = " ".join(text.split())
+    font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
+    if font is None and is_chinese(text):
+        text = instead
+    elif font is None:
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return text, font or ImageFont.load_default(size)
+
+
+def contact_sheet(pictures):
     """A picture of what the model will see: cropped as in training, grouped by bucket, with the first words of each
     caption. Of a large data set an even choice from every bucket is shown."""
     gap, line, groups, height = 8, 18, [], 0
-    for bucket in sorted({tuple(entry["bucket"]) for entry in entries}):
-        group = [entry for entry in entries if tuple(entry["bucket"]) == bucket]
-        count = min(len(group), max(1, SHEET_PICTURES * len(group) // len(entries)))
+    for bucket in sorted({picture.bucket for picture in pictures}):
+        group = [picture for picture in pictures if picture.bucket == bucket]
+        count = min(len(group), max(1, SHEET_PICTURES * len(group) // len(pictures)))
         scale = min(SHEET_ROW / bucket[1], (SHEET_WIDTH - 2 * gap) / bucket[0])
         size = (max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale)))
         columns = (SHEET_WIDTH - gap) // (size[0] + gap)
@@ -635,25 +682,25 @@ def contact_sheet(entries):
         height += line + 2 * gap + math.ceil(count / columns) * (SHEET_ROW + 2 * line + gap)
     sheet = Image.new("RGB", (SHEET_WIDTH, height), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    cells = [(entry["path"], size) for _, size, _, _, shown in groups for entry in shown]
+    cells = [(picture.path, size) for _, size, _, _, shown in groups for picture in shown]
 
-    def picture(cell):
+    def tile(cell):
         try:
             return load_picture(*cell)
         except Exception:  # caching will say why; here it is a red tile
             return Image.new("RGB", cell[1], "#cc0000")
 
-    pictures = iter(tqdm(in_parallel(picture, cells), desc="preview", total=len(cells), unit="picture", leave=False))
+    tiles = iter(tqdm(in_parallel(tile, cells), desc="preview", total=len(cells), unit="picture", leave=False))
     for bucket, size, columns, count, shown in groups:
         title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (
             f", {len(shown)} of them shown" if len(shown) < count else ""
         )
         draw.text((gap, top + gap), title, "black", font=label(title, 15)[1])
         top += line + 2 * gap
-        for i, entry in enumerate(shown):
+        for i, picture in enumerate(shown):
             x, y = gap + i % columns * (size[0] + gap), top + i // columns * (SHEET_ROW + 2 * line + gap)
-            sheet.paste(next(pictures), (x, y))
-            text, font = label(shortened(entry["captions"][0], 100), 13)
+            sheet.paste(next(tiles), (x, y))
+            text, font = label(shortened(picture.captions[0], 100), 13)
             for row in range(2):
                 fitting = [n for n in range(len(text) + 1) if draw.textlength(text[:n], font=font) <= size[0]]
                 between_words = [n for n in fitting[1:] if not re.fullmatch("[a-zA-Z]{2}", text[n - 1 : n + 1])]
@@ -665,68 +712,56 @@ def contact_sheet(entries):
 
 
 def main(config):
-    """Writes manifest, report and preview. Returns the manifest's entries: dictionaries with path, key (of the file's
-    content), size, bucket [width, height], captions, repeats, loss_weight, file (bytes, time) and notes. Raises
-    UserError if no picture can be used."""
+    """Writes manifest, report and preview. Returns the pictures, a list of Picture. Raises UserError if none can be used."""
     if not config.data_dir:
         raise UserError("data_dir: not set; name the folder with your pictures")
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    output, findings, entries, found = Path(config.output_dir), Findings(), [], []
+    output, findings, pictures, found, known = Path(config.output_dir), Findings(), [], [], {}
     for source in config.data_dir:
         for name in ("output_dir", "cache_dir"):
             if os.path.realpath(source.path) == os.path.realpath(getattr(config, name)):
                 raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
-        for picture, captions, _ in read_source(source, config, findings):
+        for path, captions, _ in read_source(source, config, findings):
             if captions or config.instance_prompt:
-                found.append((source, picture, captions))
+                found.append((source, path, captions))
             else:
-                text_file = picture.with_suffix(".txt").name
-                findings.note(LEFT_OUT, f"{picture}: no caption; write {text_file} beside it or set instance_prompt")
-    known, nearest = (
-        known_pictures(output / "manifest.jsonl"),
-        functools.cache(functools.partial(nearest_bucket, sizes=buckets(config))),
-    )
+                text_file = path.with_suffix(".txt").name
+                findings.note(LEFT_OUT, f"{path}: no caption; write {text_file} beside it or set instance_prompt")
+    with contextlib.suppress(OSError, ValueError):  # there is no manifest yet, or one of another kind: all is read
+        known = {picture.path: picture for picture in read_manifest(output / "manifest.jsonl")}
+    nearest = functools.cache(functools.partial(nearest_bucket, sizes=buckets(config)))
     all_facts = in_parallel(lambda item: facts_of(item[1], known), found)
-    for (source, picture, captions), facts in zip(
-        found, tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
-    ):
+    bar = tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
+    for (source, path, captions), facts in zip(found, bar):
         if isinstance(facts, str):
-            findings.note(LEFT_OUT, f"{picture}: {facts}")
+            findings.note(LEFT_OUT, f"{path}: {facts}")
             continue
         if not captions:
-            findings.note("Without a caption of their own, instance_prompt is used", picture)
+            findings.note("Without a caption of their own, instance_prompt is used", path)
         captions = [source.caption_prefix + caption for caption in captions or [config.instance_prompt]]
-        weights = {"repeats": source.repeats, "loss_weight": source.loss_weight}
-        entries.append(
-            {"path": str(picture), "bucket": list(nearest(*facts["size"])), "captions": captions, **weights, **facts}
-        )
+        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight)
+        pictures.append(Picture(path=str(path), bucket=nearest(*facts["size"]), **own, **facts))
 
-    describe_pictures(entries, config, findings)
+    describe_pictures(pictures, config, findings)
     left_out = len(findings.get(LEFT_OUT, []))
-    summary = f"{len(entries)} pictures, {left_out} left out; {describe_captions(entries, config, findings)}."
-    report = report_text(summary, entries, findings)
-    if not entries:
+    summary = f"{len(pictures)} pictures, {left_out} left out; {describe_captions(pictures, config, findings)}."
+    report, printed = (report_text(summary, pictures, findings, short) for short in (False, True))
+    if not pictures:
         write_file(output / "report.md", report)
-        print(report_text(summary, entries, findings, short=True))
-        raise UserError(
-            f"data_dir: no picture to train on in {', '.join(s.path for s in config.data_dir)}, {left_out} left out"
-        )
-    manifest = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    unchanged = [
-        write_if_changed(output / name, text) for name, text in (("manifest.jsonl", manifest), ("report.md", report))
-    ]
+        print(printed)
+        sources = ", ".join(source.path for source in config.data_dir)
+        raise UserError(f"data_dir: no picture to train on in {sources}, {left_out} left out")
+    manifest = "".join(json.dumps(asdict(picture), ensure_ascii=False) + "\n" for picture in pictures)
+    texts = {output / "manifest.jsonl": manifest, output / "report.md": report}
+    unchanged = [write_if_changed(path, text) for path, text in texts.items()]
     preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
     if not os.path.exists(preview) or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
         data = io.BytesIO()
-        contact_sheet(entries).save(data, "JPEG", quality=88)
+        contact_sheet(pictures).save(data, "JPEG", quality=88)
         write_file(preview, data.getvalue())
-    print(
-        f"{summary} As before: {output / 'report.md'}"
-        if all(unchanged)
-        else report_text(summary, entries, findings, short=True)
-    )
+    print(f"{summary} As before: {output / 'report.md'}" if all(unchanged) else printed)
     print(f"what the model will see: {preview}")
-    return entries
+    return pictures
 
 
 def write_if_changed(path, text):

@@ -29,59 +29,17 @@ import numpy as np
 import torch
 
 import cache_latents
+from cache_latents import latents_file, prompt_file
 from longcat_common import (
-    RANK,
-    WORLD_SIZE,
-    KEYS,
-    TEXT_TOKENS,
-    VERSION,
-    FlowMatchEulerDiscreteScheduler,
-    LongCatImageTransformer2DModel,
-    UserError,
-    add_lora,
-    base_model,
-    buckets,
-    check_precision,
-    checkpoint_folders,
-    compile_blocks,
-    compute_dtype,
-    fill_transformer,
-    first_before_others,
-    flow_matching_loss,
-    free_memory,
-    generate,
-    generator,
-    is_readable,
-    leaves_nothing,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    make_pipeline,
-    mean_loss,
-    offloaded,
-    memory_advised,
-    model_identity,
-    peak_memory,
-    pick_device,
-    picture_grid,
-    picture_settings,
-    prompt_file,
-    read_init_lora,
-    read_json,
-    read_lora,
-    read_tensors,
-    run_stage,
-    sample_sigmas,
-    save_lora,
-    save_picture,
-    say,
-    send,
-    step_of,
-    sum_over_processes,
-    synchronize,
-    write_file,
-    write_tensors,
-)
+    KEYS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel,
+    UserError, add_lora, base_model, buckets, check_precision, checkpoint_folders, compile_blocks,
+    compute_dtype, fill_transformer, first_before_others, flow_matching_loss, free_memory, generator, is_readable,
+    leaves_nothing, load_scheduler, load_transformer, load_vae, memory_advised, model_identity, offloaded,
+    peak_memory, pick_device, read_init_lora, read_json, read_lora, read_tensors, run_stage, sample_sigmas,
+    save_lora, say, send, step_of, sum_over_processes, synchronize, write_file, write_tensors,
+)  # fmt: skip
+from prepare_data import Picture
+from validate import generate, make_pipeline, picture_grid, picture_settings, save_picture
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from PIL import Image
@@ -91,6 +49,7 @@ from tqdm import tqdm
 
 LOG_EVERY = 10  # steps
 SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring takes as long as about 20 steps
+SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # where held-out pictures are scored, as normal draws
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 # What a run cannot change when it is resumed, and what only says where and how it is run.
 FIXED_KEYS = ["lora_rank", "lora_alpha", "lora_target_modules"]
@@ -109,10 +68,10 @@ SILENT_KEYS = [
 # ---------------------------------------------------------------- data
 
 
-def hold_out(config, entries):
+def hold_out(config, pictures):
     """The content keys of the pictures that are never trained on: `validation_split` of them, one at least and
     SCORED_PICTURES at most, chosen by their content."""
-    keys = sorted({entry["key"] for entry in entries})
+    keys = sorted({picture.key for picture in pictures})
     return (
         keys[: min(SCORED_PICTURES, max(1, round(config.validation_split * len(keys))))]
         if config.validation_split
@@ -120,16 +79,17 @@ def hold_out(config, entries):
     )
 
 
-def epoch_batches(entries, batch_size, seed, epoch):
-    """One epoch as shuffled batches of (sample name, entry); a batch holds pictures of one bucket only.
+def epoch_batches(pictures, batch_size, seed, epoch):
+    """One epoch as shuffled batches of (sample name, picture); a batch holds pictures of one bucket only.
 
     Every picture comes `repeats` times; what does not fill a bucket's last batch makes a smaller one.
     """
-    samples = [(f"{entry['latents_file'].stem}:{n}", entry) for entry in entries for n in range(entry["repeats"])]
+    name = lambda picture, n: f"{picture.key}-{picture.bucket[0]}x{picture.bucket[1]}:{n}"
+    samples = [(name(picture, n), picture) for picture in pictures for n in range(picture.repeats)]
     order = torch.randperm(len(samples), generator=generator(seed, "shuffle", epoch)).tolist()
     by_bucket = {}
     for i in order:
-        by_bucket.setdefault(tuple(samples[i][1]["bucket"]), []).append(samples[i])
+        by_bucket.setdefault(samples[i][1].bucket, []).append(samples[i])
     batches = [
         group[i : i + batch_size] for _, group in sorted(by_bucket.items()) for i in range(0, len(group), batch_size)
     ]
@@ -141,9 +101,9 @@ class Batches:
     """The run's batches, epoch after epoch, and the place in them. An epoch is finished with the pictures, the batch size
     and the seed that it was begun with, even if the run is resumed with others."""
 
-    def __init__(self, config, entries):
-        self.config, self.entries, self.number = config, entries, 0
-        self.begin(0, entries, config.train_batch_size, config.seed)
+    def __init__(self, config, pictures):
+        self.config, self.all_pictures, self.number = config, pictures, 0
+        self.begin(0, pictures, config.train_batch_size, config.seed)
 
     def begin(self, epoch, pictures, batch_size, seed, position=0):
         self.epoch, self.pictures, self.batch_size, self.seed, self.position = (
@@ -156,7 +116,7 @@ class Batches:
         self.batches = epoch_batches(pictures, batch_size, seed, epoch)
 
     def begin_next(self):
-        self.begin(self.epoch + 1, self.entries, self.config.train_batch_size, self.config.seed)
+        self.begin(self.epoch + 1, self.all_pictures, self.config.train_batch_size, self.config.seed)
 
     def take(self, count):
         """The next `count` batches, as (epoch, number in the run, batch)."""
@@ -178,20 +138,21 @@ class Batches:
     def go_to(self, place, lines, prompt_files, device):
         """Goes to the place of a checkpoint, whose epoch had the pictures in `lines`, and says what has changed since. Prompts
         that only those pictures have are added to `prompt_files`; if a file is gone, the next epoch begins at once."""
-        was, now = collections.Counter(lines), collections.Counter(map(picture_line, self.entries))
+        was, now = collections.Counter(lines), collections.Counter(map(picture_line, self.all_pictures))
         added, removed = sum((now - was).values()), sum((was - now).values())
-        entries = [json.loads(line) for line in lines]
-        for entry in entries:
-            entry["latents_file"] = cache_latents.latents_file(self.config, entry)
-            for caption in ["", *entry["captions"]]:
+        nowhere = dict(path="", size=(0, 0), file=[], notes=[])
+        pictures = [Picture(**{**json.loads(line), **nowhere}) for line in lines]
+        for picture in pictures:
+            picture.bucket = tuple(picture.bucket)
+            for caption in ["", *picture.captions]:
                 prompt_files.setdefault(caption, prompt_file(self.config, caption, device))
         self.number = place["number"]
-        self.begin(place["epoch"], entries, place["batch_size"], place["seed"], place["position"])
-        left = [entry for batch in self.batches[self.position :] for _, entry in batch]
+        self.begin(place["epoch"], pictures, place["batch_size"], place["seed"], place["position"])
+        left = [picture for batch in self.batches[self.position :] for _, picture in batch]
         needed = {
             path
-            for entry in left
-            for path in (entry["latents_file"], *(prompt_files[caption] for caption in entry["captions"]))
+            for picture in left
+            for path in (latents_file(self.config, picture), *(prompt_files[caption] for caption in picture.captions))
         }
         when, gone = (
             f"with the next epoch, {len(self.batches) - self.position} batches from here",
@@ -206,28 +167,30 @@ class Batches:
             )
 
 
-def picture_line(entry):
-    """A manifest's entry as the line of a checkpoint's pictures.jsonl, in ASCII: no caption ends a line."""
-    return json.dumps({name: entry[name] for name in ("key", "bucket", "captions", "repeats", "loss_weight")})
+def picture_line(picture):
+    """A manifest's picture as the line of a checkpoint's pictures.jsonl, in ASCII: no caption ends a line."""
+    return json.dumps(
+        {name: getattr(picture, name) for name in ("key", "bucket", "captions", "repeats", "loss_weight")}
+    )
 
 
 def load_batch(config, batch, prompt_files, epoch, index):
     """Latents [B, 16, H, W] (a fresh sample of the posterior), noise like them, normal draws [B], prompt embeddings
     [B, 512, hidden] and loss weights [B] of a batch, the `index`-th of the run, on the CPU."""
     latents, noise, normal, prompt_embeds = [], [], [], []
-    for name, entry in batch:
+    for name, picture in batch:
         draw = lambda purpose, *shape: torch.randn(shape, generator=generator(config.seed, purpose, index, name))
         pick = lambda purpose: torch.rand((), generator=generator(config.seed, purpose, epoch, name)).item()
-        posterior = read_tensors(entry["latents_file"])
+        posterior = read_tensors(latents_file(config, picture))
         shape = posterior["mean"].shape
         latents.append(posterior["mean"] + posterior["std"] * draw("posterior", *shape))
         noise.append(draw("noise", *shape))
         normal.append(draw("sigma"))
-        caption = entry["captions"][int(pick("caption") * len(entry["captions"]))]
+        caption = picture.captions[int(pick("caption") * len(picture.captions))]
         if pick("caption_dropout") < config.caption_dropout_probability:
             caption = ""
         prompt_embeds.append(read_tensors(prompt_files[caption])["prompt_embeds"])
-    weights = torch.tensor([float(entry["loss_weight"]) for _, entry in batch])
+    weights = torch.tensor([float(picture.loss_weight) for _, picture in batch])
     return torch.stack(latents), torch.stack(noise), torch.stack(normal), torch.stack(prompt_embeds), weights
 
 
@@ -400,7 +363,7 @@ def save_checkpoint(config, run, step, place, held_out_keys):
             shutil.rmtree(left, ignore_errors=True)
         save_lora(run.transformer, temporary, lora_metadata(config, step))
         write_tensors(temporary / "state.safetensors", state)
-        write_file(temporary / "pictures.jsonl", "".join(picture_line(entry) + "\n" for entry in place[1]))
+        write_file(temporary / "pictures.jsonl", "".join(picture_line(picture) + "\n" for picture in place[1]))
         values = {
             "step": step,
             "batches": place[0],
@@ -803,6 +766,30 @@ def peak_host_memory():
 # ---------------------------------------------------------------- training
 
 
+@torch.no_grad()
+def mean_loss(config, transformer, pictures, prompt_files, scheduler, device, stopped=lambda: False):
+    """The mean loss over pictures in a form that tells learning from chance: every picture (the posterior's mean, its first
+    caption) at the same four noise levels, with the same noise whenever this is called. Under torchrun the processes share
+    the work. Returns a float; nan as soon as `stopped()`, asked by all processes together, is true."""
+    total, training = 0.0, transformer.training
+    transformer.eval()
+    for first in range(0, len(pictures), WORLD_SIZE):
+        if stopped():
+            return math.nan
+        if first + RANK >= len(pictures):
+            continue
+        picture = pictures[first + RANK]
+        latents = read_tensors(latents_file(config, picture))["mean"][None]
+        prompt_embeds = read_tensors(prompt_files[picture.captions[0]])["prompt_embeds"][None]
+        for normal in SCORED_NORMALS:
+            noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
+            sigmas = sample_sigmas(torch.tensor([normal]), latents.shape[2] * latents.shape[3] // 4, scheduler)
+            tensors = (tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
+            total += flow_matching_loss(transformer, *tensors).item()
+    transformer.train(training)
+    return sum_over_processes(total)[0] / (len(pictures) * len(SCORED_NORMALS))
+
+
 def train(config, run, batches, held_out, held_out_keys, prompt_files, start, steps):
     """The loop: from step `start` + 1 to `steps`, with checkpoints, previews and scores. Saves before it raises."""
     per_step, first = config.gradient_accumulation_steps * WORLD_SIZE, RANK == 0
@@ -842,9 +829,9 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             say(f"step {step}: loss {loss}, gradient norm {grad_norm}: not learned from")
 
     def score(name):  # the held-out pictures, and as many that are trained on
-        some = batches.entries[:: max(1, len(batches.entries) // SCORED_PICTURES)][: len(held_out)]
-        loss_of = lambda entries: mean_loss(
-            config, run.transformer, entries, prompt_files, run.scheduler, run.device, stop.agreed
+        some = batches.all_pictures[:: max(1, len(batches.all_pictures) // SCORED_PICTURES)][: len(held_out)]
+        loss_of = lambda pictures: mean_loss(
+            config, run.transformer, pictures, prompt_files, run.scheduler, run.device, stop.agreed
         )
         return {f"held_out_{name}": loss_of(held_out), f"trained_{name}": loss_of(some)}
 
@@ -963,13 +950,15 @@ def main(config):
         say(f"init_lora: {checkpoint} has gone on from there; it is not read again")
     elif config.init_lora:
         read_init_lora(config)  # a wrong one is said now, not after an hour of caching
-    entries, prompt_files = cache_latents.main(config)
-    held_out_keys = state["held_out"] if state else hold_out(config, entries)
-    held_out = list({entry["key"]: entry for entry in entries if entry["key"] in held_out_keys}.values())  # each once
-    entries = [entry for entry in entries if entry["key"] not in held_out_keys]
-    if not entries:
+    pictures, prompt_files = cache_latents.main(config)
+    held_out_keys = state["held_out"] if state else hold_out(config, pictures)
+    held_out = list(
+        {picture.key: picture for picture in pictures if picture.key in held_out_keys}.values()
+    )  # each once
+    pictures = [picture for picture in pictures if picture.key not in held_out_keys]
+    if not pictures:
         raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
-    batches = Batches(config, entries)
+    batches = Batches(config, pictures)
 
     per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
     if config.num_train_epochs:

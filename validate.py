@@ -9,47 +9,167 @@ settings in the PNG's text, and all of them as `comparison.png` to a new folder 
 """
 
 import contextlib
+import io
 import json
 import sys
 import time
 from pathlib import Path
 
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from cache_latents import cache_prompts
 from longcat_common import (
-    WORLD_SIZE,
-    CHINESE_FONTS,
-    UserError,
-    base_model,
-    cache_prompts,
-    check_fit,
-    checkpoint_folders,
-    generate,
-    is_chinese,
-    is_readable,
-    leaves_nothing,
-    load_lora,
-    load_pipeline,
-    lora_file,
-    memory_advised,
-    peak_memory,
-    pick_device,
-    picture_grid,
-    picture_settings,
-    read_header,
-    read_lora,
-    run_stage,
-    save_picture,
-    step_of,
-    system_font,
-    validation_sizes,
-)
+    KEYS, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, check_fit, checkpoint_folders,
+    compile_blocks, is_readable, leaves_nothing, load_lora, load_scheduler, load_transformer, load_vae, lora_file,
+    memory_advised, peak_memory, pick_device, prepare_pos_ids, read_header, read_lora, read_tensors,
+    run_stage, step_of, validation_sizes, write_file,
+)  # fmt: skip
+from prepare_data import CHINESE_FONTS, is_chinese, label, system_font
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 PROMPTS = [
     "a cat on a window sill in the morning sun, photograph",
     "一只猫坐在洒满晨光的窗台上，摄影",
 ]  # if none are given
+
+
+# ---------------------------------------------------------------- the pipeline
+
+
+class CachedPromptPipeline(LongCatImagePipeline):
+    """LongCatImagePipeline without a text encoder of its own: embeddings come from `cache_dir`, and what is
+    not there yet is encoded and kept. Prompts are never rewritten: a trigger word would be lost."""
+
+    settings = None  # the configuration; make_pipeline sets it
+
+    def encode_prompt(self, prompt, num_images_per_prompt=1, prompt_embeds=None):
+        """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        files = cache_prompts(self.settings, prompts, self.device)
+        prompt_embeds = torch.stack([read_tensors(files[p])["prompt_embeds"] for p in prompts])
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
+        return prompt_embeds.to(self.device, self.transformer.x_embedder.weight.dtype), text_ids.to(self.device)
+
+    def rewire_prompt(self, prompt, device):
+        """The prompt as it is."""
+        return prompt
+
+
+def make_pipeline(config, transformer, vae):
+    """A CachedPromptPipeline around loaded models."""
+    parts = dict(text_encoder=None, tokenizer=None, text_processor=None, scheduler=load_scheduler(config))
+    pipe = CachedPromptPipeline(transformer=transformer, vae=vae, **parts)
+    pipe.settings = config
+    return pipe
+
+
+def load_pipeline(config, device, lora=None):
+    """A ready pipeline: `load_pipeline(config, "cuda", lora="output")("a cat").images[0]`.
+
+    `lora`: a LoRA file or folder, or None. Raises UserError if it cannot be read or does not fit.
+    """
+    transformer = load_transformer(config, device)
+    if config.torch_compile:
+        compile_blocks(transformer)
+    if lora:
+        load_lora(transformer, lora)
+    return make_pipeline(config, transformer, load_vae(config, device))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def generate(pipe, config, prompts, size=None, seed=None):
+    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and `seed`:
+    the first ones of the configuration, if not given."""
+    width, height = size or validation_sizes(config)[0]
+    seed = config.validation_seed[0] if seed is None else seed
+    pipe.set_progress_bar_config(leave=False, desc="sampling")
+    images = []
+    for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
+        images += pipe(
+            prompt,
+            negative_prompt=config.validation_negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=config.validation_guidance,
+            generator=torch.Generator().manual_seed(seed),
+            enable_prompt_rewrite=False,
+        ).images
+    return images
+
+
+def picture_settings(config, without):
+    """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
+    names = [name for name in KEYS if name.startswith("validation_")]
+    left_out = ("validation_split", "validation_step_interval", without)
+    return {name: getattr(config, name) for name in names if name not in left_out}
+
+
+def picture_grid(rows, row_labels, column_labels, title=None):
+    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size. `title`:
+    a line or several."""
+    cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
+    size = max(13, cell // 16)
+    line = size + 2 * gap
+    heights = [round(images[0].height * cell / images[0].width) for images in rows]
+    titles = title.splitlines() if title else []
+    head = line * (len(titles) + 1)
+    grid = Image.new(
+        "RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white"
+    )
+    draw = ImageDraw.Draw(grid)
+
+    def write(text, x, y, width, anchor, colour, instead=None):
+        text, font = label(text[:300], size, instead)
+        while draw.textlength(text, font=font) > width:
+            text = text.rstrip("…")[:-1] + "…"
+        draw.text((x, y), text, colour, font=font, anchor=anchor)
+
+    for y, text in enumerate(titles):
+        write(
+            text,
+            gap,
+            line * y + line / 2,
+            grid.width - 2 * gap,
+            "lm",
+            "#444444",
+            text.encode("ascii", "replace").decode(),
+        )
+    for x, text in enumerate(column_labels):
+        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
+    top = head
+    for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
+        write(
+            text,
+            gap,
+            top + line / 2,
+            grid.width - 2 * gap,
+            "lm",
+            "#444444",
+            f"row {y + 1} (its prompt is Chinese; no Chinese font found)",
+        )
+        for x, image in enumerate(images):
+            grid.paste(image.resize((cell, height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
+        top += line + height
+    return grid
+
+
+def save_picture(image, path, **text):
+    """Writes a PNG whole or not at all, with `text` in its metadata."""
+    info, data = PngInfo(), io.BytesIO()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    image.save(data, "PNG", pnginfo=info)
+    write_file(path, data.getvalue())
+
+
+# ---------------------------------------------------------------- what is drawn
 
 
 def newest_lora(folder):

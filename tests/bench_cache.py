@@ -29,7 +29,8 @@ TINY = ROOT / "tests/tiny_longcat/model"
 sys.path.insert(0, str(ROOT))
 import cache_latents
 import prepare_data
-from longcat_common import cache_prompts, free_memory, load_config, load_tokenizer, load_vae, pick_device, write_tensors
+from cache_latents import cache_prompts
+from longcat_common import free_memory, load_config, load_tokenizer, load_vae, pick_device, write_tensors
 
 SCALED = dict(
     hidden_size=512,

@@ -22,20 +22,9 @@ sys.path.insert(0, str(ROOT))
 import cache_latents
 import train_lora
 from longcat_common import (
-    TARGET_MODULES,
-    compute_dtype,
-    flow_matching_loss,
-    free_memory,
-    generator,
-    load_config,
-    load_scheduler,
-    pack_latents,
-    pick_device,
-    position_ids,
-    quantize,
-    sample_sigmas,
-    synchronize,
-)
+    TARGET_MODULES, compute_dtype, flow_matching_loss, free_memory, generator, load_config, load_scheduler,
+    pack_latents, pick_device, position_ids, quantize, sample_sigmas, synchronize,
+)  # fmt: skip
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel

@@ -141,6 +141,14 @@ def tiny(**overrides):
     return load_config(ROOT / "configs" / "tiny.json", **{"pretrained_model_name_or_path": MODEL, **overrides})
 
 
+def made_up(i, bucket=(64, 64), **fields):
+    """A Picture that no file belongs to."""
+    from prepare_data import Picture
+
+    what = dict(path=f"{i}.png", key=f"{i:032x}", size=bucket, bucket=bucket, captions=[f"picture {i}"])
+    return Picture(**{**what, "repeats": 1, "loss_weight": 1.0, "file": [], "notes": [], **fields})
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     """A function that gives the demo's configuration, with this test's own output and cache."""

@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, made_up
 from diffusers import LongCatImageTransformer2DModel
 
 import longcat_common
@@ -42,10 +42,7 @@ def test_the_loss_copied_into_a_notebook_is_the_same(tiny_config):
 
 
 def test_the_order_of_pictures_copied_into_a_notebook_is_the_same(tmp_path):
-    entries = [
-        {"latents_file": tmp_path / f"{i}.safetensors", "repeats": 1 + i % 2, "bucket": [128, 128 + i % 3 * 64]}
-        for i in range(20)
-    ]
+    entries = [made_up(i, repeats=1 + i % 2, bucket=(128, 128 + i % 3 * 64)) for i in range(20)]
     assert copied(train_lora.epoch_batches)(entries, 4, 42, 3) == train_lora.epoch_batches(entries, 4, 42, 3)
 
 

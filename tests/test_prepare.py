@@ -11,6 +11,7 @@ import shutil
 import struct
 import sys
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from PIL import Image, ImageCms, ImageOps, features
 import cache_latents
 import prepare_data
 import train_lora
-from longcat_common import buckets, load_config, load_tokenizer, read_tensors, token_counts
+from longcat_common import buckets, load_config, load_tokenizer, read_tensors
+from prepare_data import token_counts
 
 
 def picture(path, size=(192, 128), colour=(200, 30, 30), **options):
@@ -50,12 +52,12 @@ def prepare(tiny_config, data, sound=False, **overrides):
     )
     entries = prepare_data.main(config)
     manifest = (Path(config.output_dir) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in manifest] == entries
+    assert [json.loads(line) for line in manifest] == json.loads(json.dumps([asdict(entry) for entry in entries]))
     report = (Path(config.output_dir) / "report.md").read_text(encoding="utf-8")
     assert not sound or not {f"## {title}" for title in ("Left out", "Captions to look at")} & {
         line.split(":")[0] for line in report.splitlines()
     }
-    return {Path(entry["path"]).name: entry for entry in entries}, report
+    return {Path(entry.path).name: entry for entry in entries}, report
 
 
 # ---------------------------------------------------------------- captions
@@ -95,7 +97,7 @@ def test_every_caption_form(tiny_config, data, name, content, expected):
     picture(data / "a.jpg")
     (data / name).write_bytes(content)
     entries, report = prepare(tiny_config, data, sound=True)
-    assert entries["a.jpg"]["captions"] == expected
+    assert entries["a.jpg"].captions == expected
     assert ("GB18030" in report) == (b"\xce" in content or b"\xcc" in content) and (
         "UTF-16" in report
     ) == content.startswith(b"\xff\xfe")
@@ -111,13 +113,13 @@ def test_the_model_authors_list(tiny_config, data, monkeypatch):
     ]
     (data / "list.txt").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     entries, report = prepare(tiny_config, data / "list.txt")
-    assert {name: entry["captions"] for name, entry in entries.items()} == {"b.png": ["b"], "in list.jpg": ["a", "一"]}
-    assert entries["in list.jpg"]["size"] == [192, 128]
+    assert {name: entry.captions for name, entry in entries.items()} == {"b.png": ["b"], "in list.jpg": ["a", "一"]}
+    assert entries["in list.jpg"].size == (192, 128)
     (data / "list.txt").write_text(json.dumps({"img_path": "in list.jpg", "rest": 1}))
-    assert prepare(tiny_config, data / "list.txt", instance_prompt="x")[0]["in list.jpg"]["captions"] == ["x"]
+    assert prepare(tiny_config, data / "list.txt", instance_prompt="x")[0]["in list.jpg"].captions == ["x"]
     monkeypatch.chdir(data.parent)  # as the authors' scripts do: relative to the current directory
     (data / "list.txt").write_text(json.dumps({"img_path": "elsewhere/b.png", "prompt": "c"}))
-    assert prepare(tiny_config, data / "list.txt")[0]["b.png"]["captions"] == ["c"]
+    assert prepare(tiny_config, data / "list.txt")[0]["b.png"].captions == ["c"]
 
 
 def test_precedence_and_conflicts(tiny_config, data):
@@ -133,7 +135,7 @@ def test_precedence_and_conflicts(tiny_config, data):
     (data / "sub" / "captions.json").write_text(json.dumps({name: "by map" for name in names[:5]}))
     (data / "metadata.csv").write_text("file_name,text\n" + "".join(f"sub/{name},from above\n" for name in names[:6]))
     entries, report = prepare(tiny_config, data, instance_prompt="by default")
-    found = {name: entry["captions"] for name, entry in entries.items()}
+    found = {name: entry.captions for name, entry in entries.items()}
     texts = ["by txt", "by json", "by jsonl", "by csv", "by map", "from above", "by default"]
     assert found == {name: [text] for name, text in zip(names, texts)}
     conflicts = [line for line in report.splitlines() if "says something else" in line]
@@ -156,7 +158,7 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
     embeds = {prompt: read_tensors(file)["prompt_embeds"] for prompt, file in files.items()}
     drawn = []
     for epoch in range(12):
-        batch = [(entry["latents_file"].stem + ":0", entry) for entry in entries]
+        batch = [(cache_latents.latents_file(config, entry).stem + ":0", entry) for entry in entries]
         first, again = (train_lora.load_batch(config, batch, files, epoch, index)[3] for index in (epoch, epoch + 100))
         assert torch.equal(first, again)
         drawn += [next(prompt for prompt, embed in embeds.items() if torch.equal(embed, found)) for found in first]
@@ -297,8 +299,8 @@ def test_sources(tiny_config):
         {"path": str(TINY / "regularisation"), "caption_prefix": "ordinary: ", "loss_weight": 0.5},
     ]
     entries = prepare_data.main(tiny_config(data_dir=sources))
-    assert {(e["repeats"], e["loss_weight"]) for e in entries} == {(3, 1.0), (1, 0.5)}
-    assert all(e["captions"][0].startswith("ordinary: ") == (e["repeats"] == 1) for e in entries)
+    assert {(e.repeats, e.loss_weight) for e in entries} == {(3, 1.0), (1, 0.5)}
+    assert all(e.captions[0].startswith("ordinary: ") == (e.repeats == 1) for e in entries)
 
 
 def gradient(size=(96, 64)):
@@ -324,7 +326,7 @@ def test_pictures_are_turned_upright(tmp_path, suffix):
         gradient().save(path, exif=exif)
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-        assert prepare_data.inspect_picture(path)["size"] == list(upright.size)
+        assert prepare_data.inspect_picture(path)["size"] == upright.size
         assert np.array_equal(prepare_data.load_picture(path, upright.size), upright)
 
 
@@ -336,7 +338,7 @@ def test_an_exif_block_after_the_pixels(tmp_path):
     chunk = b"eXIf" + exif.tobytes()[6:]
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "late.png").write_bytes(data.getvalue()[:-12] + chunk + data.getvalue()[-12:])
-    assert prepare_data.inspect_picture(tmp_path / "late.png")["size"] == [64, 96]
+    assert prepare_data.inspect_picture(tmp_path / "late.png")["size"] == (64, 96)
     assert prepare_data.load_picture(tmp_path / "late.png", (64, 96)).getpixel((0, 0)) == gradient().transpose(
         Image.Transpose.ROTATE_90
     ).getpixel((0, 0))
@@ -375,7 +377,7 @@ def test_every_kind_of_pixel(tiny_config, data):
     save(deep, "deep.tif", (116, 116, 116))
     save(red, "moving.gif", (200, 30, 30), save_all=True, append_images=[Image.new("RGB", (192, 128), (0, 0, 255))])
     entries, report = prepare(tiny_config, data, instance_prompt="x", sound=True)
-    assert set(entries) == set(expected) and {tuple(e["bucket"]) for e in entries.values()} == {(192, 128)}
+    assert set(entries) == set(expected) and {e.bucket for e in entries.values()} == {(192, 128)}
     for name, (left, right) in expected.items():
         seen = prepare_data.load_picture(data / name, (192, 128))
         assert seen.mode == "RGB"
@@ -496,7 +498,7 @@ def test_every_size_can_be_cut(tmp_path):
 def test_a_damaged_exif_block_is_no_reason(tmp_path):
     for suffix in ("jpg", "png", "webp"):
         picture(tmp_path / f"a.{suffix}", exif=b"Exif\0\0nonsense")
-        assert prepare_data.inspect_picture(tmp_path / f"a.{suffix}")["size"] == [192, 128]
+        assert prepare_data.inspect_picture(tmp_path / f"a.{suffix}")["size"] == (192, 128)
         assert prepare_data.load_picture(tmp_path / f"a.{suffix}", (96, 64)).size == (96, 64)
 
 
@@ -526,7 +528,7 @@ def test_duplicates_and_thin_buckets_are_reported(tiny_config, data):
     shutil.copy(data / "a.png", data / "b.png")
     picture(data / "c.png", (128, 192), (0, 0, 9))
     entries, report = prepare(tiny_config, [{"path": str(data), "repeats": 2}], instance_prompt="x", train_batch_size=2)
-    assert entries["a.png"]["key"] == entries["b.png"]["key"] and f"- {data}/a.png = {data}/b.png" in report
+    assert entries["a.png"].key == entries["b.png"].key and f"- {data}/a.png = {data}/b.png" in report
     assert "| 192x128 | 2 | 4 |" in report and "| 128x192 | 1 | 2 |" in report
     assert "do not fill a batch: 1" in report and "128x192: 1 pictures, train_batch_size is 2" in report
 
@@ -548,7 +550,7 @@ def test_cut_off_pictures_are_left_out(tmp_path):
         noise.save(data, form, **options)
         data = data.getvalue()
         path.write_bytes(data + b"\0" * 9 * (form == "JPEG"))
-        assert prepare_data.inspect_picture(path)["size"] == [300, 200]
+        assert prepare_data.inspect_picture(path)["size"] == (300, 200)
         for _ in range(25):
             path.write_bytes(data[: rng.randrange(1, len(data) * 99 // 100)])
             assert isinstance(prepare_data.facts_of(path, {}), str), (form, path.stat().st_size)
@@ -678,7 +680,7 @@ def test_names_in_either_unicode_form(tiny_config, data):
     (data / "caf\u00e9.txt").write_text("coffee")
     (data / "captions.json").write_text(json.dumps({"\u00f1.jpg": "a letter"}))
     entries, _ = prepare(tiny_config, data, sound=True)
-    assert {name: entry["captions"] for name, entry in entries.items()} == {
+    assert {name: entry.captions for name, entry in entries.items()} == {
         "cafe\u0301.jpg": ["coffee"],
         "n\u0303.jpg": ["a letter"],
     }
@@ -746,11 +748,11 @@ def test_unchanged_files_are_not_read_again(tiny_config, data):
     (data / "c.bmp").unlink()
     second, report = prepare(tiny_config, data, instance_prompt="x")
     assert set(second) == {"a.bmp", "b.bmp"} and "2 pictures, 0 left out" in report
-    assert second["a.bmp"] == first["a.bmp"] and second["b.bmp"]["key"] != first["b.bmp"]["key"]
+    assert second["a.bmp"] == first["a.bmp"] and second["b.bmp"].key != first["b.bmp"].key
     assert preview.stat().st_mtime_ns > drawn
     manifest = Path(tiny_config().output_dir) / "manifest.jsonl"
     manifest.write_bytes(manifest.read_bytes()[:-40])  # of an unknown kind: everything is read
-    assert prepare(tiny_config, data, instance_prompt="x")[0]["a.bmp"]["key"] != first["a.bmp"]["key"]
+    assert prepare(tiny_config, data, instance_prompt="x")[0]["a.bmp"].key != first["a.bmp"].key
     manifest.write_bytes(manifest.read_bytes()[:-40])
     with pytest.raises(ValueError, match="manifest.jsonl: is damaged"):
         cache_latents.main(tiny_config(data_dir=None))

@@ -7,19 +7,11 @@ from diffusers import LongCatImagePipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from cache_latents import cache_prompts
 from longcat_common import (
-    cache_prompts,
-    generate,
-    load_pipeline,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    pack_latents,
-    picture_grid,
-    position_ids,
-    read_tensors,
-    sample_sigmas,
-)
+    load_scheduler, load_transformer, load_vae, pack_latents, position_ids, read_tensors, sample_sigmas,
+)  # fmt: skip
+from validate import generate, load_pipeline, picture_grid
 
 PROMPT = "a star on a blue background"
 

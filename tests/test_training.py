@@ -1,5 +1,7 @@
 """Stages 3 and 4 on the tiny model: it learns, it resumes, its files open elsewhere."""
 
+import collections
+import dataclasses
 import json
 import random
 import shutil
@@ -11,7 +13,7 @@ import make_pictures
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_script
+from conftest import MODEL, ROOT, made_up, run_script
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,18 +23,10 @@ import longcat_common
 import train_lora
 import validate
 from longcat_common import (
-    add_lora,
-    flow_matching_loss,
-    generate,
-    load_config,
-    load_lora,
-    load_pipeline,
-    load_scheduler,
-    load_transformer,
-    read_tensors,
-    sample_sigmas,
-    save_lora,
-)
+    add_lora, flow_matching_loss, load_config, load_lora, load_scheduler, load_transformer, read_tensors,
+    sample_sigmas, save_lora,
+)  # fmt: skip
+from validate import generate, load_pipeline
 
 # Two of them on grounds that no picture of the character has.
 CHARACTER_PROMPTS = [
@@ -86,12 +80,12 @@ def whole_demo(made_once):
 # ---------------------------------------------------------------- it learns
 
 
-def held_out_loss(transformer, entries, prompt_files, scheduler):
+def held_out_loss(config, transformer, entries, prompt_files, scheduler):
     """Mean loss over pictures the LoRA has not seen, with fixed noise and noise levels."""
     losses = []
     for i, entry in enumerate(entries):
-        posterior, draws = read_tensors(entry["latents_file"]), torch.Generator().manual_seed(i)
-        embeds = read_tensors(prompt_files[entry["captions"][i % len(entry["captions"])]])["prompt_embeds"][None]
+        posterior, draws = read_tensors(cache_latents.latents_file(config, entry)), torch.Generator().manual_seed(i)
+        embeds = read_tensors(prompt_files[entry.captions[i % len(entry.captions)]])["prompt_embeds"][None]
         for normal in (-1.0, 0.0, 1.0):
             noise = torch.randn(posterior["mean"].shape, generator=draws)[None]
             tokens = noise.shape[2] * noise.shape[3] // 4
@@ -116,9 +110,9 @@ def held_out_ratio(config, output, tmp_path):
     )
     entries, prompt_files = cache_latents.main(theirs)
     transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
-    base = held_out_loss(transformer, entries, prompt_files, scheduler)
+    base = held_out_loss(theirs, transformer, entries, prompt_files, scheduler)
     load_lora(transformer, output)
-    tuned = held_out_loss(transformer, entries, prompt_files, scheduler)
+    tuned = held_out_loss(theirs, transformer, entries, prompt_files, scheduler)
     print(f"held-out loss: base {base:.4f}, LoRA {tuned:.4f}, ratio {tuned / base:.2f}")
     return tuned / base
 
@@ -279,14 +273,15 @@ def test_alpha_is_folded_in(tiny_config, tmp_path):
 
 
 def test_every_picture_is_seen_repeats_times_an_epoch():
-    entries = [
-        {"latents_file": Path(f"{i}"), "bucket": [64, 64 * (1 + i % 2)], "repeats": 1 + i % 3} for i in range(11)
-    ]
+    entries = [made_up(i, bucket=(64, 64 * (1 + i % 2)), repeats=1 + i % 3) for i in range(11)]
     for epoch in range(3):
         batches = train_lora.epoch_batches(entries, 4, 42, epoch)
-        assert all(len({tuple(e["bucket"]) for _, e in batch}) == 1 and len(batch) <= 4 for batch in batches)
-        names = sorted(name for batch in batches for name, _ in batch)
-        assert names == sorted(f"{i}:{n}" for i in range(11) for n in range(1 + i % 3))
+        assert all(len({e.bucket for _, e in batch}) == 1 and len(batch) <= 4 for batch in batches)
+        names = [name for batch in batches for name, _ in batch]
+        assert len(set(names)) == len(names) == sum(1 + i % 3 for i in range(11))
+        assert collections.Counter(e.path for batch in batches for _, e in batch) == {
+            f"{i}.png": 1 + i % 3 for i in range(11)
+        }
     assert (
         train_lora.epoch_batches(entries, 4, 42, 1)
         == train_lora.epoch_batches(entries, 4, 42, 1)
@@ -297,15 +292,15 @@ def test_every_picture_is_seen_repeats_times_an_epoch():
 def test_draws_are_as_configured(tiny_config):
     config = tiny_config(caption_dropout_probability=0.25)
     entries, prompts = cache_latents.main(config)
-    entry = {**entries[0], "captions": [entries[0]["captions"][0], entries[1]["captions"][0]]}
-    embeds = [read_tensors(prompts[p])["prompt_embeds"] for p in ("", *entry["captions"])]
+    entry = dataclasses.replace(entries[0], captions=[entries[0].captions[0], entries[1].captions[0]])
+    embeds = [read_tensors(prompts[p])["prompt_embeds"] for p in ("", *entry.captions)]
     drawn = [train_lora.load_batch(config, [("a", entry)], prompts, epoch, epoch) for epoch in range(200)]
     which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch[3][0])) for batch in drawn]
     shares = [which.count(i) / 200 for i in range(3)]
     assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27
     normal = torch.cat([batch[2] for batch in drawn])
     assert abs(normal.mean()) < 0.2 and 0.85 < normal.std() < 1.15
-    posterior = read_tensors(entry["latents_file"])
+    posterior = read_tensors(cache_latents.latents_file(config, entry))
     spread = torch.cat([batch[0] for batch in drawn]) - posterior["mean"]
     torch.testing.assert_close((spread / posterior["std"]).std(), torch.tensor(1.0), atol=0.01, rtol=0)
     again = train_lora.load_batch(config, [("a", entry)], prompts, 7, 7)

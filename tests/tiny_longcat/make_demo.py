@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
-from longcat_common import label, load_config
+from longcat_common import load_config
+from prepare_data import label
 
 CELL, GAP, LINE = 160, 8, 20
 
