@@ -18,8 +18,8 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
-    is_readable, leaves_nothing, load_text_encoder, load_tokenizer, load_vae, model_identity,
-    pick_device, run_stage, text_config, text_dtype, wait_for_all, write_tensors,
+    is_readable, leaves_nothing, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device,
+    run_stage, text_config, text_dtype, wait_for_all, write_tensors,
 )  # fmt: skip
 
 CACHE_FORMAT = 2  # part of every file's name: another number makes all anew

@@ -1,11 +1,9 @@
-"""What the stages share: configuration, files, model loading, quantization, device and dtype rules,
-the prompt cache, flow matching, LoRA files, pictures."""
+"""What the stages share: configuration, files, processes and devices and dtypes, models and quantization, flow matching,
+LoRA files."""
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import datetime
 import difflib
 import functools
@@ -21,7 +19,6 @@ import signal
 import sys
 import traceback
 import unicodedata
-import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,18 +28,13 @@ from typing import Annotated, Literal, get_args, get_origin
 for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    LongCatImagePipeline,
-    LongCatImageTransformer2DModel,
-)
+    AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel,
+)  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
@@ -54,12 +46,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm, Qwen2_5_VLRotaryEmbedding,
 )  # fmt: skip
 
-# MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a coarser
-# kernel that time (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
+# MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a
+# coarser kernel (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
 torch.zeros(1).exp()
 
 VERSION = "0.1.0"
-CACHE_FORMAT = 2  # part of every cache file's name: another number makes all anew
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
@@ -94,37 +85,25 @@ def path_text(text):
 
 
 def several(value):
-    """What may stand in the place of a list: one value, or a text that holds a list in JSON."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value if isinstance(value, list) else [value]
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(value)
-    raise ValueError('begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]')
+    """What may stand in the place of a list: one value."""
+    if isinstance(value, str) and value.startswith("["):
+        raise ValueError('begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]')
+    return value if isinstance(value, list) else [value]
 
 
 def prompts(value):
     """Prompts: a list, a single one, or a .txt file with one a line."""
-    if value == "":
-        return []
-    if not is_prompt_file(value):
-        if isinstance(value, str) and os.path.isfile(value):
-            raise ValueError("is a file; prompts come from a .txt file with one a line")
-        return several(value)
+    if not isinstance(value, str) or not (value.lower().endswith(".txt") or os.path.isfile(value)):
+        return several(value) if value else []
+    if not value.lower().endswith(".txt"):
+        raise ValueError("is a file; prompts come from a .txt file with one a line")
     try:
         lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot be read as a UTF-8 text file ({why})") from None
+        raise ValueError(f"cannot be read as a UTF-8 text file ({error}); a prompt may stand in a list") from None
     if not any(map(str.strip, lines)):
         raise ValueError("holds no prompt")
     return [line.strip() for line in lines if line.strip()]
-
-
-def is_prompt_file(value):
-    """Whether `validation_prompts` names a .txt file, and is no prompt: "prompts.txt", not "a sign that says read me.txt"."""
-    if not isinstance(value, str) or not value.lower().endswith(".txt"):
-        return False
-    return re.fullmatch(r"\S+|.*[/\\].*", value) is not None or os.path.isfile(os.path.expanduser(value))
 
 
 def blocks(value):
@@ -134,17 +113,21 @@ def blocks(value):
     return value
 
 
+def sources(value):
+    """`data_dir`: null, a folder, a list of sources, or one in JSON."""
+    value = [] if value is None else several(value)
+    return [{"path": source} if isinstance(source, str) else source for source in value]
+
+
 def key(default, description, **limits):
     """One key: its default, its description for --help and the page, and the limits of its values."""
     return Field(default, description=description, **limits)
 
 
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, AfterValidator(whole_text)]
 PathText = Annotated[str, AfterValidator(path_text), Field(min_length=1)]
 Size = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(BaseModel):
@@ -157,16 +140,11 @@ class Source(BaseModel):
     loss_weight: float = Field(1.0, ge=0)
 
 
-def sources(value):
-    """`data_dir`: null, a folder, a list of sources, or one in JSON."""
-    value = [] if value is None else several(value)
-    return [{"path": source} if isinstance(source, str) else source for source in value]
-
-
 Sources = Annotated[list[Source], BeforeValidator(sources)]
 Texts, Prompts = Annotated[list[Text], BeforeValidator(several)], Annotated[list[Text], BeforeValidator(prompts)]
 Ints, Floats = Annotated[list[int], BeforeValidator(several)], Annotated[list[float], BeforeValidator(several)]
-Checkpointing = Annotated[bool | int, BeforeValidator(blocks)]
+Blocks = Annotated[bool | int, BeforeValidator(blocks)]
+Arithmetic = Literal["auto", "bf16", "fp16", "no"]
 Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
 Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
@@ -174,25 +152,19 @@ Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine
 class Config(BaseModel):
     """Every key: its name, type, default, description and limits. Flags, help, errors and the page follow from here."""
 
-    model_config = STRICT | ConfigDict(validate_assignment=True, protected_namespaces=())
+    model_config = STRICT | ConfigDict(validate_assignment=True, validate_default=True, protected_namespaces=())
 
     model_type: Literal["lora"] = key("lora", "what is trained")
     model_family: Literal["longcat_image"] = key("longcat_image", "the model family")
     model_flavour: Literal["final", "dev"] = key("final", "the main release, or the mid-training checkpoint")
     pretrained_model_name_or_path: PathText | None = key(None, "hub name or local folder; null: by model_flavour")
-    base_model_precision: Precision = key(
-        "int8-quanto", "storage of the frozen base; int8-matmul: products in 8 bits, too"
-    )
-    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = key(
-        "auto", "arithmetic; auto: the device's best; no: float32"
-    )
+    base_model_precision: Precision = key("int8-quanto", "storage of the base; int8-matmul: products in 8 bits, too")
+    mixed_precision: Arithmetic = key("auto", "arithmetic; auto: the device's best; no: float32")
 
     data_dir: Sources = key([], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}')
     instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
     aspect_bucket_alignment: int = key(64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64)
-    resolution: Size = key(
-        "1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"', validate_default=True
-    )
+    resolution: Size = key("1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"')
     validation_split: float = key(0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1)
     caption_dropout_probability: float = key(0.1, "share of the samples trained with the empty prompt", ge=0, le=1)
     cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
@@ -216,15 +188,11 @@ class Config(BaseModel):
     adam_beta2: float = key(0.999, "AdamW's beta2; beta1 is 0.9", ge=0, lt=1)
     adam_weight_decay: float = key(0.01, "AdamW's weight decay", ge=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", ge=0)
-    gradient_checkpointing: Checkpointing = key(
-        True, "compute blocks again in the backward pass: all, none, or how many"
-    )
+    gradient_checkpointing: Blocks = key(True, "compute blocks again in the backward pass: all, none, or how many")
     seed: int = key(42, "every random draw follows from it", ge=0)
 
     enable_group_offload: bool = key(False, "keep frozen blocks in host memory; they visit the device in turn")
-    offloaded_blocks: int | None = key(
-        None, "how many of the 30 blocks enable_group_offload keeps there; null: all", ge=0
-    )
+    offloaded_blocks: int | None = key(None, "how many of the 30 blocks stay there; null: all", ge=0)
     torch_compile: bool = key(False, "compile the blocks: minutes at the start, less time and memory a step")
     benchmark: int = key(0, "train_lora.py: only measure so many steps, with random weights and data", ge=0)
 
@@ -237,9 +205,7 @@ class Config(BaseModel):
 
     validation_prompts: Prompts = key([], "prompts to draw: a list, one, or a .txt file with one a line")
     validation_negative_prompt: Text = key("", "negative prompt")
-    validation_resolution: Text = key(
-        "1024x1024", "width x height of the pictures; validate.py takes several, with commas"
-    )
+    validation_resolution: Text = key("1024x1024", "width x height; validate.py takes several, with commas")
     validation_guidance: float = key(4.5, "guidance scale", ge=0)
     validation_num_inference_steps: int = key(30, "sampling steps", ge=1)
     validation_seed: Ints = key([42], "seed of every picture's first noise; validate.py takes a list", min_length=1)
@@ -268,6 +234,7 @@ class Config(BaseModel):
 
 
 KEYS = Config.model_fields
+KEYS = Config.model_fields
 GROUPS = {  # the first key of each
     "model_type": "model", "data_dir": "data", "lora_rank": "LoRA", "train_batch_size": "training",
     "enable_group_offload": "memory", "output_dir": "output", "validation_prompts": "validation",
@@ -291,37 +258,24 @@ IGNORED = set(
 
 @contextlib.contextmanager
 def as_user_error():
-    """Turns pydantic's error into a UserError with one line a key; the keys that are unknown share one."""
+    """Turns pydantic's error into a UserError with a line a key: what was found, what it should be. The keys that are
+    unknown share one."""
     try:
         yield
     except ValidationError as error:
-        raise UserError("\n".join(problems(error))) from None
-
-
-PLAIN_WORDS = {
-    "Value error, ": "", "Input should be": "must be", "Field required": "must be there",
-    "a valid integer": "a whole number", "a valid number": "a number", "a valid boolean": "true or false",
-    "a valid string": "text", "a valid dictionary or instance of Source": 'a folder or {"path": "folder", ...}',
-    "Extra inputs are not permitted": f"is no key of a source; known are {', '.join(Source.model_fields)}",
-}  # fmt: skip
-
-
-def problems(error):
-    """The lines of a ValidationError: key, what was found, what it must be."""
-    unknown, lines = [], []
-    for problem in error.errors():
-        place = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
-        message = "must not be empty" if "too_short" in problem["type"] else problem["msg"]
-        for pydantics, ours in PLAIN_WORDS.items():
-            message = message.replace(pydantics, ours)
-        if problem["type"] in ("extra_forbidden", "no_such_attribute") and place == problem["loc"][0]:
-            near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
-            unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
-        else:
-            found = repr(problem["input"])
-            found = found if len(found) <= 100 else f"{found[:97]}..."
-            lines.append(f"{place}: found {found}, {message}" if place else message)
-    return [f"unknown keys: {', '.join(unknown)}; --help lists all", *lines] if unknown else lines
+        unknown, lines = [], []
+        for problem in error.errors():
+            place = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
+            if problem["type"] in ("extra_forbidden", "no_such_attribute") and place in problem["loc"]:
+                near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
+                unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
+            else:
+                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+                message = "must not be empty" if "too_short" in problem["type"] else message
+                lines.append(f"{place}: found {repr(problem['input'])[:100]}, {message}")
+        if unknown:
+            lines.insert(0, f"unknown keys: {', '.join(unknown)}; --help lists all")
+        raise UserError("\n".join(lines)) from None
 
 
 def read_json(path):
@@ -353,33 +307,22 @@ def unique_keys(pairs):
 
 def read_config(path):
     """{key: value} of a config file, under our names. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
-    pairs = []
+    given = {}
     for name, value in read_json(path).items():
         key = RENAMED.get(name.removeprefix("--"), name.removeprefix("--"))
-        pairs.append((key, flag_value(key, value) if name.startswith("--") else value))
-    try:
-        return unique_keys(pairs)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        if key in given:
+            raise UserError(f"{path}: the key {key!r} is there 2 times, under two names; keep one")
+        given[key] = flag_value(key, value) if name.startswith("--") else value
+    return given
 
 
-def load_config(path=None, **overrides):
+def load_config(path=None, /, **overrides):
     """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`.
 
     Raises UserError (a ValueError) with all that is wrong, one line a key.
     """
-    return make_config(path, overrides)
-
-
-def make_config(path, overrides):
-    """load_config with the overrides as a dictionary, which may come from anywhere and hold any key."""
     given = read_config(path) if path else {}
     given |= {RENAMED.get(name, name): value for name, value in overrides.items()}
-    if given.get("report_to") in ("all", "comet_ml", "swanlab", "wandb"):
-        print(
-            f"report_to: {given['report_to']} is not here; curves go to TensorBoard and metrics.jsonl", file=sys.stderr
-        )
-        given["report_to"] = "tensorboard"
     if ignored := sorted(IGNORED & given.keys()):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
     readable = lambda name: name.encode("utf-8", "backslashreplace").decode()  # half a character would stop pydantic
@@ -393,71 +336,58 @@ def kinds(annotation):
 
 
 def flag_value(name, text):
-    """What a flag's text stands for: a number, several, true, false or null; for a key that takes text the text itself."""
+    """What a flag's text stands for: a number, several, true, false, null or a list in JSON; for a key of text itself."""
     if text == "null":
         return None
-    if name not in KEYS or not isinstance(text, str) or not kinds(KEYS[name].annotation) & {bool, int, float}:
+    if not isinstance(text, str) or name not in KEYS:
         return text
-    json_numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))  # 4. and .5
-    for form in (json_numbers, f"[{json_numbers}]"):
+    forms = [text] if text.startswith("[") else []
+    if kinds(KEYS[name].annotation) & {bool, int, float}:
+        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))  # 4. and .5
+        forms = [numbers, f"[{numbers}]"]
+    for form in forms:
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(form)
     return text
 
 
 def config_from_flags(description, arguments):
-    """`script.py [config.json] [--key value ...]` -> configuration. A boolean key may stand as a bare flag."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-
-    usage, layout = "%(prog)s [config.json] [--key value ...]", argparse.RawDescriptionHelpFormatter
-    parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=layout)
-    parser.add_argument("config", nargs="?", help="JSON file; // comments are allowed")
-    for name, field in KEYS.items():
-        if name in GROUPS:
-            section = parser.add_argument_group(GROUPS[name])
-        choices = f"; one of {', '.join(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-        text = f"{field.description}{choices} [{json.dumps(field.default)}]".replace("%", "%%")
-        section.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
-    for name in [*RENAMED, *IGNORED]:
-        parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    bare = {f"--{name}" for name, field in KEYS.items() if bool in kinds(field.annotation)}
-    bare |= {f"--{name}" for name in IGNORED if not name.endswith("_config")}  # those take a file
-    ends = lambda word: not word or word.startswith("--") or word.endswith(".json") or os.path.isfile(word)
-    given, rest = parser.parse_known_args(
-        f"{word}=true" if word in bare and ends(following) else word
-        for word, following in zip(arguments, [*arguments[1:], ""])
-    )
-    path = vars(given).pop("config")
-    overrides = {name: flag_value(RENAMED.get(name, name), text) for name, text in vars(given).items()}
-    unknown = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
-    if rest and not unknown:
-        raise UserError(f"{rest[0]!r} is no flag; write [config.json] [--key value ...]")
-    if unknown and not os.path.isfile(path or ""):
-        path = None  # an unknown flag's value
-    return make_config(path, overrides | dict.fromkeys(unknown))
+    """`script.py [config.json] [--key value ...]` -> configuration. A flag without a value is true."""
+    if {"-h", "--help"} & set(arguments):
+        print(description, "Usage: [config.json] [--key value ...]", sep="\n")
+        for name, field in KEYS.items():
+            print(f"\n{GROUPS[name]}:" if name in GROUPS else "", end="\n" if name in GROUPS else "")
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            one_of = f"; one of {', '.join(choices)}" if choices else ""
+            print(f"  --{name} {field.description}{one_of} [{json.dumps(field.default)}]")
+        sys.exit()
+    words, given = [*arguments], {}
+    path = words.pop(0) if words and not words[0].startswith("--") else None
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"{name!r} is no flag; write [config.json] [--key value ...]")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else True
+        given[name[2:]] = flag_value(RENAMED.get(name[2:], name[2:]), value)
+    return load_config(path, **given)
 
 
-def parse_sizes(text, alignment):
+def parse_sizes(text, grid):
     """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)]. Raises ValueError for what is no size or not on the grid."""
     sizes = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", part)
-        width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not width or not height or width % alignment or height % alignment:
-            raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {alignment}, such as 1024x1024")
-        sizes.append((width, height))
+        match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part)
+        size = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not all(size) or size[0] % grid or size[1] % grid:
+            raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024")
+        sizes.append(size)
     return list(dict.fromkeys(sizes))
 
 
 def validation_sizes(config):
     """The sizes (width, height) in `validation_resolution`."""
-    sizes = parse_sizes(config.validation_resolution, 16)
-    if max(map(max, sizes)) > 4096:
-        raise ValueError("sides are 4096 at most")
-    return sizes
+    return parse_sizes(config.validation_resolution, 16)
 
 
 def buckets(config):
@@ -465,15 +395,12 @@ def buckets(config):
     on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
     grid, text = config.aspect_bucket_alignment, config.resolution.strip()
     if not text.isdecimal():
-        sizes = parse_sizes(text, grid)
-        if max(map(max, sizes)) > 8192:
-            raise ValueError("sides are 8192 at most")
-        return sizes
-    side = int(text)
-    if side < grid or side % grid or side > 8192:
-        raise ValueError(f"must be a multiple of {grid} up to 8192, or sizes such as 1024x1024,1344x768")
-    sizes = [(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)]
-    sizes = set(sizes) | {(height, width) for width, height in sizes}  # a bucket for every turned bucket
+        return parse_sizes(text, grid)
+    side = int(text[:5])
+    if side % grid or not 0 < side < 10000:
+        raise ValueError(f"must be a multiple of {grid} under 10000, or sizes such as 1024x1024,1344x768")
+    sizes = {(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)}
+    sizes |= {(height, width) for width, height in sizes}  # a bucket for every turned bucket
     return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
 
 
@@ -490,14 +417,10 @@ def run_stage(main, description):
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not error.filename:
-            raise
-        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"{str(error.filename)[:200]}: {error.strerror or error}"
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print("\ninterrupted: what was finished is saved; start again to go on", file=sys.stderr)
@@ -556,11 +479,10 @@ def read_header(path):
 
 def is_readable(path):
     """Whether a safetensors file is there and, by its header, whole."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+    with contextlib.suppress(UserError):
+        read_header(path)
+        return True
+    return False
 
 
 def checkpoint_folders(config):
@@ -589,32 +511,27 @@ def in_parallel(function, items):
     wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 4 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------- device and dtype
+# ---------------------------------------------------------------- processes, devices, dtypes
 
 
 def pick_device():
     """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun: process {number + 1} of this machine has no device, there are {torch.cuda.device_count()}; start fewer"
-            )
-        torch.cuda.set_device(number)
-        return torch.device("cuda", number)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"torchrun: process {number + 1} of this machine has no device, there are {count}; start fewer")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def say(text):
@@ -640,17 +557,6 @@ def wait_for_all():
     sum_over_processes(0)
 
 
-def first_before_others(work):
-    """work() in every process, first in the first one, so that the others find what it has put in order."""
-    if RANK == 0:
-        try:
-            return work()
-        finally:
-            wait_for_all()
-    wait_for_all()
-    return work()
-
-
 def compute_dtype(config, device):
     """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
     device = torch.device(device)
@@ -674,37 +580,19 @@ def autocast(config, device):
 
 
 def check_precision(config, device):
-    """Raises UserError, naming the key, if a precision does not work on this device."""
-    if torch.device(device).type == "mps" and config.base_model_precision in ("fp8-torchao", "int8-matmul"):
-        raise UserError(
-            f"base_model_precision: {config.base_model_precision} has never been tried on a Mac's GPU (MPS); choose "
-            "int8-quanto, int4-quanto or no_change"
-        )
-
-
-def send(tensor, device):
-    """The tensor on the device; on CUDA from page-locked memory, so that nobody waits for the copy."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and not tensor.is_cuda
-        else tensor.to(device)
-    )
-
-
-def synchronize(device):
-    """Waits for the device's work that is under way."""
-    if device.type != "cpu":
-        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
+    """Raises UserError for a `base_model_precision` that has never been tried on this device."""
+    precision = config.base_model_precision
+    if torch.device(device).type == "mps" and precision in ("fp8-torchao", "int8-matmul"):
+        known = "choose int8-quanto, int4-quanto or no_change"
+        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {known}")
 
 
 def peak_memory(device):
     """The most device memory that this process has used so far, in GiB; on a Mac what it uses now, on the CPU nan."""
-    device = torch.device(device)
     if device.type == "cpu":
         return math.nan
-    return (
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
-    ) / 2**30
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
+    return used / 2**30
 
 
 @contextlib.contextmanager
@@ -728,32 +616,25 @@ def free_memory():
 
 
 def leaves_nothing(main):
-    """A stage's `main` that leaves in a notebook what it found: the configuration as it was, and no model in memory, not even
-    after an error, whose traceback the notebook keeps, and with it all that the functions held (a debugger then finds nothing)."""
+    """A stage's `main` that leaves in a notebook what it found: the configuration as it was, and no model in memory, not
+    even after an error, whose traceback would keep all that the functions held."""
 
     @functools.wraps(main)
     def stage(config):
-        outside = sys.exc_info()[1]  # what the caller is dealing with stays as it is
         try:
-            return main(copy.deepcopy(config))
+            return main(config.model_copy(deep=True))
         except BaseException as error:
-            while error and error is not outside:
+            while error:
                 traceback.clear_frames(error.__traceback__)
                 error = error.__cause__ or error.__context__
             raise
         finally:
-            with contextlib.suppress(RuntimeError):  # a broken device must not hide what broke it
-                free_memory()
+            free_memory()
 
     return stage
 
 
-# ---------------------------------------------------------------- models
-
-
-def model_folder(config, part):
-    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
-    return find_model(base_model(config), part)
+# ---------------------------------------------------------------- models and quantization
 
 
 def base_model(config):
@@ -761,23 +642,27 @@ def base_model(config):
     return config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 
 
+def model_folder(config, part):
+    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
+    return find_model(base_model(config), part)
+
+
 @functools.cache
 def find_model(name, part):
     """The folder of one part of a local model or of one on the hub. Raises UserError if there is none."""
-    folder = Path(name)
+    folder, problem = Path(name), None
     if not folder.is_dir():
         if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-            raise UserError(
-                f"pretrained_model_name_or_path: {name!r} is no folder, and no hub name such as {FLAVOURS['final']}"
-            )
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
-        except Exception as error:  # the hub's client raises many kinds
-            raise UserError(
-                f"pretrained_model_name_or_path: {name!r} is no folder and could not be downloaded ({str(error)[:200]!r})"
-            ) from None
-    if not (folder / part).is_dir():
-        raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
+            problem = f"is no folder, and no hub name such as {FLAVOURS['final']}"
+        else:
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
+            except Exception as error:  # the hub's client raises many kinds
+                problem = f"is no folder and could not be downloaded ({str(error)[:200]!r})"
+    if not problem and not (folder / part).is_dir():
+        problem = f"has no folder {part!r}"
+    if problem:
+        raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}")
     return folder / part
 
 
@@ -786,20 +671,17 @@ def folder_identity(folder):
     """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
     start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(
-                f"{path.name} {path.resolve().name} {size} ".encode() + file.read(size if size < 2**26 else 2**20)
-            )
+            start = file.read(size if size < 2**26 else 2**20)
+        digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + start)
     return digest.hexdigest()[:32]
 
 
 def model_identity(config, *parts):
     """folder_identity of several parts of the configured model, as a list."""
-    folders = [model_folder(config, part) for part in parts]
-    with named_if_damaged(folders[0].parent):
-        return [folder_identity(folder) for folder in folders]
+    return [folder_identity(model_folder(config, part)) for part in parts]
 
 
 @contextlib.contextmanager
@@ -855,27 +737,22 @@ def fill_transformer(transformer, read, config, device):
     check_precision(config, device)
     if config.base_model_precision == "int8-matmul" and not config.torch_compile and torch.device(device).type != "cpu":
         say_once("int8-matmul: without torch_compile the rounding costs more than the 8-bit products save")
-    dtype, names = compute_dtype(config, device), list(transformer.state_dict())
     transformer.requires_grad_(False).eval()
-    kinds = ("transformer_blocks", "single_transformer_blocks")
-    blocks = {f"{kind}.{i}.": block for kind in kinds for i, block in enumerate(getattr(transformer, kind))}
-
-    def fill(names):
+    parts = {}
+    for name in transformer.state_dict():
+        block = re.match(r"(single_)?transformer_blocks\.\d+", name)
+        parts.setdefault(block and block[0], []).append(name)
+    dtype, offload, away = compute_dtype(config, device), GroupOffload(device), offloaded(config, len(parts) - 1)
+    for part, names in tqdm(parts.items(), desc="transformer", unit="part", leave=False, disable=RANK > 0):
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read(names).items()}
         transformer.load_state_dict(state, strict=False, assign=True)
-
-    fill([name for name in names if not name.startswith(tuple(blocks))])
-    offload, away = GroupOffload(device), offloaded(config, len(blocks))
-    for number, (prefix, block) in enumerate(
-        tqdm(blocks.items(), desc="transformer", unit="block", leave=False, disable=RANK > 0)
-    ):
-        fill([name for name in names if name.startswith(prefix)])
-        quantize(block, config.base_model_precision)
-        if away[number]:
-            offload.add(block)
+        if part:
+            block = quantize(transformer.get_submodule(part), config.base_model_precision)
+            if away.pop(0):
+                offload.add(block)
     transformer.forward = autocast(config, device)(transformer.forward)
     for module in transformer.modules():
-        # CUDA's autocast runs norms in float32, and would keep a float32 copy of each input; their kernels sum in float32 anyway.
+        # CUDA's autocast would run norms in float32 and keep such a copy of each input; their kernels sum in float32 anyway.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
             module.forward = torch.autocast(torch.device(device).type, enabled=False)(module.forward)
     return transformer
@@ -888,14 +765,22 @@ def offloaded(config, count):
     return [(i + 1) * wanted // count > i * wanted // count for i in range(count)]
 
 
-class GroupOffload:
-    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the one that
-    comes next; on CUDA that is copied meanwhile, and the one before may still be at work: three groups at most.
+def compile_blocks(transformer):
+    """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
+    torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
+    torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
 
-    A block asks for its group whenever it is called, in the forward pass and when checkpointing recomputes it in the
+
+class GroupOffload:
+    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the one
+    that comes next, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at most.
+
+    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again in the
     backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd still
-    needs of a group that has left lives as long as autograd holds it: one block, if all blocks are checkpointed. Only
-    frozen tensors move: LoRA, gradients and optimizer stay on the device.
+    needs of a group that has left lives as long as autograd holds it: one block, if all are checkpointed. Only frozen
+    tensors move: LoRA, gradients and optimizer stay on the device.
     """
 
     def __init__(self, device):
@@ -904,39 +789,33 @@ class GroupOffload:
 
     def add(self, block):
         """Puts the weights of this block on the host, as the next group."""
-        number = len(self.groups)
-        places = [(module, name) for module in block.modules() for name, _ in module.named_parameters(recurse=False)]
-        plains = [getattr(module, name).detach() for module, name in places]
-        ends = np.cumsum(
-            [-(-plain.nbytes // 256) * 256 for plain in plains]
-        ).tolist()  # aligned for every dtype and kernel
-        layout = [(end_before, plain.nbytes, plain.dtype, plain.shape) for end_before, plain in zip([0, *ends], plains)]
-        space = torch.empty(-(-ends[-1] // 4096) * 4096 + 4096, dtype=torch.uint8)
-        host = space[-space.data_ptr() % 4096 :][
-            : ends[-1]
-        ]  # one buffer, with pages of its own: one copy moves the whole group
+        number, layout, weights, end = len(self.groups), [], [], 0
+        for module in block.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                layout.append((module, name, end, weight.nbytes, weight.dtype, weight.shape))
+                weights.append(weight.detach())
+                end += -(-weight.nbytes // 256) * 256  # aligned for every dtype and kernel
+        # One buffer, so that one copy moves the group, on pages of its own: those can be locked, so that the copy runs
+        # beside the computation. pin_memory() would round the size up to a power of two.
+        space = torch.empty(-(-end // 4096) * 4096 + 4096, dtype=torch.uint8)
+        host = space[-space.data_ptr() % 4096 :][:end]
         if self.stream:
-            # Page-locked, so that the copy runs beside the computation; pin_memory() would round up to a power of two.
             runtime = torch.cuda.cudart()
             if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
                 say_once("offloading: host memory cannot be page-locked, so copies wait for the computation: slower")
             else:
                 weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
-        self.groups.append(SimpleNamespace(host=host, layout=layout, places=places))
-        for view, plain in zip(self.views(number, host), plains):
-            view.copy_(plain)
+        self.groups.append(SimpleNamespace(host=host, layout=layout))
         self.place(number, host)
+        for (module, name, *_), weight in zip(layout, weights):
+            getattr(module, name).copy_(weight)
         block.register_forward_pre_hook(lambda module, inputs: self.need(number))
-
-    def views(self, number, buffer):
-        """The group's plain tensors, as views of a buffer."""
-        for start, size, dtype, shape in self.groups[number].layout:
-            yield buffer[start : start + size].view(dtype).view(shape)
 
     def place(self, number, buffer):
         """Gives the group's modules the weights that lie in `buffer`."""
-        for (module, name), tensor in zip(self.groups[number].places, self.views(number, buffer)):
-            module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+        for module, name, start, size, dtype, shape in self.groups[number].layout:
+            weight = buffer[start : start + size].view(dtype).view(shape)
+            module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
 
     def fetch(self, number):
         """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
@@ -960,11 +839,10 @@ class GroupOffload:
             if self.reached:
                 self.reached.synchronize()  # else copies would run ahead of the computation, and fill the device
             self.reached = computing.record_event()
-        last = len(self.groups) - 1
-        if number == last:
-            following = last - 1 if torch.is_grad_enabled() else 0
-        else:
-            following = number + 1 if number == 0 or before is None or before < number else number - 1
+        # Forward, at the end back if a backward pass follows, else from the start.
+        following = number + (1 if number == 0 or before is None or before < number else -1)
+        if following == len(self.groups):
+            following = number - 1 if torch.is_grad_enabled() else 0
         if 0 <= following != number:
             self.coming = {following: self.fetch(following)}
 
@@ -1164,33 +1042,17 @@ class StreamedTextEncoder:
         return SimpleNamespace(hidden_states=[torch.cat([self.norm(states).to(self.device) for states in hidden])])
 
 
-def compile_blocks(transformer):
-    """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
-    torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
-    torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
-
-
-# ---------------------------------------------------------------- prompt cache
-
-
 # ---------------------------------------------------------------- flow matching
 
 
-def position_ids(height, width):
+@functools.cache
+def position_ids(height, width, device="cpu"):
     """Position ids for a latent of height x width: text [512, 3] = (0, i, i), image [height/2 * width/2, 3] =
-    (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS)."""
+    (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS). Made once for each size."""
     text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
     start = (TEXT_TOKENS, TEXT_TOKENS)
     image_ids = prepare_pos_ids(modality_id=1, type="image", start=start, height=height // 2, width=width // 2)
-    return text_ids, image_ids
-
-
-@functools.cache
-def position_ids_on(device, height, width):
-    """position_ids on a device, sent there once for each size: a copy would wait for all that the device has yet to do."""
-    return tuple(ids.to(device) for ids in position_ids(height, width))
+    return text_ids.to(device), image_ids.to(device)
 
 
 def pack_latents(latents):
@@ -1215,7 +1077,7 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     Returns a float32 scalar.
     """
     dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
-    text_ids, image_ids = position_ids_on(latents.device, *latents.shape[2:])
+    text_ids, image_ids = position_ids(*latents.shape[2:], latents.device)
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
     s = sigmas.float()[:, None, None]
     prediction = transformer(
@@ -1230,81 +1092,19 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     return (losses if weights is None else losses * weights).mean()
 
 
-# ---------------------------------------------------------------- LoRA
-
-
-def add_lora(transformer, config):
-    """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
-    as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
-    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    for target in config.lora_target_modules:
-        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
-            raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
-    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # once a layer; about merging only
-    transformer.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=sorted(config.lora_target_modules),
-        )
-    )
-    for module in transformer.modules():
-        if isinstance(
-            module, BaseTunerLayer
-        ):  # the LoRA gets its input as the base does: no float32 copy of it a layer
-            module.cast_input_dtype_enabled = False
-    parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
-    for name, parameter in parameters.items():
-        parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there
-        if "lora_A" in name:  # PEFT's own choice, drawn on the CPU so that it is the same on every device
-            start = torch.empty(parameter.shape)
-            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
-            parameter.data.copy_(start)
-    if config.init_lora:
-        state = read_init_lora(config)
-        own = get_peft_model_state_dict(transformer)
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [
-            n for n in state if n not in own
-        ]
-        if wrong:
-            raise UserError(
-                f"init_lora: {config.init_lora} cannot be trained on: it has not one rank and the same layers in every block (first: {wrong[0]})"
-            )
-        scale = config.lora_rank / alpha
-        set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
-    return parameters
-
-
-def read_init_lora(config):
-    """The state of `init_lora`. Raises UserError if its rank and layers are not those that are to be trained."""
-    state = read_lora(config.init_lora)
-    ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
-    ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
-    if ranks != [config.lora_rank] or ends != sorted(config.lora_target_modules):
-        has = f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
-        raise UserError(f"init_lora: {config.init_lora} has {has}; set these to train on from it")
-    return state
+# ---------------------------------------------------------------- LoRA files
 
 
 def save_lora(transformer, folder, metadata=None):
     """Writes the LoRA "default" into `folder`, in two forms with alpha / rank folded into B, so that every loader
     agrees on its strength: `pytorch_lora_weights.safetensors` (diffusers, ComfyUI), and `adapter_config.json` with
     `adapter_model.safetensors` (PEFT). `metadata`: a dictionary for the files' header."""
-    folder = Path(folder)
-    peft_config = transformer.peft_config["default"]
-    scale = peft_config.lora_alpha / peft_config.r
+    folder, peft = Path(folder), transformer.peft_config["default"]
     state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
-    state = {name: v * scale if "lora_B" in name else v for name, v in state.items()}
-    write_tensors(
-        folder / "pytorch_lora_weights.safetensors", {f"transformer.{n}": v for n, v in state.items()}, metadata
-    )
-    write_tensors(
-        folder / "adapter_model.safetensors", {f"base_model.model.{n}": v for n, v in state.items()}, metadata
-    )
-    fields = LoraConfig(
-        r=peft_config.r, lora_alpha=peft_config.r, target_modules=peft_config.target_modules, inference_mode=True
-    ).to_dict()
+    state = {name: v * (peft.lora_alpha / peft.r) if "lora_B" in name else v for name, v in state.items()}
+    for file, prefix in (("pytorch_lora_weights", "transformer"), ("adapter_model", "base_model.model")):
+        write_tensors(folder / f"{file}.safetensors", {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
+    fields = LoraConfig(r=peft.r, lora_alpha=peft.r, target_modules=peft.target_modules, inference_mode=True).to_dict()
     fields["target_modules"] = sorted(fields["target_modules"])
     write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
 
@@ -1312,17 +1112,19 @@ def save_lora(transformer, folder, metadata=None):
 def lora_file(path):
     """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises UserError."""
     path = Path(path)
-    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
-    if file is None:
-        raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such LoRA file")
-    if file.suffix.lower() != ".safetensors":
+    if path.is_dir():
+        names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such LoRA file")
+    if path.suffix.lower() != ".safetensors":
         raise UserError(
-            f"{file}: LoRAs are opened from .safetensors files only; a pickled file (.pt, .bin) could run code"
+            f"{path}: is no .safetensors file; others are not opened, for a pickled one (.pt) could run code"
         )
-    return file
+    return path
 
 
 def read_lora(path):
@@ -1330,59 +1132,47 @@ def read_lora(path):
 
     Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT (`base_model.model.`) or
     none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA), is folded
-    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. A text encoder's part is left
-    out, and said. Raises UserError.
+    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. A text encoder's part is
+    left out, and said. Raises UserError.
     """
-    path, state, alphas = lora_file(path), {}, {}
-    tensors, settings = read_tensors(path), {}
+    path = lora_file(path)
+    tensors, beside, settings = read_tensors(path), path.with_name("adapter_config.json"), {}
     if any(name.startswith("base_model.model.") for name in tensors):
-        config = path.with_name("adapter_config.json")
-        settings = read_json(config) if config.is_file() else {}
+        settings = read_json(beside) if beside.is_file() else {}
         if "lora_alpha" not in settings:
-            raise UserError(
-                f"{path}: is PEFT's, and {config.name} with its lora_alpha is not beside it; without that its strength is unknown"
-            )
-    elif "lora_adapter_metadata" in (header := read_header(path)):
-        with contextlib.suppress(ValueError, TypeError):  # then its tensors have to do
-            settings = {
-                name.removeprefix("transformer."): value
-                for name, value in dict(json.loads(header["lora_adapter_metadata"])).items()
-            }
-    if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
+            raise UserError(f"{path}: is PEFT's, and its strength is unknown without {beside.name} beside it")
+    with contextlib.suppress(LookupError, ValueError, AttributeError):  # else its tensors have to do
+        header = json.loads(read_header(path)["lora_adapter_metadata"])
+        settings |= {name.removeprefix("transformer."): value for name, value in header.items()}
+    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
+    state, forms = {}, {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
     for name, tensor in tensors.items():
+        name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
+        for theirs, ours in forms.items():
+            name = name.replace(theirs, ours)
         if name.startswith(("text_encoder", "lora_te")):
             say_once(
                 f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here"
             )
-            continue
-        name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
-        name = (
-            name.replace(".lora_down.", ".lora_A.")
-            .replace(".lora_up.", ".lora_B.")
-            .replace(".default.weight", ".weight")
-        )
-        if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = tensor.float().mean().item()
         else:
             state[name] = tensor.float()
+    alphas = {
+        name.removesuffix(".alpha"): state.pop(name).mean().item() for name in [*state] if name.endswith(".alpha")
+    }
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
-    complete = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-    if not state or not complete or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
-        unknown = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
-        raise UserError(
-            f"{path}: is no LoRA that can be opened here: {'keys such as ' + repr(unknown[0]) if unknown else 'it is incomplete'}"
-        )
+    sound = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    if not state or not sound or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
+        foreign = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
+        what = f"has keys such as {foreign[0]!r}" if foreign else "is incomplete"
+        raise UserError(f"{path}: is no LoRA that can be opened here: it {what}")
     try:
+        patterns = settings.get("alpha_pattern") or {}
         for module in modules:
-            B = state[f"{module}.lora_B.weight"]
-            patterns = dict(settings.get("alpha_pattern") or {})
-            alpha = alphas.get(
-                module, patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha", B.shape[1]))
-            )
-            state[f"{module}.lora_B.weight"] = B * (
-                alpha / (B.shape[1] ** 0.5 if settings.get("use_rslora") else B.shape[1])
-            )
+            rank = state[f"{module}.lora_B.weight"].shape[1]
+            of_all = settings.get("lora_alpha", rank)
+            alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), of_all))
+            state[f"{module}.lora_B.weight"] *= alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     except (TypeError, ValueError, re.error) as error:
         raise UserError(f"{path}: its alpha cannot be read ({error})") from None
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -1391,34 +1181,19 @@ def read_lora(path):
     return state
 
 
-def check_fit(transformer, path, state):
-    """Raises UserError if a LoRA's state (see read_lora), read from `path`, does not fit the transformer."""
-    layers = dict(transformer.named_modules())
-    for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
-        if not hasattr(layers.get(module), "in_features"):
-            raise UserError(
-                f"{path}: this transformer has no layer {module!r}: it was made for another model, or names its layers in another way"
-            )
-        A, B = (state[f"{module}.lora_{part}.weight"] for part in "AB")
-        if (A.shape[1], B.shape[0], A.shape[0]) != (
-            layers[module].in_features,
-            layers[module].out_features,
-            B.shape[1],
-        ):
-            sizes = f"{tuple(A.shape)} and {tuple(B.shape)} for a layer from {layers[module].in_features} to {layers[module].out_features}"
-            raise UserError(f"{path}: was made for another model, or is damaged: {module} has {sizes}")
-
-
 def load_lora(transformer, path, strength=1.0):
     """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it does
     not fit."""
-    state = read_lora(path)
-    check_fit(transformer, path, state)
+    state, layers = read_lora(path), dict(transformer.named_modules())
+    for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
+        layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
+        if not hasattr(layer, "in_features"):
+            raise UserError(f"{path}: this transformer has no layer {module!r}; it was made for another model")
+        if (A.shape[1], B.shape[0], A.shape[0]) != (layer.in_features, layer.out_features, B.shape[1]):
+            shapes = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}"
+            raise UserError(f"{path}: was made for another model, or is damaged: {shapes}")
     remove_lora(transformer)
-    try:
-        transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: does not fit this transformer ({str(error)[:200]!r})") from None
+    transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     transformer.set_adapters(next(iter(transformer.peft_config)), strength)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
@@ -1428,6 +1203,3 @@ def load_lora(transformer, path, strength=1.0):
 def remove_lora(transformer):
     """Takes a loaded LoRA off the transformer, which is the base again."""
     transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
-
-
-# ---------------------------------------------------------------- pictures

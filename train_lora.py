@@ -16,12 +16,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,15 +34,16 @@ import cache_latents
 from cache_latents import latents_file, prompt_file
 from longcat_common import (
     KEYS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel,
-    UserError, add_lora, base_model, buckets, check_precision, checkpoint_folders, compile_blocks,
-    compute_dtype, fill_transformer, first_before_others, flow_matching_loss, free_memory, generator, is_readable,
-    leaves_nothing, load_scheduler, load_transformer, load_vae, memory_advised, model_identity, offloaded,
-    peak_memory, pick_device, read_init_lora, read_json, read_lora, read_tensors, run_stage, sample_sigmas,
-    save_lora, say, send, step_of, sum_over_processes, synchronize, write_file, write_tensors,
+    UserError, base_model, buckets, check_precision, checkpoint_folders, compile_blocks, compute_dtype,
+    fill_transformer, flow_matching_loss, free_memory, generator, is_readable, leaves_nothing, load_scheduler,
+    load_transformer, load_vae, memory_advised, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, step_of, sum_over_processes,
+    wait_for_all, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import Picture
 from validate import generate, make_pipeline, picture_grid, picture_settings, save_picture
 
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -222,6 +225,82 @@ def load_ahead(config, batches, prompt_files, device, per_step, steps):
 
 
 # ---------------------------------------------------------------- a step
+
+
+def send(tensor, device):
+    """The tensor on the device; on CUDA from page-locked memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def synchronize(device):
+    """Waits for the device's work that is under way."""
+    if device.type != "cpu":
+        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
+
+
+def add_lora(transformer, config):
+    """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
+    as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    for target in config.lora_target_modules:
+        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
+            raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # once a layer; about merging only
+    transformer.add_adapter(
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=sorted(config.lora_target_modules),
+        )
+    )
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # the LoRA gets its input as the base does: no float32 copy a layer
+    parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
+    for name, parameter in parameters.items():
+        parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there
+        if "lora_A" in name:  # PEFT's own choice, drawn on the CPU so that it is the same on every device
+            start = torch.empty(parameter.shape)
+            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
+            parameter.data.copy_(start)
+    if config.init_lora:
+        state = read_init_lora(config)
+        own = get_peft_model_state_dict(transformer)
+        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [
+            n for n in state if n not in own
+        ]
+        if wrong:
+            raise UserError(
+                f"init_lora: {config.init_lora} cannot be trained on: it has not one rank and the same layers in every block (first: {wrong[0]})"
+            )
+        scale = config.lora_rank / alpha
+        set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
+    return parameters
+
+
+def read_init_lora(config):
+    """The state of `init_lora`. Raises UserError if its rank and layers are not those that are to be trained."""
+    state = read_lora(config.init_lora)
+    ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
+    ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
+    if ranks != [config.lora_rank] or ends != sorted(config.lora_target_modules):
+        has = f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
+        raise UserError(f"init_lora: {config.init_lora} has {has}; set these to train on from it")
+    return state
+
+
+def first_before_others(work):
+    """work() in every process, first in the first one, so that the others find what it has put in order."""
+    if RANK == 0:
+        try:
+            return work()
+        finally:
+            wait_for_all()
+    wait_for_all()
+    return work()
 
 
 def checkpoint_blocks(config, transformer):

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from cache_latents import cache_prompts
 from longcat_common import (
-    KEYS, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, check_fit, checkpoint_folders,
-    compile_blocks, is_readable, leaves_nothing, load_lora, load_scheduler, load_transformer, load_vae, lora_file,
-    memory_advised, peak_memory, pick_device, prepare_pos_ids, read_header, read_lora, read_tensors,
-    run_stage, step_of, validation_sizes, write_file,
+    KEYS, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, checkpoint_folders, compile_blocks,
+    is_readable, leaves_nothing, load_lora, load_scheduler, load_transformer, load_vae, lora_file, memory_advised,
+    peak_memory, pick_device, prepare_pos_ids, read_header, read_lora, read_tensors, remove_lora, run_stage,
+    step_of, validation_sizes, write_file,
 )  # fmt: skip
 from prepare_data import CHINESE_FONTS, is_chinese, label, system_font
 
@@ -294,7 +294,8 @@ def main(config):
         with memory_advised("validation_resolution 768x768; enable_group_offload true"):
             pipe = load_pipeline(config, device)
             for lora in loras:
-                check_fit(pipe.transformer, lora, read_lora(lora))
+                load_lora(pipe.transformer, lora)  # one that does not fit is said now, not after the base's pictures
+            remove_lora(pipe.transformer)
             return draw(config, pipe, prompts, loras, columns, folder, device)
     except KeyboardInterrupt:
         print(f"\nwhat was drawn so far is in {folder}", file=sys.stderr)

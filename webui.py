@@ -44,8 +44,8 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    GROUPS, KEYS, RENAMED, Source, UserError, checkpoint_folders, flag_value, in_parallel, is_prompt_file, kinds,
-    load_config, make_config, read_config, read_json, sources, step_of, write_file,
+    GROUPS, KEYS, RENAMED, Source, UserError, checkpoint_folders, flag_value, in_parallel, kinds, load_config,
+    read_config, read_json, sources, step_of, write_file,
 )  # fmt: skip
 from validate import LORA_NAME
 
@@ -119,7 +119,11 @@ def from_text(name, text):
         return None
     if name in ("validation_prompts", "trigger_words", "lora_target_modules"):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[0] if name == "validation_prompts" and len(lines) == 1 and is_prompt_file(lines[0]) else lines
+        return (
+            lines[0]
+            if name == "validation_prompts" and len(lines) == 1 and lines[0].lower().endswith(".txt")
+            else lines
+        )
     return flag_value(name, text)
 
 
@@ -136,7 +140,7 @@ def read_form(texts, place, fixed={}):
         except UnicodeEncodeError:
             continue  # half a character in a path: the configuration says so
     try:
-        config = make_config(None, {name: value for name, value in given.items() if name not in problems})
+        config = load_config(**{name: value for name, value in given.items() if name not in problems})
     except UserError as error:
         problems |= {re.split(r"[:.\[]", line)[0]: line for line in str(error).splitlines()}
     return (None if problems else config), problems

@@ -23,8 +23,9 @@ import cache_latents
 import train_lora
 from longcat_common import (
     TARGET_MODULES, compute_dtype, flow_matching_loss, free_memory, generator, load_config, load_scheduler,
-    pack_latents, pick_device, position_ids, quantize, sample_sigmas, synchronize,
+    pack_latents, pick_device, position_ids, quantize, sample_sigmas,
 )  # fmt: skip
+from train_lora import synchronize
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel

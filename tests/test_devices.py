@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 import longcat_common
 import train_lora
 import validate
-from longcat_common import add_lora, check_precision, flow_matching_loss, load_config, load_transformer
+from longcat_common import check_precision, flow_matching_loss, load_config, load_transformer
+from train_lora import add_lora
 
 
 def draws(batch=2):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, safe_open, save_file
 from test_survival import checkpoints
 
 import train_lora
-from longcat_common import add_lora, load_lora, load_transformer, position_ids, read_lora, remove_lora, save_lora
+from longcat_common import load_lora, load_transformer, position_ids, read_lora, remove_lora, save_lora
+from train_lora import add_lora
 
 TARGETS = ["attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 
@@ -210,7 +211,9 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
             read_lora(tmp_path / f"{name}.safetensors")
     for name in ("lora.pt", "lora.bin", "lora.ckpt"):
         torch.save(state, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name}: LoRAs are opened from .safetensors files only; a pickled file"):
+        with pytest.raises(
+            ValueError, match=f"{name}: is no .safetensors file; others are not opened, for a pickled one"
+        ):
             read_lora(tmp_path / name)
     other = {
         "transformer_blocks.99.attn.to_q.lora_A.weight": torch.ones(4, 96),
@@ -218,12 +221,12 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     }
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(
-        ValueError, match="has no layer 'transformer_blocks.99.attn.to_q': it was made for another model"
+        ValueError, match="has no layer 'transformer_blocks.99.attn.to_q'; it was made for another model"
     ):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     name = "transformer_blocks.0.attn.to_q.lora_"
     for A, B, words in (
-        (torch.ones(4, 96), torch.ones(96, 4), "a layer from 192 to 192"),
+        (torch.ones(4, 96), torch.ones(96, 4), r"to_q has \(4, 96\) and \(96, 4\)"),
         (torch.ones(4, 192), torch.full((192, 4), torch.nan), "not finite"),
     ):
         save_file({f"{name}A.weight": A, f"{name}B.weight": B}, tmp_path / "other.safetensors")
@@ -247,7 +250,7 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     (tmp_path / "ok/adapter_config.json").unlink()
     with pytest.raises(
         ValueError,
-        match="adapter_config.json with its lora_alpha is not beside it; without that its strength is unknown",
+        match="its strength is unknown without adapter_config.json beside it",
     ):
         read_lora(tmp_path / "ok")
 

@@ -13,7 +13,8 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 import train_lora
 import validate
-from longcat_common import QuantizedLinear, add_lora, dequantize, flow_matching_loss, load_transformer
+from longcat_common import QuantizedLinear, dequantize, flow_matching_loss, load_transformer
+from train_lora import add_lora
 
 
 def distance(a, b):

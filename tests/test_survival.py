@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import MODEL, REFERENCE, ROOT, start_script
 from safetensors.torch import load_file, save_file
 from test_cache import cached_files
 
+import cache_latents
 import train_lora
 from longcat_common import load_config, write_file
 
@@ -504,7 +506,7 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
 
     def vanishing(config, batch, prompt_files, epoch, index):
         if index == 2:
-            batch[0][1]["latents_file"].unlink()
+            cache_latents.latents_file(config, batch[0][1]).unlink()
         return load_batch(config, batch, prompt_files, epoch, index)
 
     monkeypatch.setattr(train_lora, "load_batch", vanishing)
@@ -520,7 +522,7 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     )
     lines = (Path(config.output_dir) / "checkpoints/step-000004/pictures.jsonl").read_text().splitlines()
     for line in lines:
-        train_lora.cache_latents.latents_file(config, json.loads(line)).write_bytes(b"cut")
+        cache_latents.latents_file(config, SimpleNamespace(**json.loads(line))).write_bytes(b"cut")
     train_lora.main(other)
     state = json.loads((Path(config.output_dir) / "checkpoints/step-000005/state.json").read_text())
     assert state["batches"]["epoch"] == 1 and state["batches"]["position"] == 1

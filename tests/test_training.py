@@ -23,9 +23,10 @@ import longcat_common
 import train_lora
 import validate
 from longcat_common import (
-    add_lora, flow_matching_loss, load_config, load_lora, load_scheduler, load_transformer, read_tensors,
-    sample_sigmas, save_lora,
+    flow_matching_loss, load_config, load_lora, load_scheduler, load_transformer, read_tensors, sample_sigmas,
+    save_lora,
 )  # fmt: skip
+from train_lora import add_lora
 from validate import generate, load_pipeline
 
 # Two of them on grounds that no picture of the character has.
@@ -241,7 +242,7 @@ def test_alpha_is_folded_in(tiny_config, tmp_path):
     parameters = add_lora(transformer, config)
     for name, parameter in parameters.items():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.3)
     inputs = dict(
         latents=torch.randn(1, 16, 16, 16),
         noise=torch.randn(1, 16, 16, 16),
@@ -305,7 +306,7 @@ def test_draws_are_as_configured(tiny_config):
     torch.testing.assert_close((spread / posterior["std"]).std(), torch.tensor(1.0), atol=0.01, rtol=0)
     again = train_lora.load_batch(config, [("a", entry)], prompts, 7, 7)
     assert all(torch.equal(a, b) for a, b in zip(again, drawn[7]))
-    later = train_lora.load_batch(config, [("a", {**entry, "loss_weight": 0.25})], prompts, 7, 8)
+    later = train_lora.load_batch(config, [("a", dataclasses.replace(entry, loss_weight=0.25))], prompts, 7, 8)
     assert not any(torch.equal(a, b) for a, b in zip(later[:3], again[:3])), "each batch of an epoch has its own draws"
     assert again[4].tolist() == [1.0] and later[4].tolist() == [0.25]
 

@@ -11,7 +11,7 @@ from conftest import MODEL, run_script
 from PIL import Image
 from test_survival import metrics
 
-import longcat_common
+import prepare_data
 import validate
 from longcat_common import load_config
 
@@ -159,9 +159,10 @@ def test_prompts_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa red fox\n\n  一只猫 \n", encoding="utf-8")
     assert load_config(validation_prompts=str(file)).validation_prompts == ["a red fox", "一只猫"]
-    assert load_config(validation_prompts="a poster that says read me.txt").validation_prompts == [
-        "a poster that says read me.txt"
-    ]
+    words = ["a poster that says read me.txt"]
+    assert load_config(validation_prompts=words).validation_prompts == words
+    with pytest.raises(ValueError, match="read me.txt.*cannot be read.*a prompt may stand in a list"):
+        load_config(validation_prompts=words[0])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my prompts.txt").write_text("a blue fox")
     assert load_config(validation_prompts="my prompts.txt").validation_prompts == ["a blue fox"]
@@ -177,25 +178,25 @@ def test_prompts_from_a_file(tmp_path, monkeypatch):
 
 def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
     for module, name in (
-        (longcat_common, "CHINESE_FONTS"),
+        (prepare_data, "CHINESE_FONTS"),
         (validate, "CHINESE_FONTS"),
-        (longcat_common, "OTHER_FONTS"),
+        (prepare_data, "OTHER_FONTS"),
     ):
         monkeypatch.setattr(module, name, ("no-such-font.ttc",))
     run.lora = "none"
     assert validate.main(run).exists()
     assert "labels in Chinese: no font found; install one of no-such-font.ttc" in capsys.readouterr().out
-    assert longcat_common.label("中文", 16, "row 2")[0] == "row 2"
-    assert longcat_common.label("uma raposa no sertão", 16)[0] == "uma raposa no sertao"
+    assert prepare_data.label("中文", 16, "row 2")[0] == "row 2"
+    assert prepare_data.label("uma raposa no sertão", 16)[0] == "uma raposa no sertao"
 
 
 def test_what_tells_rows_apart_is_not_cut_off(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        longcat_common.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text)
+        validate.ImageDraw.ImageDraw, "text", lambda draw, place, text, *arguments, **options: drawn.append(text)
     )
     picture = Image.new("RGB", (128, 128))
-    longcat_common.picture_grid(
+    validate.picture_grid(
         [[picture] * 2] * 2,
         [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)],
         ["base model", "step 12000, held-out 0.123"],

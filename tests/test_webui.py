@@ -91,7 +91,7 @@ def test_what_is_wrong_is_told_by_key_in_the_words_of_load_config(place):
     }
     config, problems = webui.read_form(texts, place)
     assert config is None and problems == {
-        "max_train_steps": "max_train_steps: found 'many', must be a whole number",
+        "max_train_steps": "max_train_steps: found 'many', must be a valid integer",
         "learning_rate": "learning_rate: found -1, must be greater than or equal to 0",
     }
     _, problems = webui.read_form(
@@ -669,7 +669,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         field("max_train_steps").fill("many")
         field("output_dir").fill("/etc/run")
         field("lora_rank").fill("8")
-        until(lambda: "found 'many', must be a whole number" in text("key-max_train_steps"))
+        until(lambda: "found 'many', must be a valid integer" in text("key-max_train_steps"))
         until(lambda: "outside this page's folders" in text("key-output_dir"))
         shot("1-wrong")
         page.locator("#more-data button").first.click()
@@ -809,7 +809,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         field("validation_lora_strength", "try").fill("0.5, 1")
         field("validation_num_inference_steps", "try").fill("4.5")
         page.click("#draw")
-        until(lambda: "must be a whole number" in text("try-validation_num_inference_steps"))
+        until(lambda: "must be a valid integer" in text("try-validation_num_inference_steps"))
         field("validation_num_inference_steps", "try").fill("4")
         page.click("#draw")
         until(lambda: page.locator("#grid img").count() and page.locator("#single img").count() == 3, 90)
