@@ -18,8 +18,8 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
-    is_readable, leaves_nothing, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device,
-    run_stage, text_config, text_dtype, wait_for_all, write_tensors,
+    is_readable, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device, run_stage,
+    stage, text_config, text_dtype, wait_for_all, write_tensors,
 )  # fmt: skip
 
 CACHE_FORMAT = 2  # part of every file's name: another number makes all anew
@@ -44,8 +44,8 @@ def prompt_file(config, prompt, device):
 
 
 def unfinished(files, batch_size=1):
-    """The batches of `files` in which one is missing or damaged; under torchrun, this process's share of them. What a batch
-    holds does not depend on what is there already, so that an interrupted run ends with the same bytes."""
+    """The batches of `files` in which one is missing or damaged; under torchrun, this process's share of them. What a
+    batch holds does not depend on what is there already, so that an interrupted run ends with the same bytes."""
     files = sorted(files, key=lambda path: path.name)
     batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
     return [batch for batch in batches[RANK::WORLD_SIZE] if not all([is_whole(path) for path in batch])]
@@ -65,7 +65,8 @@ def is_whole(path):
 
 
 def load_pixels(picture):
-    """A picture as uint8 [3, height, width], cut to its bucket. Raises UserError if it is not what the manifest names."""
+    """A picture as uint8 [3, height, width], cut to its bucket. Raises UserError if it is not what the manifest
+    names."""
     try:
         if picture.file != prepare_data.file_stamp(os.stat(picture.path)):
             raise ValueError("it has changed since prepare_data.py read it; start again")
@@ -142,7 +143,8 @@ def cache_prompts(config, prompts, device):
 
 
 def check_space(config, pictures, prompt_count, device):
-    """Raises UserError if the disk has no space for these pictures and so many prompts, and as many of each other process."""
+    """Raises UserError if the disk has no space for these pictures and so many prompts, and as many of each other
+    process."""
     prompt_size = TEXT_TOKENS * text_config(config).hidden_size * text_dtype(config, device).itemsize
     latents_size = sum(2 * 4 * 16 * width * height // 64 for width, height in (picture.bucket for picture in pictures))
     needed = (latents_size + prompt_count * prompt_size) * WORLD_SIZE
@@ -177,7 +179,7 @@ def read_pictures(config):
         raise UserError(f"{manifest}: is damaged; set data_dir, and it is made again") from None
 
 
-@leaves_nothing
+@stage(lambda config: "text_encoder_batch_size 1; another program that uses the device")
 def main(config):
     """Fills the cache. Returns (pictures, {prompt: file of its embedding})."""
     device, pictures = pick_device(), read_pictures(config)

@@ -1,5 +1,5 @@
-"""What the stages share: configuration, files, processes and devices and dtypes, models and quantization, flow matching,
-LoRA files."""
+"""What the stages share: configuration, files, processes and devices and dtypes, models and quantization, flow
+matching, LoRA files."""
 
 import collections
 import concurrent.futures
@@ -70,18 +70,12 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text says what was found, where, what to do; one line a mistake."""
 
 
-def whole_text(text):
-    """A text that files can hold."""
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("holds half a character or NUL; write it again")
-    return text
-
-
 def path_text(text):
-    """A path, `~` expanded. In JSON "E:\\runs" would be E:, a carriage return and "uns", hence the control characters."""
+    """A path, `~` expanded. In JSON "E:\\runs" would be E:, a carriage return and "uns", hence the control
+    characters."""
     if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
-    return os.path.expanduser(whole_text(text))
+    return os.path.expanduser(text)
 
 
 def several(value):
@@ -119,14 +113,10 @@ def sources(value):
     return [{"path": source} if isinstance(source, str) else source for source in value]
 
 
-def key(default, description, **limits):
-    """One key: its default, its description for --help and the page, and the limits of its values."""
-    return Field(default, description=description, **limits)
-
-
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Text = Annotated[str, AfterValidator(whole_text)]
-PathText = Annotated[str, AfterValidator(path_text), Field(min_length=1)]
+key = lambda default, description, **limits: Field(default, description=description, **limits)
+Text = Annotated[str, Field(max_length=10**6)]  # a limit, for then pydantic refuses half characters, too
+PathText = Annotated[str, Field(min_length=1), AfterValidator(path_text)]
 Size = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
@@ -142,7 +132,8 @@ class Source(BaseModel):
 
 Sources = Annotated[list[Source], BeforeValidator(sources)]
 Texts, Prompts = Annotated[list[Text], BeforeValidator(several)], Annotated[list[Text], BeforeValidator(prompts)]
-Ints, Floats = Annotated[list[int], BeforeValidator(several)], Annotated[list[float], BeforeValidator(several)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63 - 1)]], BeforeValidator(several), Field(min_length=1)]
+Floats = Annotated[list[float], BeforeValidator(several), Field(min_length=1)]
 Blocks = Annotated[bool | int, BeforeValidator(blocks)]
 Arithmetic = Literal["auto", "bf16", "fp16", "no"]
 Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
@@ -208,22 +199,21 @@ class Config(BaseModel):
     validation_resolution: Text = key("1024x1024", "width x height; validate.py takes several, with commas")
     validation_guidance: float = key(4.5, "guidance scale", ge=0)
     validation_num_inference_steps: int = key(30, "sampling steps", ge=1)
-    validation_seed: Ints = key([42], "seed of every picture's first noise; validate.py takes a list", min_length=1)
-    validation_lora_strength: Floats = key([1.0], "validate.py: strength of the LoRA, or several", min_length=1)
+    validation_seed: Seeds = key([42], "seed of every picture's first noise; validate.py takes a list")
+    validation_lora_strength: Floats = key([1.0], "validate.py: strength of the LoRA, or several")
     lora: PathText | None = key(None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"')
     compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
 
-    @field_validator("resolution", "validation_resolution", "validation_seed", "learning_rate")
+    @field_validator("resolution", "validation_resolution", "learning_rate")
     @classmethod
     def fits(cls, value, info):
-        """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are right."""
+        """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are
+        right."""
         earlier = SimpleNamespace(**({"aspect_bucket_alignment": 64} | info.data | {info.field_name: value}))
         if info.field_name == "resolution":
             buckets(earlier)
         if info.field_name == "validation_resolution":
             validation_sizes(earlier)
-        if info.field_name == "validation_seed" and not all(0 <= seed < 2**63 for seed in value):
-            raise ValueError("must be 0 or more, and less than 2^63")
         if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
         return value
@@ -234,25 +224,25 @@ class Config(BaseModel):
 
 
 KEYS = Config.model_fields
-KEYS = Config.model_fields
 GROUPS = {  # the first key of each
     "model_type": "model", "data_dir": "data", "lora_rank": "LoRA", "train_batch_size": "training",
     "enable_group_offload": "memory", "output_dir": "output", "validation_prompts": "validation",
 }  # fmt: skip
-# What other trainers' files, and those for the first version, hold besides: the same under another name, or nothing here.
+# What other trainers' files, and those for the first version, hold besides: the same under another name, or nothing
+# here.
 RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
     "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
 }  # fmt: skip
 IGNORED = set(
-    """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config disable_benchmark
-    disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift flow_schedule_shift
-    group_offload_blocks_per_group group_offload_to_disk_path group_offload_type group_offload_use_stream hub_model_id
-    lora_type lycoris_config minimum_image_size num_eval_images num_validation_images optimizer prune
-    push_checkpoints_to_hub push_to_hub quantize_via resolution_type skip_upscaled snr_gamma strict text_encoder_precision
-    tracker_project_name tracker_run_name use_ema user_prompt_library vae_batch_size validation_cfg_renorm
-    validation_disable_unconditional validation_guidance_rescale validation_prompt_library validation_torch_compile
-    vram_limit_gb""".split()
+    """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
+    disable_benchmark disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift
+    flow_schedule_shift group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
+    group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size num_eval_images
+    num_validation_images optimizer prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type
+    skip_upscaled snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema
+    user_prompt_library vae_batch_size validation_cfg_renorm validation_disable_unconditional
+    validation_guidance_rescale validation_prompt_library validation_torch_compile vram_limit_gb""".split()
 )
 
 
@@ -298,7 +288,8 @@ def read_json(path):
 
 
 def unique_keys(pairs):
-    """The dictionary of a JSON object's pairs. Raises ValueError for a key that is there twice, which json would drop."""
+    """The dictionary of a JSON object's pairs. Raises ValueError for a key that is there twice, which json would
+    drop."""
     for name, count in collections.Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ValueError(f"the key {name!r} is there {count} times; keep one")
@@ -336,7 +327,8 @@ def kinds(annotation):
 
 
 def flag_value(name, text):
-    """What a flag's text stands for: a number, several, true, false, null or a list in JSON; for a key of text itself."""
+    """What a flag's text stands for: a number, several, true, false, null or a list in JSON; for a key of text
+    itself."""
     if text == "null":
         return None
     if not isinstance(text, str) or name not in KEYS:
@@ -356,7 +348,8 @@ def config_from_flags(description, arguments):
     if {"-h", "--help"} & set(arguments):
         print(description, "Usage: [config.json] [--key value ...]", sep="\n")
         for name, field in KEYS.items():
-            print(f"\n{GROUPS[name]}:" if name in GROUPS else "", end="\n" if name in GROUPS else "")
+            if name in GROUPS:
+                print(f"\n{GROUPS[name]}:")
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             one_of = f"; one of {', '.join(choices)}" if choices else ""
             print(f"  --{name} {field.description}{one_of} [{json.dumps(field.default)}]")
@@ -405,8 +398,8 @@ def buckets(config):
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: parse, call main(config), turn a UserError into a line a mistake and exit code 2,
-    and Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
+    """What `python stage.py ...` does: parse, call main(config), turn a UserError into a line a mistake and exit code
+    2, and Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
     def interrupt(number, frame):
@@ -469,7 +462,8 @@ def read_tensors(path):
 
 
 def read_header(path):
-    """The metadata in a safetensors file's header, as a dictionary. Raises UserError if the file is missing or damaged."""
+    """The metadata in a safetensors file's header, as a dictionary. Raises UserError if the file is missing or
+    damaged."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -507,8 +501,8 @@ def generator(*what):
 
 
 def in_parallel(function, items):
-    """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few results
-    wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
+    """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few
+    results wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -595,17 +589,6 @@ def peak_memory(device):
     return used / 2**30
 
 
-@contextlib.contextmanager
-def memory_advised(advice):
-    """Turns running out of memory into a UserError that says what to change."""
-    try:
-        yield
-    except RuntimeError as error:  # on MPS and CPU it has no class of its own
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
-            raise
-        raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
-
-
 def free_memory():
     """Hands memory of deleted models back to the device."""
     gc.collect()
@@ -615,23 +598,36 @@ def free_memory():
         torch.mps.empty_cache()
 
 
-def leaves_nothing(main):
-    """A stage's `main` that leaves in a notebook what it found: the configuration as it was, and no model in memory, not
-    even after an error, whose traceback would keep all that the functions held."""
+def stage(memory_advice):
+    """Decorates the `main(config)` of a stage. Running out of memory becomes a UserError with `memory_advice(config)`.
+    And a notebook finds what it had: its configuration as it was, and no model in memory, not even after an error,
+    whose traceback would keep all that the functions held."""
 
-    @functools.wraps(main)
-    def stage(config):
-        try:
-            return main(config.model_copy(deep=True))
-        except BaseException as error:
-            while error:
-                traceback.clear_frames(error.__traceback__)
-                error = error.__cause__ or error.__context__
-            raise
-        finally:
-            free_memory()
+    def decorate(main):
+        @functools.wraps(main)
+        def decorated(config):
+            try:
+                return main(config.model_copy(deep=True))
+            except BaseException as error:
+                link = error
+                while link:
+                    traceback.clear_frames(link.__traceback__)
+                    link = link.__cause__ or link.__context__
+                words = (
+                    "out of memory",
+                    "can't allocate memory",
+                    "ALLOC_FAILED",
+                )  # on MPS and CPU it has no class of its own
+                if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+                    advice = memory_advice(config)
+                    raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
+                raise
+            finally:
+                free_memory()
 
-    return stage
+        return decorated
+
+    return decorate
 
 
 # ---------------------------------------------------------------- models and quantization
@@ -643,26 +639,23 @@ def base_model(config):
 
 
 def model_folder(config, part):
-    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need be."""
+    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need
+    be."""
     return find_model(base_model(config), part)
 
 
 @functools.cache
 def find_model(name, part):
     """The folder of one part of a local model or of one on the hub. Raises UserError if there is none."""
-    folder, problem = Path(name), None
-    if not folder.is_dir():
-        if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-            problem = f"is no folder, and no hub name such as {FLAVOURS['final']}"
-        else:
-            try:
-                folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
-            except Exception as error:  # the hub's client raises many kinds
-                problem = f"is no folder and could not be downloaded ({str(error)[:200]!r})"
-    if not problem and not (folder / part).is_dir():
-        problem = f"has no folder {part!r}"
-    if problem:
-        raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}")
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
+    except Exception as error:  # the hub's client raises many kinds
+        problem = f"is no folder, and cannot be had from the hub, which has {FLAVOURS['final']} ({str(error)[:200]!r})"
+        raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}") from None
+    if not (folder / part).is_dir():
+        raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
     return folder / part
 
 
@@ -705,8 +698,8 @@ def tensor_files(folder):
 
 
 def read_weights(files, names):
-    """{name: tensor} on the host, for some of the names in tensor_files. The files are closed again, so that what was read
-    does not stay in memory."""
+    """{name: tensor} on the host, for some of the names in tensor_files. The files are closed again, so that what was
+    read does not stay in memory."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
         with safe_open(path, "pt") as shard:
@@ -715,8 +708,8 @@ def read_weights(files, names):
 
 
 def load_transformer(config, device):
-    """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the host),
-    in eval mode. Raises UserError if a weight is missing."""
+    """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the
+    host), in eval mode. Raises UserError if a weight is missing."""
     folder = model_folder(config, "transformer")
     with named_if_damaged(folder), torch.device("meta"):
         transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
@@ -731,8 +724,8 @@ def load_transformer(config, device):
 def fill_transformer(transformer, read, config, device):
     """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}, and freezes it.
 
-    Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host: neither host nor
-    device ever holds the whole unquantized model. Returns the transformer.
+    Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host: neither host
+    nor device ever holds the whole unquantized model. Returns the transformer.
     """
     check_precision(config, device)
     if config.base_model_precision == "int8-matmul" and not config.torch_compile and torch.device(device).type != "cpu":
@@ -752,7 +745,8 @@ def fill_transformer(transformer, read, config, device):
                 offload.add(block)
     transformer.forward = autocast(config, device)(transformer.forward)
     for module in transformer.modules():
-        # CUDA's autocast would run norms in float32 and keep such a copy of each input; their kernels sum in float32 anyway.
+        # CUDA's autocast would run norms in float32 and keep such a copy of each input; their kernels sum in float32
+        # anyway.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
             module.forward = torch.autocast(torch.device(device).type, enabled=False)(module.forward)
     return transformer
@@ -774,13 +768,14 @@ def compile_blocks(transformer):
 
 
 class GroupOffload:
-    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the one
-    that comes next, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at most.
+    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the
+    one that comes next, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at
+    most.
 
-    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again in the
-    backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd still
-    needs of a group that has left lives as long as autograd holds it: one block, if all are checkpointed. Only frozen
-    tensors move: LoRA, gradients and optimizer stay on the device.
+    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again in
+    the backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd
+    still needs of a group that has left lives as long as autograd holds it: one block, if all are checkpointed. Only
+    frozen tensors move: LoRA, gradients and optimizer stay on the device.
     """
 
     def __init__(self, device):
@@ -848,11 +843,11 @@ class GroupOffload:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward pass
-    only that is kept, no dequantized copy.
+    """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward
+    pass only that is kept, no dequantized copy.
 
-    With `in_8_bits` (int8-matmul) the rows of x, and in the backward pass those of the gradient, are quantized to int8 as
-    well, and the matrix products are of int8 with exact int32 sums.
+    With `in_8_bits` (int8-matmul) the rows of x, and in the backward pass those of the gradient, are quantized to int8
+    as well, and the matrix products are of int8 with exact int32 sums.
     """
 
     @staticmethod
@@ -872,7 +867,8 @@ class QuantizedProduct(torch.autograd.Function):
             x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
         else:
             values, scale = stored
-            # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in memory.
+            # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in
+            # memory.
             rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale.t())
             product = torch._int_mm(rows, values.t().contiguous().t())
             x_gradient = (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1])
@@ -881,7 +877,8 @@ class QuantizedProduct(torch.autograd.Function):
 
 def dequantize(dtype, shape, values, scale, shift=None):
     """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 values or the bytes of float8 ones; with
-    `shift`, of groups of 4-bit values [groups, group size], of which a byte holds two, values * scale - shift [groups, 1]."""
+    `shift`, of groups of 4-bit values [groups, group size], of which a byte holds two, values * scale - shift [groups,
+    1]."""
     scale = scale.to(dtype)
     if shift is not None:
         halves = torch.cat([values % 16, values // 16])[: len(scale)]  # MPS cannot shift bits
@@ -898,8 +895,8 @@ def quantize_rows(x):
 
 
 class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
-    """A frozen Linear with a quantized weight. optimum-quanto and torchao do the rounding; their numbers are kept in plain
-    tensors, which torch.compile and offloading take: `weight`, `scale`, and for int4 `shift` (see dequantize)."""
+    """A frozen Linear with a quantized weight. optimum-quanto and torchao do the rounding; their numbers are kept in
+    plain tensors, which torch.compile and offloading take: `weight`, `scale`, and for int4 `shift` (see dequantize)."""
 
     def __init__(self, linear, precision):
         torch.nn.Module.__init__(self)
@@ -938,8 +935,8 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
 
 
 def quantize(module, precision):
-    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place; "no_change" none. Returns the
-    module. Raises ValueError for another word."""
+    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place; "no_change" none.
+    Returns the module. Raises ValueError for another word."""
     if precision not in get_args(Precision):
         raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
     for parent in list(module.modules()) if precision != "no_change" else []:
@@ -979,9 +976,10 @@ def load_text_encoder(config, device):
 
 
 class StreamedTextEncoder:
-    """The text encoder for a device of any size. A call reads each layer from its file once and computes all prompts with
-    it, batch after batch, while the next layer is read: the device holds one layer, the host one more. The embeddings are
-    those of the whole model. (transformers' own device map would read all 13 GB anew for every batch.)"""
+    """The text encoder for a device of any size. A call reads each layer from its file once and computes all prompts
+    with it, batch after batch, while the next layer is read: the device holds one layer, the host one more. The
+    embeddings are those of the whole model. (transformers' own device map would read all 13 GB anew for every
+    batch.)"""
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
 
@@ -1110,7 +1108,8 @@ def save_lora(transformer, folder, metadata=None):
 
 
 def lora_file(path):
-    """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises UserError."""
+    """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises
+    UserError."""
     path = Path(path)
     if path.is_dir():
         names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -1130,10 +1129,10 @@ def lora_file(path):
 def read_lora(path):
     """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
 
-    Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT (`base_model.model.`) or
-    none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA), is folded
-    into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's adapter_config.json. A text encoder's part is
-    left out, and said. Raises UserError.
+    Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT
+    (`base_model.model.`) or none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/
+    sqrt(rank) for rsLoRA), is folded into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's
+    adapter_config.json. A text encoder's part is left out, and said. Raises UserError.
     """
     path = lora_file(path)
     tensors, beside, settings = read_tensors(path), path.with_name("adapter_config.json"), {}
@@ -1182,8 +1181,8 @@ def read_lora(path):
 
 
 def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it does
-    not fit."""
+    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it
+    does not fit."""
     state, layers = read_lora(path), dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
         layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]

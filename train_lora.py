@@ -35,9 +35,10 @@ from cache_latents import latents_file, prompt_file
 from longcat_common import (
     KEYS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel,
     UserError, base_model, buckets, check_precision, checkpoint_folders, compile_blocks, compute_dtype,
-    fill_transformer, flow_matching_loss, free_memory, generator, is_readable, leaves_nothing, load_scheduler,
-    load_transformer, load_vae, memory_advised, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, step_of, sum_over_processes,
-    wait_for_all, write_file, write_tensors,
+    fill_transformer, flow_matching_loss, free_memory, generator, is_readable, load_scheduler, load_transformer,
+    load_vae, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors,
+    run_stage, sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, wait_for_all, write_file,
+    write_tensors,
 )  # fmt: skip
 from prepare_data import Picture
 from validate import generate, make_pipeline, picture_grid, picture_settings, save_picture
@@ -719,7 +720,7 @@ class StopSignals:
         return sum_over_processes(bool(self.number))[0] > 0
 
 
-def memory_advice(config, device):
+def memory_advice(config):
     """What to change when memory runs out, in the order that costs least."""
     advice = []
     if config.train_batch_size > 1:
@@ -730,7 +731,7 @@ def memory_advice(config, device):
         advice.append("base_model_precision int8-quanto")
     if config.gradient_checkpointing is not True and not config.enable_group_offload:
         advice.append("gradient_checkpointing true")
-    if not config.enable_group_offload and device.type != "mps":  # a Mac has but one memory
+    if not config.enable_group_offload and not torch.backends.mps.is_available():  # a Mac has but one memory
         advice.append("enable_group_offload true")
     elif config.enable_group_offload and config.offloaded_blocks is not None:
         advice.append("offloaded_blocks null")
@@ -939,7 +940,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
         return due and (done > start or not drawn or (held_out and metrics.scores.get("step") != done))
 
     bar = tqdm(initial=start, total=steps, desc="training", unit="step", disable=not first)
-    with stop, memory_advised(memory_advice(config, run.device)), bar:
+    with stop, bar:
         try:
             if sum_over_processes(bool(to_show()))[0]:
                 show()
@@ -1012,7 +1013,7 @@ def train(config, run, batches, held_out, held_out_keys, prompt_files, start, st
             metrics.draw("close")
 
 
-@leaves_nothing
+@stage(memory_advice)
 def main(config):
     """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its figures.
 
@@ -1022,8 +1023,7 @@ def main(config):
     started, device, output = time.perf_counter(), pick_device(), Path(config.output_dir)
     check_precision(config, device)
     if config.benchmark:
-        with memory_advised(memory_advice(config, device)):
-            return benchmark(config, device)
+        return benchmark(config, device)
     checkpoint, state = first_before_others(lambda: find_checkpoint(config))  # it sets aside what is damaged
     if config.init_lora and checkpoint:
         say(f"init_lora: {checkpoint} has gone on from there; it is not read again")
@@ -1049,11 +1049,10 @@ def main(config):
         gone = f" ({len(held_out_keys)} at first)" if len(held_out) < len(held_out_keys) else ""
         say(f"{len(held_out)} pictures are held out{gone}: never trained on, only scored")
 
-    with memory_advised(memory_advice(config, device)):
-        transformer = load_transformer(config, device)
-        init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
-        start, begun = 0, config.model_copy(update={"init_lora": init_lora})
-        run = set_up(begun, transformer, load_scheduler(config), device, steps)
+    transformer = load_transformer(config, device)
+    init_lora = None if checkpoint else config.init_lora  # a checkpoint has gone on from there
+    start, begun = 0, config.model_copy(update={"init_lora": init_lora})
+    run = set_up(begun, transformer, load_scheduler(config), device, steps)
     run.started = started
     if checkpoint:
         start = load_checkpoint(checkpoint, state, run)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from cache_latents import cache_prompts
 from longcat_common import (
     KEYS, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, checkpoint_folders, compile_blocks,
-    is_readable, leaves_nothing, load_lora, load_scheduler, load_transformer, load_vae, lora_file, memory_advised,
-    peak_memory, pick_device, prepare_pos_ids, read_header, read_lora, read_tensors, remove_lora, run_stage,
-    step_of, validation_sizes, write_file,
+    is_readable, load_lora, load_scheduler, load_transformer, load_vae, lora_file, peak_memory, pick_device,
+    prepare_pos_ids, read_header, read_lora, read_tensors, remove_lora, run_stage, stage, step_of,
+    validation_sizes, write_file,
 )  # fmt: skip
 from prepare_data import CHINESE_FONTS, is_chinese, label, system_font
 
@@ -84,8 +84,8 @@ def load_pipeline(config, device, lora=None):
 
 
 def generate(pipe, config, prompts, size=None, seed=None):
-    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and `seed`:
-    the first ones of the configuration, if not given."""
+    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and
+    `seed`: the first ones of the configuration, if not given."""
     width, height = size or validation_sizes(config)[0]
     seed = config.validation_seed[0] if seed is None else seed
     pipe.set_progress_bar_config(leave=False, desc="sampling")
@@ -112,8 +112,8 @@ def picture_settings(config, without):
 
 
 def picture_grid(rows, row_labels, column_labels, title=None):
-    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size. `title`:
-    a line or several."""
+    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size.
+    `title`: a line or several."""
     cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
     size = max(13, cell // 16)
     line = size + 2 * gap
@@ -260,10 +260,10 @@ def new_folder(output):
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from None
 
 
-@leaves_nothing
+@stage(lambda config: "validation_resolution 768x768; enable_group_offload true")
 def main(config):
-    """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the grid's
-    path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
+    """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the
+    grid's path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
     if WORLD_SIZE > 1:
         raise UserError("validate.py: runs in one process; start it without torchrun")
     device, prompts = pick_device(), config.validation_prompts or PROMPTS
@@ -291,12 +291,11 @@ def main(config):
     try:
         # All prompts first: the text encoder is gone from the device before the transformer comes.
         cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
-        with memory_advised("validation_resolution 768x768; enable_group_offload true"):
-            pipe = load_pipeline(config, device)
-            for lora in loras:
-                load_lora(pipe.transformer, lora)  # one that does not fit is said now, not after the base's pictures
-            remove_lora(pipe.transformer)
-            return draw(config, pipe, prompts, loras, columns, folder, device)
+        pipe = load_pipeline(config, device)
+        for lora in loras:
+            load_lora(pipe.transformer, lora)  # one that does not fit is said now, not after the base's pictures
+        remove_lora(pipe.transformer)
+        return draw(config, pipe, prompts, loras, columns, folder, device)
     except KeyboardInterrupt:
         print(f"\nwhat was drawn so far is in {folder}", file=sys.stderr)
         raise
@@ -306,7 +305,8 @@ def main(config):
 
 
 def draw(config, pipe, prompts, loras, columns, folder, device):
-    """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's path."""
+    """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's
+    path."""
     sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), config.validation_seed))
     rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
     several = lambda size, seed: (
