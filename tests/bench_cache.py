@@ -160,14 +160,13 @@ def bench_pictures(folder, count, rounds):
 
     def ours(i):
         config.cache_dir = str(folder / f"latents-{i}")
-        entries = [{**entry, "latents_file": cache_latents.latents_file(config, entry)} for entry in found]
-        cache_latents.cache_pictures(config, cache_latents.picture_batches(config, entries), device)
+        cache_latents.cache_pictures(config, {cache_latents.latents_file(config, p): p for p in found}, device)
 
     def plain(i):
         vae = load_vae(config, device)
-        for n, entry in enumerate(found):
-            mean, std = cache_latents.encode_pictures(vae, cache_latents.load_pixels(entry)[None])
-            write_tensors(folder / f"plain/{n}.safetensors", {"mean": mean[0], "std": std[0]})
+        for n, picture in enumerate(found):
+            mean, std = cache_latents.encode_picture(vae, cache_latents.load_pixels(picture))
+            write_tensors(folder / f"plain/{n}.safetensors", {"mean": mean, "std": std})
 
     times = median_of({"ours": ours, "one by one": plain}, rounds)
     for name, seconds in times.items():
