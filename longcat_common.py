@@ -137,7 +137,9 @@ Floats = Annotated[list[float], BeforeValidator(several), Field(min_length=1)]
 Blocks = Annotated[bool | int, BeforeValidator(blocks)]
 Arithmetic = Literal["auto", "bf16", "fp16", "no"]
 Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
-Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+plain_optimizer = lambda name: "adamw" if isinstance(name, str) and name.lower().startswith("adamw") else name
+Optimizer = Annotated[Literal["adamw", "prodigy"], BeforeValidator(plain_optimizer)]  # adamw_bf16, adamw8bit
 
 
 class Config(BaseModel):
@@ -173,11 +175,12 @@ class Config(BaseModel):
     gradient_accumulation_steps: int = key(1, "batches a step", ge=1, le=10**6)
     max_train_steps: int = key(1000, "steps to train", ge=1)
     num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0, le=10**6)
+    optimizer: Optimizer = key("adamw", "AdamW, or Prodigy, which finds the learning rate itself")
     lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
-    learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", ge=0)
+    learning_rate: float = key(1e-4, "learning rate after warm-up; for prodigy 1", ge=0)
     lr_warmup_steps: int = key(100, "steps until the full learning rate", ge=0)
-    adam_beta2: float = key(0.999, "AdamW's beta2; beta1 is 0.9", ge=0, lt=1)
-    adam_weight_decay: float = key(0.01, "AdamW's weight decay", ge=0)
+    adam_beta2: float = key(0.999, "the optimizer's beta2; beta1 is 0.9", ge=0, lt=1)
+    adam_weight_decay: float = key(0.01, "the optimizer's weight decay", ge=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", ge=0)
     gradient_checkpointing: Blocks = key(True, "compute blocks again in the backward pass: all, none, or how many")
     seed: int = key(42, "every random draw follows from it", ge=0)
@@ -239,7 +242,7 @@ IGNORED = set(
     disable_benchmark disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift
     flow_schedule_shift group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
     group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size num_eval_images
-    num_validation_images optimizer prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type
+    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type
     skip_upscaled snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema
     user_prompt_library vae_batch_size validation_cfg_renorm validation_disable_unconditional
     validation_guidance_rescale validation_prompt_library validation_torch_compile vram_limit_gb""".split()

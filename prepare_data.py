@@ -76,6 +76,7 @@ class Picture:
     loss_weight: float
     file: list[int]  # the file's bytes and time, which tell that it has not changed
     notes: list[str]  # for the report
+    source: str = ""  # the path in data_dir that it comes from
 
 
 def read_manifest(path):
@@ -739,7 +740,7 @@ def main(config):
         if not captions:
             findings.note("Without a caption of their own, instance_prompt is used", path)
         captions = [source.caption_prefix + caption for caption in captions or [config.instance_prompt]]
-        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight)
+        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight, source=source.path)
         pictures.append(Picture(path=str(path), bucket=nearest(*facts["size"]), **own, **facts))
 
     describe_pictures(pictures, config, findings)
