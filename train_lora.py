@@ -34,11 +34,11 @@ import torch
 import cache_latents
 from cache_latents import latents_file
 from longcat_common import (
-    FLAVOURS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision,
-    checkpoint_folders, compile_blocks, compute_dtype, content_key, fill_transformer, flow_matching_loss, free_memory,
-    generator, is_readable, load_scheduler, load_transformer, load_vae, model_identity, offloaded, peak_memory,
-    pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, stage, step_of,
-    sum_over_processes, write_file, write_tensors,
+    FLAVOURS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel,
+    UserError, base_model, buckets, check_precision, checkpoint_folders, compile_blocks, compute_dtype, content_key,
+    fill_transformer, flow_matching_loss, free_memory, generator, is_readable, load_scheduler, load_transformer,
+    load_vae, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage,
+    sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, write_file, write_tensors,
 )  # fmt: skip
 from validate import LORA_NAME, generate, make_pipeline, picture_grid, picture_settings, save_picture
 
@@ -216,11 +216,9 @@ def read_init_lora(config):
     return state
 
 
-def set_up(config, transformer, scheduler, device, steps):
-    """Puts a LoRA on the transformer, and all around it that a step needs."""
-    parameters = add_lora(transformer, config)
-    transformer.train()
-    # Double-stream blocks are computed again first, for they keep the most; an offloaded one always is.
+def checkpoint_blocks(config, transformer):
+    """Chooses the blocks that are computed again in the backward pass: all, none or the number in `gradient_checkpointing`,
+    double-stream blocks first, which keep the most. One that is offloaded always is."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     count = double + single if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
     again = [away or i < count for i, away in enumerate(offloaded(config, double + single))]
@@ -228,6 +226,12 @@ def set_up(config, transformer, scheduler, device, steps):
         transformer.enable_gradient_checkpointing()
     transformer.use_checkpoint, transformer.use_single_checkpoint = again[:double], again[double:]
 
+
+def set_up(config, transformer, scheduler, device, steps):
+    """Puts a LoRA on the transformer, and all around it that a step needs."""
+    parameters = add_lora(transformer, config)
+    transformer.train()
+    checkpoint_blocks(config, transformer)
     settings = dict(lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.adam_weight_decay)
     if config.optimizer == "prodigy":
         from prodigyopt import Prodigy
@@ -288,13 +292,9 @@ def train_step(config, run, batches):
 
 def fixed_settings(config):
     """What a resumed run must have in common with its checkpoint."""
-    return {
-        "lora_rank": config.lora_rank,
-        "lora_alpha": float(config.lora_alpha or config.lora_rank),
-        "lora_target_modules": sorted(config.lora_target_modules),
-        "optimizer": config.optimizer,
-        "pretrained_model_name_or_path": model_identity(config, "transformer"),
-    }
+    alpha, targets = float(config.lora_alpha or config.lora_rank), sorted(config.lora_target_modules)
+    own = dict(lora_rank=config.lora_rank, lora_alpha=alpha, lora_target_modules=targets, optimizer=config.optimizer)
+    return own | {"pretrained_model_name_or_path": model_identity(config, "transformer")}
 
 
 def lora_metadata(config, step):
@@ -315,16 +315,16 @@ def save_checkpoint(config, run, data):
             shutil.rmtree(left, ignore_errors=True)
     save_lora(run.transformer, temporary, lora_metadata(config, run.step))
     tensors = {f"lora.{name}": parameter for name, parameter in run.parameters.items()}
-    for name, parameter in run.parameters.items():
-        state = run.optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{part}": torch.as_tensor(value) for part, value in state.items()}
+    for i, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{part}": torch.as_tensor(value) for part, value in state.items()}
     write_tensors(temporary / "state.safetensors", tensors)
     group, start = run.optimizer.param_groups[0], run.optimizer.defaults
-    found = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+    found = {
+        n: value for n, value in group.items() if n not in ("params", "lr", "initial_lr") and value != start.get(n)
+    }
     values = {
-        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "data": data.key, "scaler": run.scaler.state_dict(),
-        "optimizer": {name: value for name, value in found.items() if value != start.get(name)},  # Prodigy's rate
-        "fixed": fixed_settings(config), "config": config.model_dump(),
+        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "data": data.key, "config": config.model_dump(),
+        "scaler": run.scaler.state_dict(), "optimizer": found, "fixed": fixed_settings(config),
     }  # fmt: skip
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     try:
@@ -357,16 +357,15 @@ def find_checkpoint(config):
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1].name}; {advice}")
     if not state:
         return None, None
-    mine, was = fixed_settings(config), SimpleNamespace(**state["config"])
+    now, was = fixed_settings(config), SimpleNamespace(**state["config"])
     for name, value in state["fixed"].items():
-        if mine[name] != value:
-            found, then = (
-                (base_model(config), base_model(was)) if name.startswith("pretrained") else (mine[name], value)
-            )
-            files = "; its files are not the same" if found == then else ""
-            raise UserError(
-                f"{name}: found {found!r}, but {folder} was trained with {then!r}{files}; choose another output_dir"
-            )
+        if now[name] != value:
+            ours, theirs = now[name], value
+            if name == "pretrained_model_name_or_path":
+                ours, theirs = base_model(config), base_model(was)
+            files = "; its files are not the same" if ours == theirs else ""
+            what = f"found {ours!r}, but {folder} was trained with {theirs!r}{files}"
+            raise UserError(f"{name}: {what}; choose another output_dir")
     return folder, state
 
 
@@ -380,59 +379,62 @@ def read_state(folder):
 
 def load_checkpoint(folder, state, run):
     """Restores LoRA, optimizer, scaler and the place in the run."""
-    tensors, of_optimizer = read_tensors(folder / "state.safetensors"), {}
-    for i, (name, parameter) in enumerate(run.parameters.items()):
-        parameter.data.copy_(tensors[f"lora.{name}"])
-        start = f"optimizer.{name}."
-        own = {part.removeprefix(start): value for part, value in tensors.items() if part.startswith(start)}
-        of_optimizer |= {i: own} if own else {}  # not if fp16 left out every step so far
+    tensors, moments = read_tensors(folder / "state.safetensors"), {}
+    for name, parameter in run.parameters.items():
+        parameter.data.copy_(tensors.pop(f"lora.{name}"))
+    for name, value in tensors.items():
+        i, part = name.removeprefix("optimizer.").split(".")
+        moments.setdefault(int(i), {})[part] = value
     groups = run.optimizer.state_dict()["param_groups"]
     groups[0] |= state["optimizer"]
-    run.optimizer.load_state_dict({"state": of_optimizer, "param_groups": groups})
+    run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.taken = state["step"], state["taken"]
 
 
 @contextlib.contextmanager
-def own_folder(config, checkpoint):
-    """Within it `output_dir` is this run's alone. Before the training starts, all that it will do there is tried, a
-    folder with another run's finished LoRA is refused, and what a run that never came to a checkpoint left is set
-    aside."""
-    output, lock = Path(config.output_dir), FileLock(Path(config.output_dir) / ".lock")
-    owner, trial = output / ".lock.owner", output / "checkpoints" / f".trial-{os.getpid()}"
+def locked(folder):
+    """Within it no other run can use this folder. Raises UserError, naming the run that does."""
+    lock, owner = FileLock(folder / ".lock"), folder / ".lock.owner"
     try:
-        write_file(trial / "file", "")
-        write_file(trial / "file", "replaced")
-        trial.rename(trial.with_name(f"{trial.name}-renamed"))
-        shutil.rmtree(trial.with_name(f"{trial.name}-renamed"))
         lock.acquire(timeout=0)
+        write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
     except Timeout:
         whose = owner.read_text() if owner.exists() else "another run"
-        raise UserError(f"output_dir: {output} is in use by {whose}; stop that one, or choose another folder") from None
-    except NotImplementedError:
-        say(f"output_dir: {output} is on a disk that cannot lock; make sure that no other run uses it")
-    except OSError as error:
-        why = f"folders there cannot be renamed or locked ({error.strerror})"
-        raise UserError(f"{output / 'checkpoints'}: {why}; choose another output_dir") from None
+        raise UserError(f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder") from None
+    except (OSError, NotImplementedError) as error:
+        say(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
     try:
-        now = time.strftime("%Y-%m-%d %H:%M")
-        write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {now}")
-        if not checkpoint and (output / LORA_NAME).exists():
-            advice = "move it away, or choose another output_dir"
-            raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
-        metrics = output / "metrics.jsonl"
-        if not checkpoint and metrics.exists() and metrics.stat().st_size:
-            aside = next(path for n in range(1, 10**6) if not (path := output / f"before-{n:03d}").exists())
-            aside.mkdir()
-            for path in (metrics, output / "logs", output / "validation"):
-                if path.exists():
-                    path.rename(aside / path.name)
-            say(f"{aside}: here are metrics and previews of a run that came to no checkpoint")
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def prepare_folder(output, checkpoint):
+    """Tries all that the training will do in `output`. Refuses another run's finished LoRA, and sets aside the metrics and
+    previews of a run that came to no checkpoint. Raises UserError."""
+    trial, renamed = (output / "checkpoints" / f".trial-{os.getpid()}{end}" for end in ("", "-renamed"))
+    try:
+        write_file(trial / "file", "")
+        write_file(trial / "file", "replaced")
+        trial.rename(renamed)
+        shutil.rmtree(renamed)
+    except OSError as error:
+        why = f"folders there cannot be renamed or removed ({error.strerror})"
+        raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
+    if not checkpoint and (output / LORA_NAME).exists():
+        advice = "move it away, or choose another output_dir"
+        raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
+    metrics = output / "metrics.jsonl"
+    if not checkpoint and metrics.exists() and metrics.stat().st_size:
+        aside = next(path for n in range(1, 10**6) if not (path := output / f"before-{n:03d}").exists())
+        aside.mkdir()
+        for path in (metrics, output / "logs", output / "validation"):
+            if path.exists():
+                path.rename(aside / path.name)
+        say(f"{aside}: here are metrics and previews of a run that came to no checkpoint")
 
 
 # ---------------------------------------------------------------- what the user sees
@@ -469,9 +471,9 @@ class Metrics:
             self.board.add_scalar(f"{group}/{name}", value, step)
 
     def held_out(self):
-        """The last held-out loss beside the base's, as a list of one text or none."""
+        """{"held_out": the last held-out loss beside the base's}, or nothing."""
         last = self.scores[max(self.scores)] if self.scores else None
-        return [f"held out {last['held_out_loss']:.4f} of {last['held_out_base']:.4f}"] if last else []
+        return {"held_out": f"{last['held_out_loss']:.4f} of {last['held_out_base']:.4f}"} if last else {}
 
     def best(self):
         """The step with the lowest held-out loss, or None."""
@@ -558,21 +560,19 @@ def has_settings(path, settings):
 
 def model_card(config, step):
     """The text of the hub's model card, with the last preview's pictures."""
-    base, text = base_model(config), lambda value: json.dumps(value, ensure_ascii=False)  # JSON's texts are YAML's, too
-    hub = base if not Path(base).exists() else FLAVOURS[config.model_flavour]
-    words = ", ".join(config.trigger_words)
-    pictures = [f"validation/step-{step:06d}-{i:02d}.png" for i in range(len(config.validation_prompts))]
-    shown = [
-        (p, path) for p, path in zip(config.validation_prompts, pictures) if (Path(config.output_dir) / path).exists()
-    ]
-    front = [f"base_model: {hub}", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    front += [f"license: {text(config.license)}"] if config.license else []
-    front += ["tags: [lora, text-to-image, longcat-image, diffusers]"]
-    front += [f"instance_prompt: {text(words)}"] if words else []
-    front += ["widget:"] if shown else []
-    front += [f"- text: {text(prompt)}\n  output:\n    url: {path}" for prompt, path in shown]
+    base, words = base_model(config), ", ".join(config.trigger_words)
+    hub = FLAVOURS[config.model_flavour] if Path(base).exists() else base
+    front = {"base_model": hub, "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": config.license}
+    front |= {"tags": ["lora", "text-to-image", "longcat-image", "diffusers"], "instance_prompt": words, "widget": []}
+    for i, prompt in enumerate(config.validation_prompts):
+        url = f"validation/step-{step:06d}-{i:02d}.png"
+        if (Path(config.output_dir) / url).exists():
+            front["widget"].append({"text": prompt, "output": {"url": url}})
+    lines = [
+        f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items() if value
+    ]  # JSON is YAML
     return (
-        "\n".join(["---", *front, "---"])
+        "\n".join(["---", *lines, "---"])
         + f"""
 
 # A LoRA for {hub}
@@ -588,7 +588,7 @@ from diffusers import LongCatImagePipeline
 pipe = LongCatImagePipeline.from_pretrained("{hub}", torch_dtype=torch.bfloat16)
 pipe.transformer.load_lora_adapter("{LORA_NAME}")
 pipe.enable_model_cpu_offload()
-pipe({text((config.validation_prompts or ["a cat"])[0])}, enable_prompt_rewrite=False).images[0].save("picture.png")
+pipe("a prompt", enable_prompt_rewrite=False).images[0].save("picture.png")
 ```
 
 In ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with the LoraLoader node.
@@ -627,22 +627,19 @@ def stop_signals():
 
 
 def memory_advice(config):
-    """What to change when memory runs out, in the order that costs least."""
-    batch, advice = config.train_batch_size, []
-    if batch > 1:
-        accumulation = batch * config.gradient_accumulation_steps
-        advice.append(f"train_batch_size 1 with gradient_accumulation_steps {accumulation}")
-    if config.base_model_precision == "no_change":
-        advice.append("base_model_precision int8-quanto")
-    if config.gradient_checkpointing is not True and not config.enable_group_offload:
-        advice.append("gradient_checkpointing true")
-    if not config.enable_group_offload and not torch.backends.mps.is_available():  # a Mac has but one memory
-        advice.append("enable_group_offload true")
-    if config.enable_group_offload and config.offloaded_blocks is not None:
-        advice.append("offloaded_blocks null")
-    if config.base_model_precision != "int4-quanto":
-        advice.append("base_model_precision int4-quanto")
-    return "; ".join([*advice, f"a resolution under {config.resolution}"])
+    """What to change when memory runs out, of what is not set already, in the order that costs least."""
+    batch, offload, mac = config.train_batch_size, config.enable_group_offload, torch.backends.mps.is_available()
+    accumulation = batch * config.gradient_accumulation_steps
+    advice = {
+        f"train_batch_size 1 with gradient_accumulation_steps {accumulation}": batch > 1,
+        "base_model_precision int8-quanto": config.base_model_precision == "no_change",
+        "gradient_checkpointing true": config.gradient_checkpointing is not True and not offload,
+        "enable_group_offload true": not offload and not mac,  # a Mac has but one memory
+        "offloaded_blocks null": offload and config.offloaded_blocks is not None,
+        "base_model_precision int4-quanto": config.base_model_precision != "int4-quanto",
+        f"a resolution under {config.resolution}": True,
+    }
+    return "; ".join(text for text, helps in advice.items() if helps)
 
 
 # ---------------------------------------------------------------- will it fit?
@@ -650,77 +647,38 @@ def memory_advice(config):
 
 def benchmark(config, device):
     """Runs `benchmark` steps of the configuration with random weights and data, at its largest bucket; nothing is read
-    or written. Prints and returns seconds a step, memory, and the share of this device's speed in matrix products."""
+    or written. Prints and returns the seconds a step and the peak memory in GiB (nan on a CPU)."""
     sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
         say("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
-    transformer, weights = random_transformer(config, device, sizes)
+    transformer = random_transformer(config, device, sizes)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     run = set_up(config, transformer, scheduler, device, config.max_train_steps)
-    count, accumulation, hidden = (
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        transformer.config.joint_attention_dim,
-    )
+    count, hidden, seconds = config.train_batch_size, transformer.config.joint_attention_dim, []
     latents, noise = torch.randn(2, count, 16, height // 8, width // 8)
     batch = Batch(0, latents, noise, torch.randn(count), torch.randn(count, TEXT_TOKENS, hidden), torch.ones(count))
-    seconds = []
-    for _ in tqdm(range(config.benchmark), desc="benchmark", unit="step", leave=False, disable=RANK > 0):
+    for run.step in tqdm(range(config.benchmark), desc="benchmark", unit="step", leave=False, disable=RANK > 0):
         start = time.perf_counter()
-        train_step(config, run, [batch] * accumulation)
-        synchronize(device)
+        train_step(config, run, [batch] * config.gradient_accumulation_steps)
         seconds.append(time.perf_counter() - start)
-        run.step += 1
-    seconds = statistics.median(seconds[1:] or seconds)  # the first one warms up
-
-    # What a LoRA step must compute: forward and input gradients of the linears, 2 x 24 d^2 a token and block, and
-    # attention forward and backward, 14 d tokens a token and block. What checkpointing computes again is not counted.
-    d, tokens, blocks = transformer.inner_dim, TEXT_TOKENS + width * height // 256, sum(list(sizes.values())[:2])
-    flops = blocks * (48 * d * d * tokens + 14 * d * tokens * tokens) * count * accumulation
-    rate, hours = matmul_rate(device, compute_dtype(config, device), d, tokens), seconds * config.max_train_steps / 3600
-    say(
-        f"{weights / 1e9:.2f} B weights as {config.base_model_precision}, {count} x {accumulation} pictures of {width}x{height}"
-    )
-    say(f"{seconds:.3g} s a step: {flops / 1e12:.3g} TFLOP needed, {flops / seconds / 1e12:.3g} TFLOP/s, "
-        f"{flops / seconds / rate:.0%} of this device's {rate / 1e12:.3g} TFLOP/s in matrix products")  # fmt: skip
-    if device.type != "cpu":
-        say(f"peak device memory {peak_memory(device):.1f} GiB")
-    say(f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews")
-    return {
-        "seconds_per_step": seconds,
-        "flops_per_second": flops / seconds,
-        "matmul_flops_per_second": rate,
-        "hours": hours,
-    }
+    found = {"seconds_per_step": statistics.median(seconds[1:] or seconds), "peak_memory_gib": peak_memory(device)}
+    say(f"{found['seconds_per_step']:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; "
+        f"{config.max_train_steps} steps take {found['seconds_per_step'] * config.max_train_steps / 3600:.3g} hours, "
+        f"without caching and previews; peak device memory {found['peak_memory_gib']:.1f} GiB")  # fmt: skip
+    return found
 
 
 def random_transformer(config, device, sizes):
-    """A transformer of these sizes with random weights, as load_transformer gives it, and the number of its weights."""
+    """A transformer of these sizes with random weights, as load_transformer gives it."""
     with torch.device("meta"):
         transformer = LongCatImageTransformer2DModel(**sizes)
-    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    new = lambda name: torch.randn(shapes[name], device=device, dtype=compute_dtype(config, device)) * 0.02
-    read = lambda names: {name: new(name) for name in names}
-    return fill_transformer(transformer, read, config, device), sum(map(math.prod, shapes.values()))
-
-
-def matmul_rate(device, dtype, d, tokens):
-    """The device's speed in products [tokens, d] x [d, 4 d], in FLOP/s."""
-    a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
-    for repeats in (3, 20):  # the first warms up
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        synchronize(device)
-    return repeats * 8 * d * d * tokens / (time.perf_counter() - start)
-
-
-def synchronize(device):
-    """Waits for the device's work that is under way."""
-    if device.type != "cpu":
-        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
+    shapes, dtype = (
+        {name: weight.shape for name, weight in transformer.state_dict().items()},
+        compute_dtype(config, device),
+    )
+    read = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
+    return fill_transformer(transformer, read, config, device)
 
 
 # ---------------------------------------------------------------- training
@@ -762,7 +720,8 @@ def train(config, run, data, steps):
                         skipped_steps=skipped, peak_memory_gib=memory,
                     )  # fmt: skip
                     recent.clear()
-                    bar.set_postfix_str(", ".join([f"loss {loss:.4f}", *metrics.held_out(), *([f"{memory:.1f} GiB"] if memory > 0 else [])]))
+                    in_gib = {"memory": f"{memory:.1f} GiB"} if memory > 0 else {}  # nan on a CPU
+                    bar.set_postfix({"loss": f"{loss:.4f}", **metrics.held_out(), **in_gib}, refresh=False)
                 if bad == BAD_STEPS:
                     newest = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
                     what = f"loss or gradients were not finite {bad} times in a row; the newest checkpoint is {newest}"
@@ -807,9 +766,7 @@ def read_data(config, state):
         of = ", ".join(f"{count} of {source}" for source, count in counts.items())
         away = f" ({len(keys)} at first)" if len(held_out) < len(keys) else ""
         say(f"{len(held_out)} pictures are held out{away}, only scored and never trained on{': ' * bool(of)}{of}")
-    what = [
-        [picture.key, picture.bucket, picture.captions, picture.repeats, picture.loss_weight] for picture in pictures
-    ]
+    what = [[p.key, p.bucket, p.captions, p.repeats, p.loss_weight] for p in pictures]
     return Data(pictures, prompt_files, held_out, trained, keys, content_key(what, config.train_batch_size))
 
 
@@ -830,7 +787,9 @@ def main(config):
     checkpoint, state = find_checkpoint(config)
     if config.init_lora and not checkpoint:
         read_init_lora(config)  # a wrong one is said now, not after an hour of caching
-    with own_folder(config, checkpoint) if RANK == 0 else contextlib.nullcontext():
+    with locked(output) if RANK == 0 else contextlib.nullcontext():
+        if RANK == 0:
+            prepare_folder(output, checkpoint)
         data = read_data(config, state)
         per_epoch = len(epoch_batches(data.pictures, config.train_batch_size, config.seed, 0))
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
@@ -855,9 +814,7 @@ def main(config):
             say_what_changed(config, state, data, per_epoch)
         if run.step >= steps:
             more = "num_train_epochs" if config.num_train_epochs else "max_train_steps"
-            say(
-                f"nothing to train: {checkpoint} has {run.step} steps already; raise {more}, or choose another output_dir"
-            )
+            say(f"nothing to train: {checkpoint} has {run.step} steps; raise {more}, or choose another output_dir")
         best = train(config, run, data, steps)
 
         if RANK == 0:
@@ -878,7 +835,7 @@ def say_what_changed(config, state, data, per_epoch):
     stays = {"validation_split": "; the pictures that are held out stay"}
     for name, now in config.model_dump().items():
         before = state["config"].get(name)
-        if name not in SILENT_KEYS and before != now:
+        if name not in SILENT_KEYS and name not in state["fixed"] and before != now:
             values = " -> ".join(json.dumps(value, ensure_ascii=False) for value in (before, now))
             say(f"{name}: {values}{stays.get(name, '')}")
     if data.key != state["data"]:

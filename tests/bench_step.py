@@ -25,7 +25,6 @@ from longcat_common import (
     TARGET_MODULES, compute_dtype, flow_matching_loss, free_memory, generator, load_config, load_scheduler,
     pack_latents, pick_device, position_ids, quantize, sample_sigmas,
 )  # fmt: skip
-from train_lora import synchronize
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel
@@ -90,9 +89,7 @@ def run_way(name, steps, limit):
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
     prompt_embeds, normal = torch.randn(1, 512, 3584, generator=draw), torch.zeros(1)
     seconds, inner = [], []
-    transformer, _ = train_lora.random_transformer(
-        config, device, sizes
-    )  # loaded block by block, for the plain loop too
+    transformer = train_lora.random_transformer(config, device, sizes)  # loaded block by block, for the plain loop too
     if name == "plain":
         for module in transformer.modules():
             module.__dict__.pop("forward", None)  # ours, with autocast where it should be
@@ -107,7 +104,7 @@ def run_way(name, steps, limit):
             config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, steps
         )
         do = lambda n: train_lora.train_step(
-            config, run, n, [(n, (latents, noise, normal, prompt_embeds, torch.ones(1)))]
+            config, run, [train_lora.Batch(n, latents, noise, normal, prompt_embeds, torch.ones(1))]
         )
 
         def forward_and_backward():
@@ -134,7 +131,7 @@ def run_way(name, steps, limit):
     seconds, first = statistics.median(seconds[3:]), seconds[0]
     outside = 1 - statistics.median(inner) / seconds if inner else None
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    flops = train_lora.needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
+    flops = needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
     free_memory()
     return dict(
         seconds=seconds,
@@ -142,8 +139,33 @@ def run_way(name, steps, limit):
         outside=outside,
         peak=peak,
         rate=flops / seconds,
-        matmul=train_lora.matmul_rate(device, dtype, transformer.inner_dim, 4608 if on_gpu else 768),
+        matmul=matmul_rate(device, dtype, transformer.inner_dim, 4608 if on_gpu else 768),
     )
+
+
+def needed_flops(d, blocks, tokens):
+    """What a LoRA step must compute for one picture: forward and input gradients of the linears, 2 x 24 d^2 a token and
+    block, and attention forward and backward, 14 d tokens a token and block. What checkpointing computes again is not
+    counted."""
+    return blocks * (48 * d * d * tokens + 14 * d * tokens * tokens)
+
+
+def matmul_rate(device, dtype, d, tokens):
+    """The device's speed in products [tokens, d] x [d, 4 d], in FLOP/s."""
+    a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
+    for repeats in (3, 20):  # the first warms up
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronize(device)
+    return repeats * 8 * d * d * tokens / (time.perf_counter() - start)
+
+
+def synchronize(device):
+    """Waits for the device's work that is under way."""
+    if device.type != "cpu":
+        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
 
 
 def losses(steps):
@@ -164,9 +186,10 @@ def losses(steps):
         for name, p in transformer.named_parameters():
             if "lora_A" in name:  # as in ours
                 torch.nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator(config.seed, "lora", name))
-        optimizer.param_groups[0]["lr"], batches, found = 1e-3, train_lora.Batches(config, entries), []
-        for epoch, number, batch in batches.take(steps):
-            latents, noise, normal, prompt_embeds, _ = train_lora.load_batch(config, batch, prompts, epoch, number)
+        optimizer.param_groups[0]["lr"], found = 1e-3, []
+        data = train_lora.Data(entries, prompts, [], [], [], "")
+        for _, ((batch,), _, _) in zip(range(steps), train_lora.step_batches(config, data, 0)):
+            _, latents, noise, normal, prompt_embeds, _ = batch
             found.append(
                 step(
                     latents,

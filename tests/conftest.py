@@ -2,6 +2,7 @@ import os  # one thread each, children too: several PyTorch processes on few cor
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
 
+import hashlib
 import multiprocessing
 import runpy
 import shutil
@@ -26,6 +27,11 @@ sys.path[:0] = [str(ROOT), str(TINY)]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_lora", "validate"])
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
+
+
+def sha256(path):
+    """A hash of a file's bytes: of bytes themselves pytest would take minutes to show the difference."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def start_script(log, script, *arguments, errors=None, **environment):

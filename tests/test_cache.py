@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_script, run_together
+from conftest import MODEL, ROOT, run_script, run_together, sha256
 from diffusers import LongCatImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +24,6 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 import cache_latents
 import longcat_common
 import prepare_data
-import train_lora
 from cache_latents import cache_prompts, encode_prompts
 from longcat_common import load_text_encoder, load_tokenizer, load_vae
 
@@ -56,10 +55,8 @@ def large(tmp_path, tiny_config):
 
 
 def cached_files(config):
-    """{name: hash of its bytes} of the cached files; bytes themselves would take pytest minutes to compare when they differ."""
-    return {
-        p.relative_to(config.cache_dir): train_lora.sha256(p) for p in Path(config.cache_dir).rglob("*.safetensors")
-    }
+    """{name: hash of its bytes} of the cached files."""
+    return {p.relative_to(config.cache_dir): sha256(p) for p in Path(config.cache_dir).rglob("*.safetensors")}
 
 
 def test_streamed_layers_give_the_whole_encoders_embeddings(large):

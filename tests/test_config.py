@@ -89,6 +89,8 @@ def test_numbers_in_flags_are_numbers():
             ["base_model_precision: found 'int9', must be 'int8-quanto', 'int4-quanto'"],
         ),
         ({"base_model_precision": "int8"}, ["base_model_precision: found 'int8', must be 'int8-quanto'"]),
+        ({"optimizer": "sgd"}, ["optimizer: found 'sgd', must be 'adamw' or 'prodigy'"]),
+        ({"lr_scheduler": "cosine_with_restarts"}, ["lr_scheduler: found 'cosine_with_restarts', must be 'constant'"]),
         ({"model_family": "flux"}, ["model_family: found 'flux', must be 'longcat_image'"]),
         ({"aspect_bucket_alignment": 100}, ["aspect_bucket_alignment: found 100, must be a multiple of 64"]),
         ({"resolution": "1000"}, ["resolution: found '1000'", "multiple of 64"]),
@@ -207,10 +209,11 @@ def test_simpletuners_own_example_loads_and_what_has_a_counterpart_is_taken(tmp_
     config = load_config(tmp_path / "config.json")
     assert config.validation_prompts == ["\U0001f7eb is holding a sign that says hello world from longcat-image"]
     assert (config.validation_step_interval, config.validation_seed, config.lora_alpha) == (50, [42], 16.0)
+    assert config.optimizer == "adamw" and load_config(optimizer="AdamW8bit").optimizer == "adamw"
     (line,) = capsys.readouterr().err.splitlines()
     ignored = line.removeprefix("ignored, for they mean nothing here: ").split(", ")
     given = {*json.loads(SIMPLETUNERS)}
-    assert set(ignored) == given - KEYS.keys() - {"validation_prompt", "validation_steps"} and len(ignored) == 19
+    assert set(ignored) == given - KEYS.keys() - {"validation_prompt", "validation_steps"} and len(ignored) == 18
 
 
 GUIDE = """{
@@ -245,7 +248,7 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
         config.pretrained_model_name_or_path,
     ) == (1e-4, 4.5, True, None)
     (line,) = capsys.readouterr().err.splitlines()
-    names = "data_backend_config, group_offload_blocks_per_group, group_offload_type, lora_type, optimizer, push_to_hub"
+    names = "data_backend_config, group_offload_blocks_per_group, group_offload_type, lora_type, push_to_hub"
     assert line == f"ignored, for they mean nothing here: {names}"
 
 

@@ -124,17 +124,16 @@ def test_a_number_of_blocks_is_checkpointed_and_changes_no_byte(quick_config, tm
 
 def test_the_next_step_is_loaded_while_one_computes(quick_config, monkeypatch):
     events, load_batch, step = [], train_lora.load_batch, train_lora.train_step
-    monkeypatch.setattr(
-        train_lora, "load_batch", lambda *arguments: events.append(("load", arguments[-1])) or load_batch(*arguments)
-    )
-    monkeypatch.setattr(
-        train_lora, "train_step", lambda *arguments: events.append(("step", arguments[2])) or step(*arguments)
-    )
+    note = lambda what, number: events.append((what, number))
+    loading = lambda *arguments: note("load", arguments[-1]) or load_batch(*arguments)
+    computing = lambda config, run, batches: note("step", run.step + 1) or step(config, run, batches)
+    monkeypatch.setattr(train_lora, "load_batch", loading)
+    monkeypatch.setattr(train_lora, "train_step", computing)
     train_lora.main(quick_config(max_train_steps=4))
     for n in (1, 2, 3):
         assert events.index(("load", n - 1)) < events.index(("step", n))
         assert ("load", n) in events[: events.index(("step", n + 1))]
-    assert ("load", 4) not in events, "no more than is needed"
+    assert ("load", 5) not in events, "one step ahead"
 
 
 @pytest.mark.slow

@@ -11,15 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, REFERENCE, ROOT, start_script
+from conftest import MODEL, REFERENCE, ROOT, made_up, sha256, start_script
 from safetensors.torch import load_file, save_file
 from test_cache import cached_files
 
 import cache_latents
+import prepare_data
 import train_lora
 from longcat_common import load_config, write_file
 
@@ -28,7 +28,7 @@ NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapt
 
 def lora_bytes(config):
     """A hash of the bytes of each of the run's LoRA files."""
-    return [train_lora.sha256(Path(config.output_dir) / name) for name in NAMES]
+    return [sha256(Path(config.output_dir) / name) for name in NAMES]
 
 
 def checkpoints(config):
@@ -61,9 +61,7 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, referen
     config, settings = reference_run, REFERENCE
     expected = lora_bytes(config)
     states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(config)]
-    assert [state["batches"]["number"] for state in states] == [3, 6, 9] and [
-        state["batches"]["epoch"] for state in states
-    ] == [0, 1, 2]
+    assert [(state["step"], state["taken"]) for state in states] == [(1, 3), (2, 6), (3, 9)]
     assert len(states[0]["held_out"]) == 1
     for done in (0, 2):
         other = quick_config(**settings, output_dir=str(tmp_path / f"resumed-{done}"))
@@ -79,7 +77,7 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, referen
     # Another seed is another LoRA: the comparison can fail.
     other = quick_config(**{**settings, "max_train_steps": 1}, output_dir=str(tmp_path / "other"), seed=43)
     train_lora.main(other)
-    assert lora_bytes(other)[0] != train_lora.sha256(Path(config.output_dir) / "checkpoints/step-000001" / NAMES[0])
+    assert lora_bytes(other)[0] != sha256(Path(config.output_dir) / "checkpoints/step-000001" / NAMES[0])
 
 
 def test_killed_in_every_stage(quick_config, tmp_path):
@@ -135,10 +133,8 @@ def test_twenty_kills_at_random_moments(quick_config, tmp_path):
         assert lora_bytes(other) == lora_bytes(whole)
         for folder in ("checkpoints/step-000012", "validation"):
             for path in (Path(whole.output_dir) / folder).iterdir():
-                if path.name not in ("state.json", "SHA256SUMS"):  # they hold the folders' names
-                    assert train_lora.sha256(path) == train_lora.sha256(Path(other.output_dir) / folder / path.name), (
-                        path
-                    )
+                if path.name != "state.json":  # it holds the folders' names
+                    assert sha256(path) == sha256(Path(other.output_dir) / folder / path.name), path
         assert cached_files(other) == cached_files(whole)
         if kills >= 20:
             break
@@ -178,9 +174,11 @@ def test_a_signal_ends_a_preview(quick_config, tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text(errors="replace")
     train_lora.main(quick_config(validation_step_interval=4))
     pictures = Path(config.output_dir) / "validation"
-    (pictures / "step-000004.png").unlink()  # as if it had been interrupted
+    (pictures / "step-000004-00.png").unlink()  # as if it had been interrupted
+    first = (pictures / "step-000000-00.png").stat().st_mtime_ns
     train_lora.main(quick_config(validation_step_interval=4))
-    assert sorted(path.name for path in pictures.glob("step*")) == ["step-000000.png", "step-000004.png"]
+    assert sorted(path.name for path in pictures.glob("step*")) == ["step-000000-00.png", "step-000004-00.png"]
+    assert (pictures / "step-000000-00.png").stat().st_mtime_ns == first, "what is there is not drawn again"
 
 
 @pytest.mark.slow
@@ -242,23 +240,13 @@ def test_what_a_signal_does_in_the_loop(quick_config, monkeypatch, tmp_path, cap
 # ---------------------------------------------------------------- damaged and changed checkpoints
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         lambda folder: (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:1000]),
-        lambda folder: flip(folder / "state.safetensors"),
-        lambda folder: (folder / "pictures.jsonl").unlink(),
+        lambda folder: (folder / NAMES[0]).write_bytes(b""),
+        lambda folder: (folder / "state.safetensors").unlink(),
         lambda folder: (folder / "state.json").write_text('{"step": 3'),
-        lambda folder: (folder / "state.json").write_text(
-            (folder / "state.json").read_text().replace('"epoch": ', '"epoch": 1')
-        ),
-        lambda folder: (folder / "SHA256SUMS").write_text(""),
         lambda folder: (folder / "state.json").unlink(),
     ],
 )
@@ -267,18 +255,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(quick_config, 
     expected = lora_bytes(config)
     newest = Path(config.output_dir) / "checkpoints" / "step-000003"
     damage(newest)
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .*step-000003"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .*step-000003 is no whole checkpoint"):
         train_lora.main(quick_config(**REFERENCE, resume_from_checkpoint=str(newest)))
     capsys.readouterr()
     train_lora.main(config)
-    printed = capsys.readouterr()
-    assert (
-        "step-000003" in printed.err
-        and "training goes on from step-000002" in printed.err
-        and "resumed from" in printed.out
-    )
+    printed = capsys.readouterr().out
+    assert "step-000003: is no whole checkpoint, and passed over" in printed
+    assert "resumed from" in printed and "step-000002" in printed
     assert lora_bytes(config) == expected and checkpoints(config)[-2:] == ["step-000002", "step-000003"]
-    assert len(list(newest.parent.glob("damaged-step-000003-*"))) == 1, "nothing is thrown away"
 
 
 def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_config, tmp_path, capsys):
@@ -318,7 +302,8 @@ def test_what_must_not_change_on_resume_is_refused_and_what_may_is_said(quick_co
     assert (
         "learning_rate: 0.008 -> 0.0002" in printed
         and "max_train_steps: 2 -> 3" in printed
-        and "train_batch_size: 1 -> 2, with the next epoch" in printed
+        and "train_batch_size: 1 -> 2\n" in printed
+        and "data: has changed, from the next step on; 4 batches an epoch now, and this is epoch 0" in printed
     )
     assert "lora_alpha" not in printed
     assert checkpoints(config) == ["step-000003"] and own.is_dir()
@@ -332,21 +317,20 @@ def config_factor(step, steps, warmup=2):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tmp_path, monkeypatch, capsys):
+def test_what_is_changed_counts_from_the_next_step_on(quick_config, few_pictures, tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     shutil.copytree(few_pictures, data)
     config = quick_config(data_dir=str(data), max_train_steps=3)
-    seen = []
-    load_batch = train_lora.load_batch
+    seen, load_batch = {}, train_lora.load_batch
 
-    def noted(config, batch, prompt_files, epoch, index):
-        seen.extend((epoch, name.split(":")[0], entry.captions) for name, entry in batch)
-        return load_batch(config, batch, prompt_files, epoch, index)
+    def noted(config, samples, prompt_files, epoch, number):
+        seen[number] = [(name.split("-")[0], picture.captions) for name, picture in samples]
+        return load_batch(config, samples, prompt_files, epoch, number)
 
     monkeypatch.setattr(train_lora, "load_batch", noted)
     train_lora.main(config)
-    first_epoch = {name for _, name, _ in seen}
-    assert len(first_epoch) == len(seen) == 3
+    first = {name for number in range(3) for name, _ in seen[number]}
+    assert len(first) == 3 and all(len(seen[number]) == 1 for number in range(3))
     for path in data.glob("zumi-00.*"):
         path.unlink()
     new = "a new caption"
@@ -354,37 +338,53 @@ def test_pictures_come_and_go_with_the_next_epoch(quick_config, few_pictures, tm
         shutil.copy(path, data)
     (data / "zumi-01.json").write_text(json.dumps({"caption": new}))
     capsys.readouterr()
-    train_lora.main(quick_config(data_dir=str(data), max_train_steps=7 + 8))
+    seen.clear()
+    changed = quick_config(data_dir=str(data), max_train_steps=9, train_batch_size=2)
+    train_lora.main(changed)
     printed = capsys.readouterr().out
-    assert (
-        "data: 3 pictures are new or have changed, 2 are no longer as they were; this comes with the next epoch, 4 batches from here"
-        in printed
-    )
-    epochs = [[(name, captions) for epoch, name, captions in seen if epoch == n] for n in (0, 1)]
-    assert len(epochs[0]) == 7 and len({name for name, _ in epochs[0]}) == 7, (
-        "the epoch is finished with its own pictures, each once"
-    )
-    assert len(epochs[1]) == 8 == len({name for name, _ in epochs[1]})
-    assert len({name for name, _ in epochs[1]} - {name for name, _ in epochs[0]}) == 2
-    # Held out is held out: also after it was away for a while.
+    batches = len(train_lora.epoch_batches(prepare_data.main(changed), 2, 42, 0))
+    assert f"{batches} batches an epoch now, and this is epoch {3 // batches}" in printed
+    # From the third batch on, by the new pictures' own order.
+    samples = [sample for number in range(batches, 2 * batches) for sample in seen.get(number, [])]
+    assert max(map(len, seen.values())) == 2 and min(seen) == 3
+    assert sum(new in captions for number in seen for _, captions in seen[number]) >= 1
+    assert len({name for name, _ in samples}) == len(samples)
+
+
+def test_held_out_is_held_out_also_after_it_was_away(quick_config, few_pictures, tmp_path, monkeypatch, capsys):
+    data, seen, load_batch = tmp_path / "data", [], train_lora.load_batch
+    shutil.copytree(few_pictures, data)
+
+    def noted(config, samples, *arguments):
+        seen.extend(picture.key for _, picture in samples)
+        return load_batch(config, samples, *arguments)
+
+    monkeypatch.setattr(train_lora, "load_batch", noted)
     held = quick_config(data_dir=str(data), output_dir=str(tmp_path / "held"), validation_split=0.2, max_train_steps=1)
     train_lora.main(held)
     keys = json.loads((Path(held.output_dir) / "checkpoints/step-000001/state.json").read_text())["held_out"]
-    manifest = [json.loads(line) for line in (Path(held.output_dir) / "manifest.jsonl").read_text().splitlines()]
-    (path,) = [Path(entry["path"]) for entry in manifest if entry["key"] in keys[:1]]
-    seen.clear()
+    (path,) = [Path(picture.path) for picture in prepare_data.main(held) if picture.key == keys[0]]
     for step in (2, 12):
         path.rename(path.with_suffix(".away")) if step == 2 else path.with_suffix(".away").rename(path)
         held.max_train_steps = step
         train_lora.main(held)
-        assert (
-            f"{1 if step == 2 else 2} pictures are held out{' (2 at first)' if step == 2 else ''}"
-            in capsys.readouterr().out
+        now = (
+            "0 pictures are held out (1 at first)"
+            if step == 2
+            else f"1 pictures are held out, only scored and never trained on: 1 of {data}"
         )
-    assert not any(name.startswith(entry["key"]) for _, name, _ in seen for entry in manifest if entry["key"] in keys)
-    assert (
-        not any(new in captions for _, captions in epochs[0]) and sum(new in captions for _, captions in epochs[1]) == 1
-    )
+        assert now in capsys.readouterr().out
+    assert len(seen) > 12 and not set(seen) & set(keys)
+
+
+def test_every_source_is_held_out_in_its_share():
+    split = load_config(validation_split=0.1)
+    concept = [made_up(i, source="concept") for i in range(10)]
+    ordinary = [made_up(100 + i, source="ordinary") for i in range(60)]
+    count = lambda keys: [sum(p.key in keys for p in own) for own in (concept, ordinary)]
+    assert count(train_lora.hold_out(split, concept + ordinary)) == [1, 6]
+    assert count(train_lora.hold_out(load_config(validation_split=0.5), concept + ordinary)) == [4, 4]
+    assert train_lora.hold_out(split, concept[:1]) == [] == train_lora.hold_out(load_config(), concept)
 
 
 # ---------------------------------------------------------------- what is not finite
@@ -406,7 +406,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_confi
     config = quick_config(max_train_steps=12, checkpoint_step_interval=4)
     bad = {2: math.nan, 3: math.inf, 5: math.nan, 8: math.nan, 9: math.nan, 10: math.nan}
     calls = disturb_loss(monkeypatch, lambda n: bad.get(n, 1.0))
-    with pytest.raises(ValueError, match="step 10: .* 3 times in a row; the last good checkpoint is step-000004"):
+    with pytest.raises(ValueError, match="step 10: .* 3 times in a row; the newest checkpoint is step-000004"):
         train_lora.main(config)
     printed = capsys.readouterr().out
     assert printed.count("not learned from") == 6 and "step 3: loss inf" in printed
@@ -415,10 +415,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_confi
     calls.clear()
     bad.clear()
     bad.update({5: math.nan, 6: math.nan, 7: math.nan})
-    with pytest.raises(ValueError, match="the last good checkpoint is step-000003"):
+    with pytest.raises(ValueError, match="the newest checkpoint is step-000004"):
         train_lora.main(other)
-    assert checkpoints(other)[-1] == "step-000003", "what followed from step 4 was never sound: it is set aside"
-    assert len(list((Path(other.output_dir) / "checkpoints").glob("unsound-step-000004-*"))) == 1
+    assert checkpoints(other)[-1] == "step-000004"
     assert metrics(config)[0]["skipped_steps"] == 6
     monkeypatch.undo()
     assert train_lora.main(config).exists()
@@ -449,10 +448,6 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, cap
     state = state_of(1)
     state["scaler"]["scale"] = 2.0
     (folder_of(1) / "state.json").write_text(json.dumps(state))
-    names = sorted(path.name for path in folder_of(1).iterdir() if path.name != "SHA256SUMS")
-    (folder_of(1) / "SHA256SUMS").write_text(
-        "".join(f"{train_lora.sha256(folder_of(1) / name)}  {name}\n" for name in names)
-    )
     limit = 0.0  # at a scale of 1 the gradients themselves are to blame
     with pytest.raises(ValueError, match="step 5: .*not finite 3 times in a row"):
         train_lora.main(quick_config(mixed_precision="fp16", max_train_steps=40))
@@ -473,7 +468,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp_path):
     config = quick_config(max_train_steps=2)
     train_lora.main(config)
-    config.max_train_steps, config.report_to = 4, "tensorboard"
+    config.max_train_steps = 4
     size = (Path(config.output_dir) / "checkpoints/step-000002/state.safetensors").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
@@ -486,9 +481,9 @@ def test_a_full_disk_is_one_line_and_what_is_saved_still_loads(quick_config, tmp
         and "cannot be written (File too large); free space" in printed
         and "Traceback" not in printed
     )
-    assert checkpoints(config) == ["step-000001", "step-000002"] and not list(Path(config.output_dir).rglob("*.tmp"))
+    assert checkpoints(config) == ["step-000001", "step-000002"]
     train_lora.main(config)
-    assert checkpoints(config)[-1] == "step-000004"
+    assert checkpoints(config)[-1] == "step-000004" and not list(Path(config.output_dir).rglob("*.tmp"))
 
 
 def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick_config, tmp_path, monkeypatch):
@@ -504,10 +499,10 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
         train_lora.load_batch,
     )
 
-    def vanishing(config, batch, prompt_files, epoch, index):
-        if index == 2:
+    def vanishing(config, batch, prompt_files, epoch, number):
+        if number == 2:
             cache_latents.latents_file(config, batch[0][1]).unlink()
-        return load_batch(config, batch, prompt_files, epoch, index)
+        return load_batch(config, batch, prompt_files, epoch, number)
 
     monkeypatch.setattr(train_lora, "load_batch", vanishing)
     with pytest.raises(ValueError, match="latents.*is missing or damaged"):
@@ -516,13 +511,3 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     monkeypatch.undo()
     train_lora.main(config)
     assert checkpoints(config) == ["step-000002", "step-000004"]
-    # Files that only the epoch in progress still needs: the next one begins.
-    other = quick_config(
-        cache_dir=config.cache_dir, data_dir=str(ROOT / "tests/tiny_longcat/regularisation"), max_train_steps=5
-    )
-    lines = (Path(config.output_dir) / "checkpoints/step-000004/pictures.jsonl").read_text().splitlines()
-    for line in lines:
-        cache_latents.latents_file(config, SimpleNamespace(**json.loads(line))).write_bytes(b"cut")
-    train_lora.main(other)
-    state = json.loads((Path(config.output_dir) / "checkpoints/step-000005/state.json").read_text())
-    assert state["batches"]["epoch"] == 1 and state["batches"]["position"] == 1

@@ -167,11 +167,13 @@ def test_what_the_main_job_leaves(trained):
     events.Reload()
     assert {"train/loss", "train/lr", "train/grad_norm", "train/seconds_per_step"} <= set(events.Tags()["scalars"])
     steps = list(range(0, config.max_train_steps + 1, config.validation_step_interval))
-    assert [image.step for image in events.Images("validation/previews")] == steps
-    for step in steps:
-        with Image.open(output / "validation" / f"step-{step:06d}.png") as column:
-            assert column.size == (128, 128 * len(config.validation_prompts))
-    assert (output / "validation" / "progress.png").exists()
+    for i, prompt in enumerate(config.validation_prompts):
+        assert [image.step for image in events.Images(f"previews/{i}")] == steps
+        for step in steps:
+            with Image.open(output / "validation" / f"step-{step:06d}-{i:02d}.png") as picture:
+                assert picture.size == (128, 128) and picture.text["prompt"] == prompt
+    with Image.open(output / "validation" / "progress.png") as progress:
+        assert progress.width > 192 * len(steps) and progress.height > 192 * len(config.validation_prompts)
     assert [p.name for p in train_lora.checkpoint_folders(config)] == [f"step-{step:06d}" for step in steps[1:]]
     assert not [p for p in output.rglob("*") if ".tmp" in p.name]
 
@@ -296,26 +298,28 @@ def test_draws_are_as_configured(tiny_config):
     entry = dataclasses.replace(entries[0], captions=[entries[0].captions[0], entries[1].captions[0]])
     embeds = [read_tensors(prompts[p])["prompt_embeds"] for p in ("", *entry.captions)]
     drawn = [train_lora.load_batch(config, [("a", entry)], prompts, epoch, epoch) for epoch in range(200)]
-    which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch[3][0])) for batch in drawn]
+    which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch.prompt_embeds[0])) for batch in drawn]
     shares = [which.count(i) / 200 for i in range(3)]
     assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27
-    normal = torch.cat([batch[2] for batch in drawn])
+    normal = torch.cat([batch.normal for batch in drawn])
     assert abs(normal.mean()) < 0.2 and 0.85 < normal.std() < 1.15
     posterior = read_tensors(cache_latents.latents_file(config, entry))
-    spread = torch.cat([batch[0] for batch in drawn]) - posterior["mean"]
+    spread = torch.cat([batch.latents for batch in drawn]) - posterior["mean"]
     torch.testing.assert_close((spread / posterior["std"]).std(), torch.tensor(1.0), atol=0.01, rtol=0)
     again = train_lora.load_batch(config, [("a", entry)], prompts, 7, 7)
-    assert all(torch.equal(a, b) for a, b in zip(again, drawn[7]))
+    assert all(torch.equal(a, b) for a, b in zip(again[1:], drawn[7][1:]))
     later = train_lora.load_batch(config, [("a", dataclasses.replace(entry, loss_weight=0.25))], prompts, 7, 8)
-    assert not any(torch.equal(a, b) for a, b in zip(later[:3], again[:3])), "each batch of an epoch has its own draws"
-    assert again[4].tolist() == [1.0] and later[4].tolist() == [0.25]
+    assert not any(torch.equal(a, b) for a, b in zip(later[1:4], again[1:4])), (
+        "each batch of an epoch has its own draws"
+    )
+    assert again.weights.tolist() == [1.0] and later.weights.tolist() == [0.25]
 
 
 def first_step(config, batches):
-    """What the first step over these (number in the run, tensors) gives, and AdamW's first moment after it."""
+    """What the first step over these batches gives, and AdamW's first moment after it."""
     transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
     run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
-    numbers = train_lora.train_step(config, run, 1, batches)()
+    numbers = train_lora.train_step(config, run, batches)
     return numbers, torch.cat([run.optimizer.state[p]["exp_avg"].flatten() for p in run.parameters.values()])
 
 
@@ -327,9 +331,9 @@ def two_pictures():
 
 def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
     both = two_pictures()
-    halves = [(i, [tensor[i : i + 1] for tensor in both]) for i in range(2)]
+    halves = [train_lora.Batch(i, *(tensor[i : i + 1] for tensor in both)) for i in range(2)]
     config = tiny_config(max_grad_norm=1e-3)
-    together, moment = first_step(config, [(0, both)])
+    together, moment = first_step(config, [train_lora.Batch(0, *both)])
     config.gradient_accumulation_steps = 2
     in_turn, other = first_step(config, halves)
     assert in_turn == pytest.approx(together, rel=1e-4) and in_turn[1] > 1e-2, "loss and gradient norm before clipping"
@@ -341,7 +345,7 @@ def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
 
 def test_each_batch_has_its_own_dropout(tiny_config):
     config, both = tiny_config(lora_dropout=0.5), two_pictures()
-    first, again, second = (first_step(config, [(number, both)])[1] for number in (0, 0, 1))
+    first, again, second = (first_step(config, [train_lora.Batch(number, *both)])[1] for number in (0, 0, 1))
     assert torch.equal(first, again) and (first - second).norm() > 0.1 * first.norm()
 
 
