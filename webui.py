@@ -1396,11 +1396,15 @@ HELP = {
         "se não for 0: épocas de treino, no lugar de max_train_steps",
         "不为 0 时：按轮数训练，代替 max_train_steps",
     ),
-    "learning_rate": ("taxa de aprendizado do AdamW depois do aquecimento", "预热之后 AdamW 的学习率"),
+    "optimizer": ("AdamW, ou Prodigy, que acha a taxa de aprendizado sozinho", "AdamW，或自己找学习率的 Prodigy"),
+    "learning_rate": (
+        "taxa de aprendizado depois do aquecimento; com prodigy 1",
+        "预热之后的学习率；用 prodigy 时为 1",
+    ),
     "lr_scheduler": ("curso da taxa de aprendizado", "学习率的变化方式"),
     "lr_warmup_steps": ("passos até a taxa de aprendizado plena", "达到完整学习率之前的步数"),
-    "adam_beta2": ("beta2 do AdamW", "AdamW 的 beta2"),
-    "adam_weight_decay": ("decaimento de pesos do AdamW", "AdamW 的权重衰减"),
+    "adam_beta2": ("beta2 do otimizador; beta1 é 0.9", "优化器的 beta2；beta1 是 0.9"),
+    "adam_weight_decay": ("decaimento de pesos do otimizador", "优化器的权重衰减"),
     "max_grad_norm": ("os gradientes são cortados nesta norma; 0: sem corte", "梯度裁剪到这个范数；0：不裁剪"),
     "gradient_checkpointing": (
         "recalcular blocos no passo inverso: todos, nenhum ou quantos",

@@ -275,17 +275,14 @@ def test_a_lora_on_some_blocks_is_drawn_but_not_trained_on_and_a_text_encoders_p
         add_lora(load_transformer(tiny_config(), "cpu"), config)
 
 
-def test_training_goes_on_from_another_trainers_lora(quick_config, tmp_path, capsys):
+def test_training_goes_on_from_another_trainers_lora(quick_config, tmp_path):
     _, path = of_the_authors(tmp_path / "theirs")
     settings = dict(max_train_steps=1, lora_rank=4, lora_target_modules=TARGETS, learning_rate=1e-9)
-    config = quick_config(**settings, resume_from_checkpoint=str(path))
+    with pytest.raises(ValueError, match="is no whole checkpoint .*; to start from a LoRA's weights set init_lora"):
+        train_lora.main(quick_config(**settings, resume_from_checkpoint=str(path)))
+    config = quick_config(**settings, init_lora=str(path))
     train_lora.main(config)
-    assert "is a LoRA without a state of ours; training begins with its weights, at step 0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .* is a run's folder; name one of its checkpoints"):
-        train_lora.main(
-            quick_config(**settings, output_dir=str(tmp_path / "other"), resume_from_checkpoint=config.output_dir)
-        )
-    assert config.init_lora is None, "the caller's configuration stays as it is"
+    assert config.init_lora == str(path), "the caller's configuration stays as it is"
     ours, theirs = read_lora(config.output_dir), read_lora(path)
     assert checkpoints(config) == ["step-000001"]
     for name in theirs:

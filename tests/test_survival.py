@@ -1,5 +1,6 @@
 """Training that is killed, stopped, starved or given other data goes on, and nothing is lost."""
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import MODEL, REFERENCE, ROOT, made_up, sha256, start_script
 from safetensors.torch import load_file, save_file
 from test_cache import cached_files
@@ -235,6 +237,145 @@ def test_what_a_signal_does_in_the_loop(quick_config, monkeypatch, tmp_path, cap
     when = []
     assert signal.getsignal(signal.SIGTERM) == handler
     assert train_lora.main(config).exists() and checkpoints(config) == ["step-000002", "step-000009"]
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_other_signals_to_stop_save_too_unless_they_were_ignored(quick_config, monkeypatch, name):
+    number, step, calls = getattr(signal, name), train_lora.train_step, []
+
+    def disturbed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return step(*arguments)
+
+    monkeypatch.setattr(train_lora, "train_step", disturbed)
+    config = quick_config(checkpoint_step_interval=1000)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_lora.main(config)
+    assert stopped.value.args == (number,) and checkpoints(config) == ["step-000002"]
+    calls.clear()
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        train_lora.main(config)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert len(calls) == 2 and checkpoints(config)[-1] == "step-000004"
+
+
+def test_a_second_signal_in_the_optimizer_saves_no_torn_weights(quick_config, monkeypatch):
+    config, update = quick_config(checkpoint_step_interval=1000), torch.optim.AdamW.step
+
+    def torn(optimizer, *arguments):
+        update(optimizer, *arguments)
+        if optimizer.state_dict()["state"][0]["step"] == 3:
+            raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", torn)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        train_lora.main(config)
+    assert checkpoints(config) == []
+
+
+def test_a_stop_after_a_bad_step_saves_the_last_good_state(quick_config, monkeypatch):
+    config = quick_config(checkpoint_step_interval=1000)
+    loss, calls = train_lora.flow_matching_loss, []
+
+    def disturbed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train_lora, "flow_matching_loss", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora.main(config)
+    assert checkpoints(config) == ["step-000003"]
+    state = load_file(Path(config.output_dir) / "checkpoints/step-000003/state.safetensors")
+    assert state["optimizer.0.step"] == 2
+
+
+# ---------------------------------------------------------------- another run's folder
+
+
+def test_a_second_run_in_the_folder_names_the_first_and_stops(quick_config, tmp_path):
+    config = quick_config(max_train_steps=1000, checkpoint_step_interval=1000)
+    process = start_script(tmp_path / "log", "train_lora.py", *flags(config))
+    wait_for(process, lambda: (Path(config.output_dir) / "metrics.jsonl").exists())
+    before = (Path(config.output_dir) / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=f"output_dir: .* is in use by process {process.pid} of .*, since 20"):
+        train_lora.main(quick_config(max_train_steps=2, learning_rate=1.0))
+    assert (Path(config.output_dir) / "config.json").read_bytes() == before
+    process.kill()  # the lock dies with it
+    process.join()
+    train_lora.main(quick_config(max_train_steps=2))
+
+
+def test_a_disk_that_cannot_lock_is_said(quick_config, monkeypatch, capsys):
+    def refuse(lock, *arguments, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train_lora.FileLock, "acquire", refuse)
+    assert train_lora.main(quick_config(max_train_steps=1)).exists()
+    assert "cannot be locked ([Errno 37] No locks available); make sure" in capsys.readouterr().out
+
+
+def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(quick_config, tmp_path, capsys):
+    config = quick_config(max_train_steps=2)
+    output, last = Path(config.output_dir), train_lora.main(config)
+    shutil.rmtree(output / "checkpoints")
+    lora, lines = last.read_bytes(), (output / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a finished LoRA, and no checkpoint of its run; move it away"):
+        train_lora.main(quick_config(max_train_steps=1))
+    assert last.read_bytes() == lora and (output / "metrics.jsonl").read_bytes() == lines
+    last.unlink()
+    (output / "validation").mkdir()
+    (output / "validation" / "step-000002-00.png").write_bytes(b"a picture of the other run")
+    train_lora.main(quick_config(max_train_steps=1, validation_step_interval=1))
+    assert "before-001: here are metrics and previews of a run that came to no checkpoint" in capsys.readouterr().out
+    assert (output / "before-001" / "metrics.jsonl").read_bytes() == lines
+    assert (output / "before-001" / "validation" / "step-000002-00.png").exists()
+    assert [line["step"] for line in metrics(config) if "loss" in line] == [1]
+
+
+def test_what_a_disk_cannot_do_is_found_out_before_and_nothing_whole_is_deleted(quick_config, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.is_dir() and (when == "at once" or path.name.startswith(".step")):
+            raise OSError(errno.EPERM, "Operation not permitted", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    config, when = quick_config(max_train_steps=2, checkpoint_step_interval=2), "at once"
+    with pytest.raises(ValueError, match="checkpoints: folders there cannot be renamed .*not permitted"):
+        train_lora.main(config)
+    when = "later"
+    with pytest.raises(ValueError, match="step-000002.tmp: is whole, but cannot be renamed to step-000002") as error:
+        train_lora.main(config)
+    assert "free space" not in str(error.value)
+    monkeypatch.undo()
+    whole = Path(config.output_dir) / "checkpoints/.step-000002.tmp"
+    whole.rename(whole.with_name("step-000002"))
+    config.max_train_steps = 3
+    train_lora.main(config)
+    assert checkpoints(config) == ["step-000002", "step-000003"]
+
+
+def test_foreign_files_beside_ours_are_passed_over(quick_config, capsys):
+    config = quick_config(max_train_steps=2, validation_step_interval=2, validation_split=0.2)
+    folder = Path(config.output_dir) / "validation"
+    folder.mkdir(parents=True)
+    (folder / "step-000000-00.png").write_bytes(b"")
+    (folder / "step-000002 (1).png").write_bytes(b"no picture")
+    (folder / "step-000001-00.png").write_text("nor this")
+    (folder.parent / "checkpoints" / "step-000100 copy").mkdir(parents=True)
+    train_lora.main(config)
+    assert "failed" not in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {
+        "step-000000-00.png", "step-000001-00.png", "step-000002 (1).png", "step-000002-00.png", "progress.png",
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- damaged and changed checkpoints
@@ -511,3 +652,47 @@ def test_folders_that_cannot_be_written_and_files_that_vanish_are_one_line(quick
     monkeypatch.undo()
     train_lora.main(config)
     assert checkpoints(config) == ["step-000002", "step-000004"]
+
+
+# ---------------------------------------------------------------- Prodigy, the card, what is said
+
+
+def test_a_run_with_prodigy_is_resumed_to_the_same_bytes(quick_config, tmp_path, capsys):
+    settings = dict(optimizer="prodigy", learning_rate=1.0, lr_scheduler="constant", max_train_steps=14)
+    whole = quick_config(**settings, checkpoint_step_interval=7)
+    train_lora.main(whole)
+    states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(whole)]
+    assert states[-1]["optimizer"]["d"] > 1.2e-6, "it finds its rate, from 1e-6 on"
+    other = quick_config(**settings, output_dir=str(tmp_path / "resumed"))
+    shutil.copytree(whole.output_dir, other.output_dir)
+    shutil.rmtree(train_lora.checkpoint_folders(other)[-1])
+    train_lora.main(other)
+    assert lora_bytes(other) == lora_bytes(whole)
+    with pytest.raises(ValueError, match="^optimizer: found 'adamw', but .* was trained with 'prodigy'"):
+        train_lora.main(quick_config(max_train_steps=15))
+    capsys.readouterr()
+    train_lora.main(quick_config(optimizer="prodigy", max_train_steps=1, output_dir=str(tmp_path / "new")))
+    assert "learning_rate: 0.008 is a factor of the rate that prodigy finds; set it to 1" in capsys.readouterr().out
+
+
+def test_the_card_names_base_words_and_pictures_and_is_never_overwritten(quick_config, capsys):
+    words = ["neonix style", '霓虹 "风格"']
+    config = quick_config(
+        max_train_steps=2, validation_step_interval=2, trigger_words=words, license="cc-by-4.0", model_flavour="dev",
+        validation_prompts=["a red apple", '一个 "红" 苹果'], validation_split=0.2, lr_warmup_steps=2,
+    )  # fmt: skip
+    train_lora.main(config)
+    card = Path(config.output_dir) / "README.md"
+    front = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
+    assert (front["base_model"], front["license"]) == ("meituan-longcat/LongCat-Image-Dev", "cc-by-4.0")
+    assert front["instance_prompt"] == ", ".join(words) and "lora" in front["tags"]
+    assert [shown["text"] for shown in front["widget"]] == config.validation_prompts
+    assert all((card.parent / shown["output"]["url"]).exists() for shown in front["widget"])
+    printed = capsys.readouterr().out
+    assert "lr_warmup_steps: 2, so the full learning rate is never reached; lower it" in printed
+    best = min((line for line in metrics(config) if "held_out_loss" in line), key=lambda line: line["held_out_loss"])
+    assert f"lowest held-out loss: step {best['step']}" in printed
+    card.write_text("my own words")
+    config.max_train_steps = 3
+    train_lora.main(config)
+    assert card.read_text() == "my own words"
