@@ -159,7 +159,8 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
     drawn = []
     for epoch in range(12):
         batch = [(cache_latents.latents_file(config, entry).stem + ":0", entry) for entry in entries]
-        first, again = (train_lora.load_batch(config, batch, files, epoch, index)[3] for index in (epoch, epoch + 100))
+        load = lambda number: train_lora.load_batch(config, batch, files, epoch, number).prompt_embeds
+        first, again = load(epoch), load(epoch + 100)
         assert torch.equal(first, again)
         drawn += [next(prompt for prompt, embed in embeds.items() if torch.equal(embed, found)) for found in first]
     assert set(drawn) == {"a red square", "一个红色的正方形"} and 9 < drawn.count("a red square") < 27
