@@ -157,7 +157,7 @@ class Config(BaseModel):
     data_dir: Sources = key([], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}')
     instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
     aspect_bucket_alignment: int = key(64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64)
-    resolution: Size = key("1024", 'side of a square of the wanted area, or buckets: "1024x1024,1344x768"')
+    resolution: Size = key("1024", 'side of a square of the wanted area, or several, or buckets: "1024x1024,1344x768"')
     validation_split: float = key(0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1)
     caption_dropout_probability: float = key(0.1, "share of the samples trained with the empty prompt", ge=0, le=1)
     cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
@@ -386,18 +386,26 @@ def validation_sizes(config):
     return parse_sizes(config.validation_resolution, 16)
 
 
+def bucket_sets(config):
+    """The buckets (width, height) that pictures are cut to, as a list for each of the numbers in `resolution`, the
+    smallest first: all on the grid with an aspect ratio from 1:2 to 2:1, and as near to the square's area as the grid
+    allows. Sizes such as "1024x1024,1344x768" are one list."""
+    grid, parts = config.aspect_bucket_alignment, config.resolution.replace(" ", "").split(",")
+    if not all(map(str.isdecimal, parts)):
+        return [parse_sizes(config.resolution, grid)]
+    sides, sets = sorted({int(part[:5]) for part in parts}), []
+    for side in sides:
+        if side % grid or not 0 < side < 10000:
+            raise ValueError(f"must be multiples of {grid} under 10000, or sizes such as 1024x1024,1344x768")
+        sizes = {(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)}
+        sizes |= {(height, width) for width, height in sizes}  # a bucket for every turned bucket
+        sets.append(sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25))
+    return sets
+
+
 def buckets(config):
-    """The sizes (width, height) that pictures are cut to: those listed in `resolution`, or for one number all
-    on the grid with an aspect ratio from 1:2 to 2:1 and as near to the square's area as the grid allows."""
-    grid, text = config.aspect_bucket_alignment, config.resolution.strip()
-    if not text.isdecimal():
-        return parse_sizes(text, grid)
-    side = int(text[:5])
-    if side % grid or not 0 < side < 10000:
-        raise ValueError(f"must be a multiple of {grid} under 10000, or sizes such as 1024x1024,1344x768")
-    sizes = {(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)}
-    sizes |= {(height, width) for width, height in sizes}  # a bucket for every turned bucket
-    return sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25)
+    """All buckets of the configuration, see bucket_sets."""
+    return sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
 
 
 def run_stage(main, description):

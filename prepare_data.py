@@ -4,8 +4,8 @@
 
 Captions, the first that is there counts: `picture.txt`; `picture.json`; a row of `metadata.jsonl`, `metadata.csv` or
 `captions.json` in the picture's folder or one above it (the nearest counts); `instance_prompt`. Every picture goes to
-the bucket with the nearest aspect ratio; training sees it resized to cover the bucket, centre cropped. What is left
-out, and why, is said. A picture of the manifest that has not changed since is not read again.
+the bucket with the nearest aspect ratio, of each resolution that it reaches; training sees it resized to cover the
+bucket, centre cropped. What is left out, and why, is said. A picture that has not changed is not read again.
 """
 
 import collections
@@ -26,46 +26,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, buckets, in_parallel, load_tokenizer, run_stage, unique_keys,
-    write_file,
+    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, run_stage, unique_keys, write_file,
 )  # fmt: skip
 
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
     split_quotation,
 )  # longcat_common quiets its imports
 
-PICTURES = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl",
-}  # fmt: skip
+PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split())
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
-CAPTION_NAMES = ("caption", "text", "prompt")
-PATH_NAMES = ("file_name", "img_path")
-EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
-TURN = Image.Transpose
-UPRIGHT = {
-    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-    6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
-}  # fmt: skip
+CAPTION_NAMES, PATH_NAMES = ("caption", "text", "prompt"), ("file_name", "img_path")
+GRID = "longcat grid"  # marks what these scripts draw of several pictures, which is not to be trained on
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
+SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
 SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 64, 1600, 160
 CHINESE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "PingFang.ttc",
-    "STHeiti Light.ttc",
-    "msyh.ttc",
-)
+    "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc",
+)  # fmt: skip
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
+LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
 
 
 @dataclass
 class Picture:
-    """A picture to train on: a line of the manifest."""
+    """A picture to train on, in one bucket: a line of the manifest."""
 
     path: str
     key: str  # hash of the file's bytes
@@ -93,12 +81,8 @@ class Findings(dict):
     """{title: lines} of what the user should know."""
 
     def note(self, title, line):
-        # File names may hold anything.
-        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line)).encode("utf-8", "replace").decode()
-        self.setdefault(title, []).append(line)
-
-
-LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
+        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line))  # file names may hold anything
+        self.setdefault(title, []).append(line.encode("utf-8", "replace").decode())
 
 
 # ---------------------------------------------------------------- captions
@@ -116,9 +100,8 @@ def read_text(path):
     except UnicodeDecodeError:
         encoding, text = "GB18030", data.decode("gb18030", "replace")
         # Western and Cyrillic text and Big5 can pass for GB18030, but then few of the characters are everyday Chinese.
-        letters = "".join(
-            letter for letter in text if ord(letter) > 127 and unicodedata.category(letter)[0] not in "PS"
-        )
+        foreign = (letter for letter in text if ord(letter) > 127)
+        letters = "".join(letter for letter in foreign if unicodedata.category(letter)[0] not in "PS")
         if "\ufffd" in text or len(letters.encode("gb2312", "ignore")) < 2 * 0.9 * len(letters):
             raise ValueError("is not UTF-8, and not surely GB18030; save it as UTF-8") from None
     if "\0" in text:
@@ -127,201 +110,92 @@ def read_text(path):
 
 
 def captions_in(value):
-    """All captions in a JSON value: a text, a list, {"caption": ...} or {"en": ..., "zh": ...}, each on one line."""
+    """All captions in a JSON value, each on one line: a text, a list, {"caption": ...} or {"en": ..., "zh": ...}."""
     if isinstance(value, str):
         value = " ".join(value.split())
         value.encode("utf-8")  # half an emoji is a ValueError
         return [value] if any(letter.isprintable() and letter != " " for letter in value) else []  # zero width is empty
     if isinstance(value, dict):
-        named = any(name in value for name in CAPTION_NAMES)
-        value = [value[name] for name in CAPTION_NAMES if value.get(name)][:1] if named else list(value.values())
+        named = [value[name] for name in CAPTION_NAMES if name in value]
+        if not named and not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", name) for name in value):
+            raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}, or with languages")
+        value = next(([given] for given in named if given), []) if named else list(value.values())
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
     return list(dict.fromkeys(caption for part in value or [] for caption in captions_in(part)))
 
 
-def own_captions(path):
-    """The captions in a picture's own .txt or .json, and the encoding. Raises ValueError."""
-    text, encoding = read_text(path)
-    value = text
-    if path.suffix.lower() == ".json":
-        value = json.loads(text, object_pairs_hook=unique_keys)
-        if not isinstance(value, dict) or not any(name in value for name in CAPTION_NAMES):
-            raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}")
-    captions = captions_in(value)
-    if not captions:
-        raise ValueError("is empty")
-    return captions, encoding
-
-
-def table_rows(path, is_list):
-    """[(where, row)] of a {name: captions} .json, of a .csv or of JSON lines (not yet parsed), and the encoding."""
-    text, encoding = read_text(path)
+def table_rows(path, text):
+    """(where, row) of a {name: captions} .json, of a .csv or of JSON lines; those are not parsed yet."""
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
             if not set(names) & set(reader.fieldnames or []):
-                raise ValueError(
-                    f"has no column {' or '.join(names)}; its columns: {', '.join(map(repr, reader.fieldnames or ['none']))}"
-                )
-        return [(f"line {reader.line_num}", row) for row in reader], encoding
-    if is_list or path.suffix == ".jsonl":
-        return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()], encoding
-    captions = json.loads(text, object_pairs_hook=unique_keys)
-    if not isinstance(captions, dict):
+                there = ", ".join(map(repr, reader.fieldnames or ["none"]))
+                raise ValueError(f"has no column {' or '.join(names)}; its columns: {there}")
+        return [(f"line {reader.line_num}", row) for row in reader]
+    if path.name != "captions.json":
+        return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    table = json.loads(text, object_pairs_hook=unique_keys)
+    if not isinstance(table, dict):
         raise ValueError("is no object of file names and captions")
-    return [
-        (f"entry {n}", {"file_name": name, "text": value}) for n, (name, value) in enumerate(captions.items(), 1)
-    ], encoding
+    return [(f"entry {n}", {"file_name": k, "text": v}) for n, (k, v) in enumerate(table.items(), 1)]
 
 
-def table_captions(path, findings, pictures=None):
-    """{picture: captions} of a table in the folder of these `pictures`, {plain name: path}; it names them relative to where
-    it lies. Without `pictures` it is a list of pictures anywhere, named relative to the current directory or, if
-    nothing is there, to the list."""
+def read_captions(path, findings, find=None):
+    """{picture: captions} of a caption file. `find(name)` gives the picture of a table's row, and raises ValueError if
+    there is none; without it the file is a picture's own, and the picture is None. A bad row is said, and the next one
+    read."""
     found = {}
     try:
-        rows, encoding = table_rows(path, is_list=pictures is None)
+        text, encoding = read_text(path)
+        if find:
+            rows = table_rows(path, text)
+        else:
+            own = json.loads(text, object_pairs_hook=unique_keys) if path.suffix.lower() == ".json" else text
+            rows = [("", {"text": own})]
     except (ValueError, OSError, csv.Error, RecursionError) as error:
         findings.note(CAPTIONS, f"{path}: {reason(error)}")
         return {}
     if encoding != "UTF-8":
         findings.note("Not UTF-8", f"{path}: read as {encoding}")
+    if not find and path.suffix.lower() == ".txt" and len(text.strip().splitlines()) > 1:
+        findings.note("Several lines in a .txt, joined to one caption", path)
     for where, row in rows:
+        where = f", {where}" if where else ""
         try:
             row = json.loads(row) if isinstance(row, str) else row
             name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
-            if not isinstance(name, str):
+            if find and not isinstance(name, str):
                 raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
-            captions = captions_in(next((row[n] for n in CAPTION_NAMES if row.get(n)), None))
-            name = os.path.normpath(name.replace("\\", "/"))
-            if pictures is None:
-                picture = Path(name) if os.path.exists(name) else path.parent / name
-                missing = not os.path.exists(picture)
-            elif os.path.isabs(name) or name.startswith(".."):
-                raise ValueError(f"{name!r} is outside the folder")
-            else:
-                picture = pictures.get(plain_name(path.parent / name))
-                missing = picture is None
             if None in row:
                 raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
-            if missing:
-                raise ValueError(f"there is no picture {name!r}")
+            picture = find(os.path.normpath(name.replace("\\", "/"))) if find else None
+            captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row} or None)
             found[picture] = list(dict.fromkeys(found.get(picture, []) + captions))
             if not captions:
-                raise ValueError(f"no caption for {name!r}")
+                raise ValueError(f"no caption for {name!r}" if find else "is empty")
         except (ValueError, RecursionError) as error:
-            findings.note(CAPTIONS, f"{path}, {where}: {reason(error)}")
-    return found
+            findings.note(CAPTIONS, f"{path}{where}: {reason(error)}")
+    return {picture: captions for picture, captions in found.items() if captions or find}
 
 
-def write_captions(file, picture, captions):
-    """Puts `captions`, a list, in the place of a picture's in `file`, its own .txt or .json or a table, where read_source found
-    them. All else in it stays; it is written whole or not at all, in UTF-8. Raises UserError if it cannot be."""
+def save_captions(picture, captions):
+    """Writes a picture's captions beside it: one as `picture.txt`; several, or where there is one already, into `picture.json`,
+    whose other keys stay. Returns the file. Raises UserError if it cannot be written."""
+    text, several = Path(picture).with_suffix(".txt"), Path(picture).with_suffix(".json")
+    if len(captions) == 1 and not several.exists():
+        write_file(os.path.realpath(text), captions[0] + "\n")
+        return text
     try:
-        data = file.read_bytes() if file.exists() else b""
-        text = read_text(file)[0].replace("\r\n", "\n") if data else ""
-        text = own_text(text, file, captions) if is_own(file, picture) else table_text(text, file, picture, captions)
-        text.encode("utf-8")  # half a character is a ValueError
-    except (ValueError, OSError, csv.Error, RecursionError) as error:
-        raise UserError(f"{file}: {reason(error)}") from None
-    text = text.replace("\n", "\r\n") if b"\r\n" in data else text
-    write_file(os.path.realpath(file), ("\ufeff" if data.startswith(b"\xef\xbb\xbf") else "") + text)
-
-
-def is_own(file, picture):
-    """Whether a caption file belongs to this picture by its name, and is no table."""
-    return file.name not in TABLES and plain_name(file.with_suffix("")) == plain_name(picture.with_suffix(""))
-
-
-def own_text(text, file, captions):
-    """The text of a picture's own file with these captions."""
-    if file.suffix.lower() == ".json":
-        return (
-            json.dumps(
-                with_captions(json.loads(text, object_pairs_hook=unique_keys), captions),
-                ensure_ascii=False,
-                indent=indent_of(text),
-            )
-            + "\n"
-        )
-    if len(captions) > 1:
-        raise ValueError("holds one caption; write it on one line")
-    return captions[0] + "\n"
-
-
-def table_text(text, file, picture, captions):
-    """The text of a table with these captions in the picture's rows: one each if there are as many, and in a .csv, else all
-    in the first, and the others are left out. Raises ValueError if it has no row of the picture."""
-    is_named = lambda name: (
-        plain_name(file.parent / os.path.normpath(str(name).replace("\\", "/"))) == plain_name(picture)
-    )
-    is_row = lambda row: isinstance(row, dict) and any(is_named(row[name]) for name in PATH_NAMES if row.get(name))
-    if file.suffix == ".json":
-        table = json.loads(text, object_pairs_hook=unique_keys)
-        mine = [name for name in table if is_named(name)]
-        changed = {
-            name: with_captions(value, captions) if name in mine else value
-            for name, value in table.items()
-            if name not in mine[1:]
-        }
-        changed = json.dumps(changed, ensure_ascii=False, indent=indent_of(text)) + "\n"
-    elif file.suffix == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-        rows, out = list(table), io.StringIO(newline="")
-        if len(set(table.fieldnames)) < len(table.fieldnames):
-            raise ValueError("has two columns of one name; rename one")
-        if any(None in row for row in rows):
-            raise ValueError("has a row with more fields than there are columns; put captions with commas in quotes")
-        mine = [i for i, row in enumerate(rows) if is_row(row)]
-        name = caption_name(rows[mine[0]]) if mine else None
-        writer = csv.DictWriter(out, table.fieldnames, lineterminator="\n")
-        writer.writeheader()
-        for i, row in enumerate(rows):
-            own = captions[mine.index(i) :] if i in mine else []
-            writer.writerows(
-                [row] if i not in mine else [{**row, name: caption} for caption in (own if i == mine[-1] else own[:1])]
-            )
-        changed = out.getvalue()
-    else:
-        lines, mine = text.split("\n"), {}
-        for i, line in enumerate(lines):
-            with contextlib.suppress(ValueError):  # what is no JSON is not the picture's
-                row = json.loads(line)
-                mine |= {i: row} if is_row(row) else {}
-        shares = [[caption] for caption in captions] if len(captions) == len(mine) else [captions]
-        new = {
-            i: json.dumps(with_captions(row, share), ensure_ascii=False)
-            for (i, row), share in zip(mine.items(), shares)
-        }
-        changed = "\n".join(new.get(i, line) for i, line in enumerate(lines) if i in new or i not in mine)
-    if not mine:
-        raise ValueError(f"names {picture} no longer; look at the data again")
-    return changed
-
-
-def caption_name(row):
-    """The key of a dictionary under which its captions stand, or would; None if it has no such key."""
-    return next(
-        (name for name in CAPTION_NAMES if row.get(name)), next((name for name in CAPTION_NAMES if name in row), None)
-    )
-
-
-def with_captions(value, captions):
-    """A JSON value, such as captions_in reads, with these captions in the place of its own."""
-    if isinstance(value, dict):
-        name = caption_name(value)
-        if name or any(name in value for name in PATH_NAMES):
-            return {**value, (name or CAPTION_NAMES[0]): with_captions(value.get(name), captions)}
-        if len(value) == len(captions) and all(isinstance(old, str) for old in value.values()):
-            return dict(zip(value, captions))  # {"en": ..., "zh": ...}
-    return captions if len(captions) > 1 else captions[0]
-
-
-def indent_of(text):
-    """The indentation of a JSON file: that of its second line, or None if it is all in one."""
-    found = re.search(r"\n( *)\S", text.strip())
-    return len(found[1]) if found else None
+        old = json.loads(read_text(several)[0], object_pairs_hook=unique_keys) if several.exists() else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{several}: {reason(error)}") from None
+    kept = old if isinstance(old, dict) and set(old) & set(CAPTION_NAMES) else {}
+    new = {"caption": captions} | {name: value for name, value in kept.items() if name not in CAPTION_NAMES}
+    write_file(os.path.realpath(several), json.dumps(new, ensure_ascii=False, indent=2) + "\n")
+    text.unlink(missing_ok=True)  # it would count before
+    return several
 
 
 def plain_name(path):
@@ -346,7 +220,7 @@ def reason(error):
 
 
 def inspect_picture(path):
-    """Reads a picture file once: {"key" of its bytes, "size" as a viewer shows it, "notes" for the report}.
+    """Reads a picture file once: {"key", "size", "notes"}, as in Picture.
 
     Raises an exception if the file is cut off or is no picture. Checksums tell for a PNG and the end marker for a JPEG;
     anything else is decoded to be sure.
@@ -355,8 +229,10 @@ def inspect_picture(path):
     if not data:
         raise ValueError("the file is empty")
     with Image.open(io.BytesIO(data)) as image:
+        if GRID in (image.info.get("longcat"), image.info.get("comment", b"").decode("ascii", "ignore")):
+            raise ValueError("is a grid or a preview that these scripts have drawn")
         plain_png = image.format == "PNG" and not re.search(b"eXIf|Raw profile type exif|XML:com.adobe.xmp", data)
-        turned = not plain_png and orientation_of(image) in SIDEWAYS  # this decodes a PNG, so only if need be
+        turned = not plain_png and orientation_of(image) > 4  # this decodes a PNG, so only if need be
         size, notes = image.size[::-1] if turned else image.size, []
         if image.mode in ("F", "I"):
             raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
@@ -379,9 +255,10 @@ def inspect_picture(path):
 
 
 def orientation_of(image):
-    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself. 1 if the EXIF is damaged."""
+    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself. 1 if the EXIF is
+    damaged."""
     with contextlib.suppress(Exception):
-        return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
+        return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
     return 1
 
 
@@ -389,9 +266,8 @@ def orientation_of(image):
 def srgb_transform(profile, mode):
     """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it changes next to nothing, as
     with the many profiles that are sRGB under some name."""
-    transform = ImageCms.buildTransform(
-        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
-    )
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
     change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
     return transform if np.abs(change).max() > 3 else None
@@ -415,10 +291,10 @@ def load_picture(path, bucket):
     is decoded at reduced size: three times faster, and within 45 dB of the full path for camera pictures."""
     with Image.open(path) as image:
         orientation, profile, mode = orientation_of(image), image.info.get("icc_profile"), flat_mode(image)
-        size = bucket[::-1] if orientation in SIDEWAYS else bucket
+        size = bucket[::-1] if orientation > 4 else bucket
         scale = max(size[0] / image.width, size[1] / image.height)
-        # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The decoder
-        # rounds the reduced size up: its box tells where the picture itself lies in it.
+        # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The
+        # decoder rounds the reduced size up: its box tells where the picture itself lies in it.
         reduced = image.draft(None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height)))
         width, height = reduced[1][2:] if reduced else image.size
         crop = min(width / size[0], height / size[1])
@@ -435,20 +311,29 @@ def load_picture(path, bucket):
             transform = srgb_transform(profile, mode)
             picture = ImageCms.applyTransform(picture, transform) if transform else picture
     picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.info = {"exif": exif.tobytes()}
+    return ImageOps.exif_transpose(picture)
 
 
 # ---------------------------------------------------------------- scanning
 
 
-def nearest_bucket(width, height, sizes):
-    """The bucket (width, height) whose aspect ratio is nearest to the picture's; of equal ones the larger."""
-    return min(sizes, key=lambda size: (abs(math.log(width / height * size[1] / size[0])), -size[0] * size[1]))
+def buckets_of(size, sets):
+    """The buckets of a picture of this size (width, height): of each of the `sets` (see bucket_sets) the one with the
+    nearest aspect ratio, of equal ones the larger, if the picture fills it without being enlarged; if none is, that of
+    the first."""
+    ratio = lambda bucket: abs(math.log(size[0] / size[1] * bucket[1] / bucket[0]))
+    nearest = [min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets]
+    filled = [bucket for bucket in nearest if bucket[0] <= size[0] and bucket[1] <= size[1]]
+    return list(dict.fromkeys(filled or nearest[:1]))
 
 
-def walk(folder, config, findings):
-    """Yields every visible file under `folder`, sorted, through links too, but each folder once and not the run's own."""
-    seen = {os.path.realpath(config.output_dir), os.path.realpath(config.cache_dir)}
+def walk(folder, skipped, findings):
+    """Yields every visible file under `folder`, sorted, through links too, but each folder once and none of
+    `skipped`."""
+    seen = {os.path.realpath(path) for path in skipped}
     failed = lambda error: findings.note(LEFT_OUT, f"{error.filename}: {reason(error)}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
         if os.path.realpath(root) in seen:
@@ -463,10 +348,10 @@ def walk(folder, config, findings):
         yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
 
 
-def read_folder(folder, config, findings):
-    """[(picture, captions, their file)] of a folder and those in it, by the order of precedence in this file's first lines."""
+def read_folder(folder, skipped, findings):
+    """[(picture, captions)] of a folder and those in it, by the order of precedence in this file's first lines."""
     pictures, texts, tables, served = [], {}, [], collections.defaultdict(list)
-    for path in walk(folder, config, findings):
+    for path in walk(folder, skipped, findings):
         suffix = path.suffix.lower()
         if path.name in TABLES:
             tables.append(path)
@@ -476,49 +361,57 @@ def read_folder(folder, config, findings):
             findings.note("Other files, not read", path)
         elif (other := texts.setdefault(plain_name(path.with_suffix(suffix)), path)) != path:
             findings.note(CAPTIONS, f"{path}: is not read, {other.name} is")
-    tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name)))
-    by_name, listed, found = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict), []
-    for path in tables:
-        for picture, captions in table_captions(path, findings, by_name).items():
-            if captions:
-                listed[picture][path] = captions
+    by_name, listed = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict)
+
+    def find(name):
+        if os.path.isabs(name) or name.startswith(".."):
+            raise ValueError(f"{name!r} is outside the folder")
+        if plain_name(table.parent / name) not in by_name:
+            raise ValueError(f"there is no picture {name!r}")
+        return by_name[plain_name(table.parent / name)]
+
+    for table in sorted(tables, key=lambda path: (-len(path.parts), TABLES.index(path.name))):
+        for picture, captions in read_captions(table, findings, find).items():
+            listed[picture] |= {table: captions} if captions else {}
+    found = []
     for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False):
-        given = {}
-        for path in (texts.get(plain_name(picture.with_suffix(suffix))) for suffix in (".txt", ".json")):
-            if not path:
-                continue
+        own = [texts.get(plain_name(picture.with_suffix(suffix))) for suffix in (".txt", ".json")]
+        given = {path: read_captions(path, findings).get(None) for path in own if path}
+        for path in given:
             served[path].append(picture)
-            try:
-                given[path], encoding = own_captions(path)
-            except (ValueError, OSError, RecursionError) as error:
-                findings.note(CAPTIONS, f"{path}: {reason(error)}")
-            else:
-                if encoding != "UTF-8":
-                    findings.note("Not UTF-8", f"{path}: read as {encoding}: {shortened(given[path][0])}")
-        given |= listed.get(picture, {})
+        given = {path: captions for path, captions in given.items() if captions}
+        given = given or listed.get(picture, {})  # beside a file of its own a table may say what it likes
         first = next(iter(given), None)
         for path, captions in given.items():
             if captions != given[first]:
                 findings.note(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
-        found.append((picture, given.get(first, []), first))
+        found.append((picture, given.get(first, [])))
     for path in texts.values():
         if not served[path]:
             findings.note(CAPTIONS, f"{path}: there is no picture to this caption")
         elif len(served[path]) > 1:
-            findings.note(
-                "One caption file, several pictures", f"{path}: {', '.join(picture.name for picture in served[path])}"
-            )
+            names = ", ".join(picture.name for picture in served[path])
+            findings.note("One caption file, several pictures", f"{path}: {names}")
     return found
 
 
 def read_source(source, config, findings):
-    """[(picture, captions, their file)] of one source, a folder or a list file; a picture without captions has [] and None."""
+    """[(picture, captions)] of one source, a folder or a list file; a picture without captions has []. What an inner
+    source holds is that one's."""
     path = Path(source.path)
-    if os.path.isdir(path):
-        return read_folder(path, config, findings)
-    if os.path.isfile(path):
-        return [(picture, captions, path) for picture, captions in table_captions(path, findings).items()]
-    raise UserError(f"data_dir: {path} is no folder")
+    if path.is_dir():
+        skipped = [config.output_dir, config.cache_dir, *(s.path for s in config.data_dir if s.path != source.path)]
+        return read_folder(path, skipped, findings)
+    if not path.is_file():
+        raise UserError(f"data_dir: {path} is no folder")
+
+    def find(name):  # relative to the current directory or, if nothing is there, to the list
+        picture = Path(name) if os.path.exists(name) else path.parent / name
+        if not picture.exists():
+            raise ValueError(f"there is no picture {name!r}")
+        return picture
+
+    return list(read_captions(path, findings, find).items())
 
 
 def file_stamp(status):
@@ -527,8 +420,8 @@ def file_stamp(status):
 
 
 def facts_of(path, known):
-    """{"file", "key", "size", "notes"} of a picture, as in Picture, or as a text the reason to leave it out. `known`: the
-    pictures of an earlier manifest by their paths."""
+    """{"file", "key", "size", "notes"} of a picture, as in Picture, or as a text the reason to leave it out. `known`:
+    the pictures of an earlier manifest by their paths."""
     try:
         str(path).encode("utf-8")
         status = os.stat(path)
@@ -556,69 +449,85 @@ def facts_of(path, known):
 
 
 def token_counts(tokenizer, prompts):
-    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one piece."""
-    pieces = {
-        prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
-        for prompt in prompts
+    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one
+    piece."""
+    split = {
+        p: [piece for part, quoted in split_quotation(p) for piece in (part if quoted else [part])] for p in prompts
     }
-    distinct, lengths = sorted({piece for prompt in pieces for piece in pieces[prompt]}), {}
+    distinct, lengths = sorted({piece for pieces in split.values() for piece in pieces}), {}
     for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
         some = distinct[i : i + 1000]
         lengths.update(zip(some, map(len, tokenizer(some, add_special_tokens=False)["input_ids"])))
-    return {prompt: sum(lengths[piece] for piece in pieces[prompt]) for prompt in pieces}
+    return {prompt: sum(lengths[piece] for piece in pieces) for prompt, pieces in split.items()}
 
 
 def describe_pictures(pictures, config, findings):
     """Adds what is worth knowing of the pictures to `findings`."""
-    by_key, buckets_used = collections.defaultdict(list), collections.Counter()
+    by_key, used = collections.defaultdict(dict), collections.Counter(picture.bucket for picture in pictures)
     for picture in pictures:
         (width, height), bucket = picture.size, picture.bucket
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        by_key[picture.key].append(picture.path)
-        buckets_used[bucket] += 1
-        for note in picture.notes:
-            findings.note(note, picture.path)
+        if picture.path not in by_key[picture.key]:  # else in another resolution
+            for note in picture.notes:
+                findings.note(note, picture.path)
+        by_key[picture.key][picture.path] = True
+        what = f"{picture.path}: {width}x{height}"
         if scale > 1:
-            findings.note(
-                "Smaller than their bucket, enlarged", f"{picture.path}: {width}x{height} to {bucket[0]}x{bucket[1]}"
-            )
+            findings.note("Smaller than their bucket, enlarged", f"{what} to {bucket[0]}x{bucket[1]}")
         if kept < 0.5:
-            findings.note("More than half is cut away", f"{picture.path}: {width}x{height}, {kept:.0%} is kept")
+            findings.note("More than half is cut away", f"{what}, {kept:.0%} is kept")
+        names = Path(picture.path).stem, Path(picture.path).parent.name
+        if any(re.fullmatch("(.*[_-])?mask(s|label)?", name, re.IGNORECASE) for name in names):
+            findings.note("Named like masks, and trained on as pictures", picture.path)
     for paths in by_key.values():
         if len(paths) > 1:
             findings.note("Exact duplicates", " = ".join(paths))
-    for (width, height), count in sorted(buckets_used.items()):
+    for (width, height), count in sorted(used.items()):
         if count < config.train_batch_size:
-            findings.note(
-                "Buckets that do not fill a batch",
-                f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}",
-            )
+            what = f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}"
+            findings.note("Buckets that do not fill a batch", what)
+    for folder in sorted({Path(picture.path).parent for picture in pictures}):
+        if kohya := re.fullmatch(r"(\d+)_(.+)", folder.name):
+            what = f'{folder}: a source {{"path": "{folder}", "repeats": {kohya[1]}}} does what the name says'
+            findings.note("Folders named as for Kohya's scripts", what)
 
 
 def describe_captions(pictures, config, findings):
-    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on their number, languages and tokens."""
-    captions = list(dict.fromkeys(caption for picture in pictures for caption in picture.captions))
-    total = sum(len(picture.captions) for picture in pictures)
-    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for picture in pictures for caption in picture.captions)
-    summary = f"{total} captions: {chinese} with Chinese, {total - chinese} without"
-    for picture in pictures:
-        quoted = [part for caption in picture.captions for part, is_quoted in split_quotation(caption) if is_quoted]
+    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on their number, languages and
+    tokens."""
+    pictures = {picture.path: picture for picture in pictures}.values()  # each once
+    all_captions = [(picture.path, caption) for picture in pictures for caption in picture.captions]
+    captions = list(dict.fromkeys(caption for _, caption in all_captions))
+    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for _, caption in all_captions)
+    summary = f"{len(all_captions)} captions: {chinese} with Chinese, {len(all_captions) - chinese} without"
+    for word in config.trigger_words:
+        count = sum(word in caption for _, caption in all_captions)
+        findings.note("Trigger words", f"{word!r}: {count} captions have it, {len(all_captions) - count} have not")
+    for path, caption in all_captions:
+        quoted = [part for part, is_quoted in split_quotation(caption) if is_quoted]
         if quoted:
-            findings.note("Quoted text, drawn letter by letter", f"{picture.path}: {' '.join(quoted)}")
+            findings.note("Quoted text, drawn letter by letter", f"{path}: {' '.join(quoted)}")
+        elif re.search(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", caption, re.IGNORECASE):
+            findings.note(
+                "Text in the picture? Only what stands in quotes is drawn letter by letter",
+                f"{path}: {shortened(caption)}",
+            )
+        if re.search(r"\[(trigger|name|token)\]|[{<]trigger[}>]", caption):
+            findings.note("Placeholders, trained on as they stand", f"{path}: {shortened(caption)}")
     try:
         tokens = token_counts(load_tokenizer(config), captions)
     except (UserError, OSError, ValueError) as error:
         return f"{summary}; tokens were not counted ({error})"
-    for picture in pictures:
-        for caption in picture.captions:
-            if tokens[caption] > TEXT_TOKENS:
-                findings.note(
-                    f"Captions over {TEXT_TOKENS} tokens, the rest is not read",
-                    f"{picture.path}: {tokens[caption]} tokens: {shortened(caption)}",
-                )
+    for path, caption in all_captions:
+        if tokens[caption] > TEXT_TOKENS:
+            what = f"{path}: {tokens[caption]} tokens: {shortened(caption)}"
+            findings.note(f"Captions over {TEXT_TOKENS} tokens, the rest is not read", what)
     if not tokens:
         return summary
+    short = sum(count < SHORT_CAPTION for count in tokens.values())
+    if short:
+        summary += f"; {short} of under {SHORT_CAPTION} tokens, and the model draws best from long descriptions"
     return f"{summary}; {sum(tokens.values()) / len(tokens):.0f} tokens on average, {max(tokens.values())} at most"
 
 
@@ -628,7 +537,8 @@ def shortened(text, length=60):
 
 
 def report_text(summary, pictures, findings, short=False):
-    """The report, in Markdown: the summary, the buckets, and every finding, problems first. `short` is for a terminal."""
+    """The report, in Markdown: the summary, the buckets, and every finding, problems first. `short` is for a
+    terminal."""
     used, samples = collections.Counter(), collections.Counter()
     for picture in pictures:
         used[picture.bucket] += 1
@@ -658,8 +568,8 @@ def system_font(names, size):
 
 
 def label(text, size, instead="(no font for Chinese text)"):
-    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one accents are
-    left out, and a Chinese text is replaced by `instead`."""
+    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one
+    accents are left out, and a Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
     font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
     if font is None and is_chinese(text):
@@ -693,9 +603,8 @@ def contact_sheet(pictures):
 
     tiles = iter(tqdm(in_parallel(tile, cells), desc="preview", total=len(cells), unit="picture", leave=False))
     for bucket, size, columns, count, shown in groups:
-        title = f"{bucket[0]}x{bucket[1]}: {count} pictures" + (
-            f", {len(shown)} of them shown" if len(shown) < count else ""
-        )
+        title = f"{bucket[0]}x{bucket[1]}: {count} pictures"
+        title += f", {len(shown)} of them shown" if len(shown) < count else ""
         draw.text((gap, top + gap), title, "black", font=label(title, 15)[1])
         top += line + 2 * gap
         for i, picture in enumerate(shown):
@@ -713,7 +622,8 @@ def contact_sheet(pictures):
 
 
 def main(config):
-    """Writes manifest, report and preview. Returns the pictures, a list of Picture. Raises UserError if none can be used."""
+    """Writes manifest, report and preview. Returns the pictures, a list of Picture. Raises UserError if none can be
+    used."""
     if not config.data_dir:
         raise UserError("data_dir: not set; name the folder with your pictures")
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
@@ -722,7 +632,7 @@ def main(config):
         for name in ("output_dir", "cache_dir"):
             if os.path.realpath(source.path) == os.path.realpath(getattr(config, name)):
                 raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
-        for path, captions, _ in read_source(source, config, findings):
+        for path, captions in read_source(source, config, findings):
             if captions or config.instance_prompt:
                 found.append((source, path, captions))
             else:
@@ -730,7 +640,7 @@ def main(config):
                 findings.note(LEFT_OUT, f"{path}: no caption; write {text_file} beside it or set instance_prompt")
     with contextlib.suppress(OSError, ValueError):  # there is no manifest yet, or one of another kind: all is read
         known = {picture.path: picture for picture in read_manifest(output / "manifest.jsonl")}
-    nearest = functools.cache(functools.partial(nearest_bucket, sizes=buckets(config)))
+    buckets = functools.cache(functools.partial(buckets_of, sets=bucket_sets(config)))
     all_facts = in_parallel(lambda item: facts_of(item[1], known), found)
     bar = tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
     for (source, path, captions), facts in zip(found, bar):
@@ -739,13 +649,13 @@ def main(config):
             continue
         if not captions:
             findings.note("Without a caption of their own, instance_prompt is used", path)
-        captions = [source.caption_prefix + caption for caption in captions or [config.instance_prompt]]
+        captions = [prefixed(source.caption_prefix, caption) for caption in captions or [config.instance_prompt]]
         own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight, source=source.path)
-        pictures.append(Picture(path=str(path), bucket=nearest(*facts["size"]), **own, **facts))
+        pictures += [Picture(path=str(path), bucket=bucket, **own, **facts) for bucket in buckets(facts["size"])]
 
     describe_pictures(pictures, config, findings)
-    left_out = len(findings.get(LEFT_OUT, []))
-    summary = f"{len(pictures)} pictures, {left_out} left out; {describe_captions(pictures, config, findings)}."
+    left_out, count = len(findings.get(LEFT_OUT, [])), len({picture.path for picture in pictures})
+    summary = f"{count} pictures, {left_out} left out; {describe_captions(pictures, config, findings)}."
     report, printed = (report_text(summary, pictures, findings, short) for short in (False, True))
     if not pictures:
         write_file(output / "report.md", report)
@@ -756,13 +666,18 @@ def main(config):
     texts = {output / "manifest.jsonl": manifest, output / "report.md": report}
     unchanged = [write_if_changed(path, text) for path, text in texts.items()]
     preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
-    if not os.path.exists(preview) or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
+    if not preview.exists() or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
         data = io.BytesIO()
-        contact_sheet(pictures).save(data, "JPEG", quality=88)
+        contact_sheet(pictures).save(data, "JPEG", quality=88, comment=GRID)
         write_file(preview, data.getvalue())
     print(f"{summary} As before: {output / 'report.md'}" if all(unchanged) else printed)
     print(f"what the model will see: {preview}")
     return pictures
+
+
+def prefixed(prefix, caption):
+    """A caption with its source's prefix: between two Latin letters or digits there is a space."""
+    return prefix + " " * bool(re.fullmatch(r"[a-zA-Z0-9]{2}", prefix[-1:] + caption[:1])) + caption
 
 
 def write_if_changed(path, text):

@@ -40,6 +40,7 @@ from longcat_common import (
     load_vae, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage,
     sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, write_file, write_tensors,
 )  # fmt: skip
+from prepare_data import GRID
 from validate import LORA_NAME, generate, make_pipeline, picture_grid, picture_settings, save_picture
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
@@ -527,7 +528,9 @@ def preview(config, run, metrics):
             pipe = make_pipeline(config, run.transformer, load_vae(config, run.device))
         for i in missing:
             (image,) = generate(pipe, config, [config.validation_prompts[i]])
-            save_picture(image, path_of(run.step, i), prompt=config.validation_prompts[i], settings=settings)
+            save_picture(
+                image, path_of(run.step, i), longcat=GRID, prompt=config.validation_prompts[i], settings=settings
+            )
             if metrics.board:
                 metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
         steps = {
@@ -541,7 +544,7 @@ def preview(config, run, metrics):
             (f"step {s}" if s else "before (step 0)") + (", lowest held-out loss" if s == best else "") for s in shown
         ]
         pictures = [[Image.open(path_of(step, i)) for step in shown] for i in rows]
-        save_picture(picture_grid(pictures, config.validation_prompts, labels), folder / "progress.png")
+        save_picture(picture_grid(pictures, config.validation_prompts, labels), folder / "progress.png", longcat=GRID)
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
         say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")

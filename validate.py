@@ -27,7 +27,7 @@ from longcat_common import (
     prepare_pos_ids, read_header, read_lora, read_tensors, remove_lora, run_stage, stage, step_of,
     validation_sizes, write_file,
 )  # fmt: skip
-from prepare_data import CHINESE_FONTS, is_chinese, label, system_font
+from prepare_data import CHINESE_FONTS, GRID, is_chinese, label, system_font
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 PROMPTS = [
@@ -352,6 +352,7 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
             save_picture(
                 grid,
                 folder / "comparison.png",
+                longcat=GRID,
                 lora=", ".join(map(str, loras)) or "none",
                 base_model=base_model(config),
             )

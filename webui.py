@@ -597,7 +597,7 @@ def data_tab(place, form):
     sheet = picture("What the model will see", elem_id="sheet", visible=False)
     with gr.Accordion(t("Report"), open=False, visible=False, elem_id="report-box") as report_box:
         report = gr.Markdown(elem_id="report")
-    pictures = gr.State([])  # {"picture", "captions", "file", "stamp"} each, and "typed" if that is not saved yet
+    pictures = gr.State([])  # {"picture", "captions", "stamp"} each, and "typed" if that is not saved yet
     with gr.Column(visible=False) as captions_box:
         gr.Markdown(f"### {t('Captions: choose a picture')}")
         with gr.Row():
@@ -638,9 +638,8 @@ def data_tab(place, form):
         except (UserError, OSError) as error:
             line = f"⚠ {plain(error)}"
         for source in config.data_dir:
-            for path, captions, file in prepare_data.read_source(source, config, prepare_data.Findings()):
-                file = file or path.with_suffix(".txt")
-                found.append({"picture": path, "captions": captions, "file": file, "stamp": stamp(file)})
+            for path, captions in prepare_data.read_source(source, config, prepare_data.Findings()):
+                found.append({"picture": path, "captions": captions, "stamp": own_stamps(path)})
         keep_typed(before, i, text)
         typed = {entry["picture"]: {"typed": entry["typed"]} for entry in before if "typed" in entry}
         found = [entry | typed.get(entry["picture"], {}) for entry in found]
@@ -664,7 +663,7 @@ def data_tab(place, form):
             start + event.index,
             thumbnail(entry["picture"], 768),
             entry.get("typed", "\n".join(entry["captions"])),
-            plain(entry["file"]),
+            plain(entry["picture"]),
             left,
         )
 
@@ -672,25 +671,22 @@ def data_tab(place, form):
         captions = lines_of(text)
         if i is None or not 0 <= i < len(found) or not captions:
             return t("⚠ Choose a picture, and write a caption."), gr.skip(), gr.skip()
-        path, file = found[i]["picture"], found[i]["file"]
+        path = found[i]["picture"]
         try:
-            if not is_inside(file, [place.output, *place.folders]):
-                raise UserError(f"{file}: is a link out of this page's folders")
-            if stamp(file) != found[i]["stamp"] or not path.exists():
+            for suffix in (".txt", ".json"):
+                if not is_inside(path.with_suffix(suffix), [place.output, *place.folders]):
+                    raise UserError(f"{path.with_suffix(suffix)}: is a link out of this page's folders")
+            if own_stamps(path) != found[i]["stamp"] or not path.exists():
                 return (
-                    f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(file)}",
+                    f"{t('⚠ This file has changed meanwhile; look at the data again:')} {plain(path)}",
                     gr.skip(),
                     gr.skip(),
                 )
-            prepare_data.write_captions(file, path, captions)
+            file = prepare_data.save_captions(path, captions)
         except UserError as error:
             return f"⚠ {plain(error)}", gr.skip(), gr.skip()
         found[i].pop("typed", None)
-        for entry in found:
-            if entry["file"] == file:  # a table, or of pictures that share their caption
-                entry |= {"stamp": stamp(file)} | (
-                    {"captions": captions} if entry is found[i] or prepare_data.is_own(file, entry["picture"]) else {}
-                )
+        found[i] |= {"captions": captions, "stamp": own_stamps(path)}
         return f"{t('Saved:')} {plain(file)}", found, thumbnails(found[start : start + THUMBNAILS])
 
     outputs = [
@@ -749,6 +745,11 @@ def picture(label, **options):
 def stamp(file):
     """What tells that a file has not changed; None if there is none."""
     return prepare_data.file_stamp(os.stat(file)) if file and os.path.isfile(file) else None
+
+
+def own_stamps(path):
+    """The stamps of a picture's own caption files."""
+    return [stamp(path.with_suffix(suffix)) for suffix in (".txt", ".json")]
 
 
 def thumbnails(entries):

@@ -60,7 +60,7 @@ def make_pictures(folder, count):
 def whole_way(path, sizes):
     """The way of the model authors' data set class: full decode, bicubic resize to cover, centre crop, float tensor."""
     image = Image.open(path).convert("RGB")
-    width, height = prepare_data.nearest_bucket(*image.size, sizes)
+    width, height = prepare_data.buckets_of(image.size, [sizes])[0]
     scale = max(width / image.width, height / image.height)
     size = (math.ceil(image.width * scale - 1e-6), math.ceil(image.height * scale - 1e-6))
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -88,7 +88,7 @@ def timed(work):
 def likeness(path, sizes):
     """dB between the reduced decode and the same resize of the whole picture."""
     with Image.open(path) as image:
-        bucket = prepare_data.nearest_bucket(*image.size, sizes)
+        bucket = prepare_data.buckets_of(image.size, [sizes])[0]
         whole = image.convert("RGB")
     data = io.BytesIO()
     whole.save(data, "PNG", compress_level=0)  # a PNG is always decoded whole

@@ -93,14 +93,14 @@ def test_numbers_in_flags_are_numbers():
         ({"lr_scheduler": "cosine_with_restarts"}, ["lr_scheduler: found 'cosine_with_restarts', must be 'constant'"]),
         ({"model_family": "flux"}, ["model_family: found 'flux', must be 'longcat_image'"]),
         ({"aspect_bucket_alignment": 100}, ["aspect_bucket_alignment: found 100, must be a multiple of 64"]),
-        ({"resolution": "1000"}, ["resolution: found '1000'", "multiple of 64"]),
-        ({"resolution": "64000000"}, ["resolution: found '64000000', must be a multiple of 64 under 10000"]),
+        ({"resolution": "1000"}, ["resolution: found '1000'", "multiples of 64"]),
+        ({"resolution": "64000000"}, ["resolution: found '64000000', must be multiples of 64 under 10000"]),
         (
             {"resolution": "1024x1000"},
             ["resolution: found '1024x1000', '1024x1000' is no WIDTHxHEIGHT in multiples of 64"],
         ),
         ({"resolution": None}, ["resolution: found None, must be a valid string"]),
-        ({"aspect_bucket_alignment": 192}, ["resolution: found '1024', must be a multiple of 192"]),
+        ({"aspect_bucket_alignment": 192}, ["resolution: found '1024', must be multiples of 192"]),
         ({"validation_resolution": "big"}, ["validation_resolution: found 'big'", "1024x1024"]),
         ({"validation_resolution": "1024x1024,100"}, ["validation_resolution", "'100'", "1024x1024"]),
         (

@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, ImageOps, features
 import cache_latents
 import prepare_data
 import train_lora
+import validate
 from longcat_common import buckets, load_config, load_tokenizer, read_tensors
 from prepare_data import token_counts
 
@@ -139,7 +140,7 @@ def test_precedence_and_conflicts(tiny_config, data):
     texts = ["by txt", "by json", "by jsonl", "by csv", "by map", "from above", "by default"]
     assert found == {name: [text] for name, text in zip(names, texts)}
     conflicts = [line for line in report.splitlines() if "says something else" in line]
-    assert len(conflicts) == 5 + 4 + 3 + 2 + 1
+    assert len(conflicts) == 1 + 3 + 2 + 1, "beside a file of its own a table may say what it likes"
     assert (
         f"- {data}/sub/txt.jpg: {data}/sub/json" not in report
         and f"{data}/sub/txt.json says something else than {data}/sub/txt.txt, which is used" in report
@@ -180,7 +181,7 @@ def test_training_draws_one_caption_an_epoch(tiny_config, data):
         ("a.json", b'{"caption": "a"', ["a.json: is not JSON at line 1"]),
         ("a.json", b'{"caption": " ", "tags": "red"}', ["a.json: is empty"]),
         ("a.json", b'{"title": "a"}', ["a.json: is no object with one of caption, text, prompt"]),
-        ("a.json", b'"a"', ["a.json: is no object"]),
+        ("a.json", b"5", ["a.json: holds '5' where a caption"]),
         ("a.json", b'{"caption": 5}', ["a.json: holds '5' where a caption"]),
         ("a.json", b'{"caption": "\\ud83d"}', ["a.json: holds half a character"]),
         ("a.json", b'{"caption": ' + b"[" * 100000, ["a.json: is nested too deeply"]),
@@ -490,7 +491,7 @@ def test_every_size_can_be_cut(tmp_path):
         ((1676, 2714), (104, 160)),
     ]
     for width, height in [(rng.randrange(64, 900), rng.randrange(64, 900)) for _ in range(400)]:
-        pairs.append(((width, height), tuple(n // 8 for n in prepare_data.nearest_bucket(width, height, sizes))))
+        pairs.append(((width, height), tuple(n // 8 for n in prepare_data.buckets_of((width, height), [sizes])[0])))
     for (width, height), bucket in pairs:
         Image.new("L", (width, height)).save(tmp_path / "a.bmp")
         assert prepare_data.load_picture(tmp_path / "a.bmp", bucket).size == bucket
@@ -788,3 +789,88 @@ def test_pictures_that_cannot_be_decoded_later_are_named(tiny_config, data):
     assert list(prepare(tiny_config, data, instance_prompt="x")[0]) == ["a.jpg"]
     with pytest.raises(ValueError, match="a.jpg: cannot be used"):
         cache_latents.main(tiny_config(data_dir=str(data), instance_prompt="x"))
+
+
+# ---------------------------------------------------------------- surprises
+
+
+def test_a_prefix_is_set_off_between_latin_letters(tiny_config, data):
+    for name, caption in (("a", "a cat"), ("b", "一只猫"), ("c", ", a cat")):
+        picture(data / f"{name}.png")
+        (data / f"{name}.txt").write_text(caption, encoding="utf-8")
+    entries, _ = prepare(tiny_config, [{"path": str(data), "caption_prefix": "neonix style"}])
+    captions = [entries[f"{name}.png"].captions[0] for name in "abc"]
+    assert captions == ["neonix style a cat", "neonix style一只猫", "neonix style, a cat"]
+
+
+def test_the_inner_source_owns_its_pictures(tiny_config, data):
+    for path in (data / "a.png", data / "reg" / "b.png", data / "reg" / "deep" / "c.png"):
+        picture(path)
+    sources = [str(data), {"path": str(data / "reg"), "caption_prefix": "ordinary ", "loss_weight": 0.5}]
+    for given in (sources, sources[::-1]):
+        pictures = prepare_data.main(tiny_config(data_dir=given, instance_prompt="x"))
+        found = sorted((Path(p.path).name, p.captions, p.loss_weight, Path(p.source).name) for p in pictures)
+        inner = [(name, ["ordinary x"], 0.5, "reg") for name in ("b.png", "c.png")]
+        assert found == [("a.png", ["x"], 1.0, data.name), *inner]
+
+
+def test_a_picture_is_cut_to_every_resolution_that_it_fills(tiny_config, data):
+    sizes = {"large.png": (640, 640), "middle.png": (300, 280), "small.png": (100, 90), "wide.png": (800, 400)}
+    for name, size in sizes.items():
+        picture(data / name, size=size)
+    config = tiny_config(data_dir=str(data), instance_prompt="x", resolution="512, 128,256")
+    pictures, found = prepare_data.main(config), {}
+    for entry in pictures:
+        found.setdefault(Path(entry.path).name, []).append(entry.bucket)
+    assert found["large.png"] == [(128, 128), (256, 256), (512, 512)]
+    assert found["middle.png"] == [(128, 128), (256, 256)] and found["small.png"] == [(128, 128)]
+    assert all(w <= 800 and h <= 400 for w, h in found["wide.png"]) and len(found["wide.png"]) == 3
+    report = (Path(config.output_dir) / "report.md").read_text(encoding="utf-8")
+    assert "4 pictures, 0 left out" in report and "| 256x256 | 2 | 2 |" in report and "duplicates" not in report
+    assert buckets(config) == sorted({*buckets(config)}) and (512, 512) in buckets(config)
+
+
+def test_what_the_scripts_draw_of_several_pictures_is_not_trained_on(quick_config, data):
+    config = quick_config(
+        output_dir=str(data / "output"), max_train_steps=1, validation_step_interval=1, validation_split=0.2
+    )
+    train_lora.main(config)
+    grid = validate.main(config)
+    shutil.copy(Path(config.output_dir) / "preview.jpg", data / "sheet.jpg")
+    for path in (Path(config.output_dir) / "validation").glob("*.png"):
+        shutil.copy(path, data / path.name)
+    for path in grid.parent.glob("*.png"):
+        shutil.copy(path, data / f"drawn-{path.name}")
+    shutil.rmtree(config.output_dir)
+    pictures = prepare_data.main(quick_config(data_dir=str(data), instance_prompt="x", output_dir=str(data / "next")))
+    assert [Path(p.path).name for p in pictures] == [
+        "drawn-00-128x128-seed42-base.png", "drawn-00-128x128-seed42-lora.png",
+    ]  # fmt: skip
+    report = (data / "next" / "report.md").read_text(encoding="utf-8")
+    assert report.count("is a grid or a preview that these scripts have drawn") == 5
+
+
+def test_what_the_report_says_unasked(tiny_config, data):
+    captions = {
+        "10_cat/a": "neonix style, a cat on a mat in the sun, " + "with a long description of it, " * 5,
+        "10_cat/b": "a dog\nunder a tree",
+        "c": "[trigger] a poster that says hello",
+        "d": '一张海报，上面写着"你好"',
+        "e": "街边的牌子上写着你好",
+        "f_mask": "neonix style",
+    }
+    for name, caption in captions.items():
+        picture(data / f"{name}.png", colour=(len(name), len(caption), 9))
+        (data / f"{name}.txt").write_text(caption, encoding="utf-8")
+    _, report = prepare(tiny_config, data, trigger_words=["neonix style", "zumi"])
+    for words in (
+        f'- {data}/10_cat: a source {{"path": "{data}/10_cat", "repeats": 10}} does what the name says',
+        f"## Several lines in a .txt, joined to one caption: 1\n\n- {data}/10_cat/b.txt",
+        f"- {data}/f_mask.png",
+        "- 'neonix style': 2 captions have it, 4 have not\n- 'zumi': 0 captions have it, 6 have not",
+        f"## Placeholders, trained on as they stand: 1\n\n- {data}/c.png: [trigger] a poster that says hello",
+        f"stands in quotes is drawn letter by letter: 2\n\n- {data}/c.png: [trigger] a poster that says hello\n- {data}/e.png",
+        f"## Quoted text, drawn letter by letter: 1\n\n- {data}/d.png",
+        "of under 20 tokens, and the model draws best from long descriptions",
+    ):
+        assert words in report, (words, report)
