@@ -1137,51 +1137,71 @@ def lora_file(path):
     return path
 
 
+# Keys that name another kind of LoRA, or another layout, and what to say of it.
+OTHER_KINDS = {
+    "lokr_": "is a LoKr", "hada_": "is a LoHa", "dora_scale": "is a DoRA", "lora_magnitude_vector": "is a DoRA",
+    "double_blocks": "has the model's original layout, with q, k and v in one layer", "oft_": "is an OFT",
+}  # fmt: skip
+LAYER_ENDS = TARGET_MODULES + "proj_mlp proj_out norm.linear norm1.linear norm1_context.linear norm_out.linear".split()
+
+
+def lora_name(name):
+    """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
+    name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
+    name = (
+        name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
+    )
+    # Kohya's names have underscores for dots: lora_unet_transformer_blocks_0_attn_to_q
+    block = r"(?:((?:single_)?transformer_blocks)_(\d+)_)?"
+    if kohya := re.fullmatch(rf"lora_(?:unet|transformer)_{block}(\w+)(\..+)", name):
+        *where, end, part = kohya.groups()
+        ends = {own.replace(".", "_"): own for own in LAYER_ENDS}
+        name = ".".join(filter(None, [*where, ends.get(end, end)])) + part
+    return name
+
+
 def read_lora(path):
     """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
 
-    Opens what other trainers write, too: keys with the prefix of diffusers (`transformer.`), of PEFT
-    (`base_model.model.`) or none, `lora_down`/`lora_up` for `lora_A`/`lora_B`. What they divide out, alpha / rank (/
-    sqrt(rank) for rsLoRA), is folded into B; alpha is taken from `.alpha` tensors, diffusers' header or PEFT's
-    adapter_config.json. A text encoder's part is left out, and said. Raises UserError.
+    Opens what other trainers write, too, see lora_name. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA),
+    is folded into B; alpha is taken from `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or
+    SimpleTuner's simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
     """
     path = lora_file(path)
-    tensors, beside, settings = read_tensors(path), path.with_name("adapter_config.json"), {}
+    tensors, header, settings = read_tensors(path), read_header(path), {}
+    pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
     if any(name.startswith("base_model.model.") for name in tensors):
-        settings = read_json(beside) if beside.is_file() else {}
+        settings = read_json(pefts) if pefts.is_file() else {}
         if "lora_alpha" not in settings:
-            raise UserError(f"{path}: is PEFT's, and its strength is unknown without {beside.name} beside it")
-    with contextlib.suppress(LookupError, ValueError, AttributeError):  # else its tensors have to do
-        header = json.loads(read_header(path)["lora_adapter_metadata"])
-        settings |= {name.removeprefix("transformer."): value for name, value in header.items()}
+            raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
+    elif "lora_adapter_metadata" in header:
+        with contextlib.suppress(ValueError, AttributeError):  # else its tensors have to do
+            named = json.loads(header["lora_adapter_metadata"]).items()
+            settings = {name.removeprefix("transformer."): value for name, value in named}
+    elif simpletuners.is_file():
+        settings = {name.removeprefix("--"): value for name, value in read_json(simpletuners).items()}
     if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
-    state, forms = {}, {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
-    for name, tensor in tensors.items():
-        name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
-        for theirs, ours in forms.items():
-            name = name.replace(theirs, ours)
-        if name.startswith(("text_encoder", "lora_te")):
-            say_once(
-                f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here"
-            )
-        else:
-            state[name] = tensor.float()
-    alphas = {
-        name.removesuffix(".alpha"): state.pop(name).mean().item() for name in [*state] if name.endswith(".alpha")
-    }
+    state = {lora_name(name): tensor.float() for name, tensor in tensors.items()}
+    for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
+        say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
+        del state[name]
+    alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
     sound = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
     if not state or not sound or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
         foreign = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
-        what = f"has keys such as {foreign[0]!r}" if foreign else "is incomplete"
+        kinds = [kind for key, kind in OTHER_KINDS.items() if any(key in name for name in state)]
+        what = kinds[0] if kinds else f"has keys such as {foreign[0]!r}" if foreign else "is incomplete"
         raise UserError(f"{path}: is no LoRA that can be opened here: it {what}")
+    if not alphas and not settings and "longcat_lora" not in header:
+        say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
     try:
         patterns = settings.get("alpha_pattern") or {}
         for module in modules:
             rank = state[f"{module}.lora_B.weight"].shape[1]
             of_all = settings.get("lora_alpha", rank)
-            alpha = alphas.get(module, patterns.get(get_pattern_key(patterns, module), of_all))
+            alpha = float(alphas.get(module, patterns.get(get_pattern_key(patterns, module), of_all)))
             state[f"{module}.lora_B.weight"] *= alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     except (TypeError, ValueError, re.error) as error:
         raise UserError(f"{path}: its alpha cannot be read ({error})") from None

@@ -169,7 +169,39 @@ def of_kohya(folder):
     return prediction, folder / "kohya.safetensors"
 
 
-@pytest.mark.parametrize("foreign", [of_diffusers, of_the_authors, with_patterns, with_rslora, of_kohya])
+def with_underscores(folder, prefix="lora_unet_"):
+    """As kohya's scripts name layers, with an alpha each."""
+    prediction, folder = of_diffusers(folder)
+    state = {}
+    for name, tensor in load_file(folder / "pytorch_lora_weights.safetensors").items():
+        module, part = name.rsplit(".lora_", 1)
+        module = prefix + module.removeprefix("transformer.").replace(".", "_")
+        state[f"{module}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
+        state[f"{module}.alpha"] = torch.tensor(10.0)
+    save_file(state, folder / "underscores.safetensors")
+    return prediction, folder / "underscores.safetensors"
+
+
+def with_other_underscores(folder):
+    return with_underscores(folder, "lora_transformer_")
+
+
+def of_simpletuner(folder):
+    """No alpha in the file; it is in the configuration beside it."""
+    prediction, folder = of_diffusers(folder)
+    state = load_file(folder / "pytorch_lora_weights.safetensors")
+    save_file({f"transformer.{name}": tensor for name, tensor in state.items()}, folder / "simpletuner.safetensors")
+    (folder / "simpletuner_config.json").write_text('{"--lora_rank": 4, "--lora_alpha": 10}')
+    return prediction, folder / "simpletuner.safetensors"
+
+
+FOREIGN = [
+    of_diffusers, of_the_authors, with_patterns, with_rslora, of_kohya, with_underscores, with_other_underscores,
+    of_simpletuner,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
 def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, foreign):
     expected, path = foreign(tmp_path)
     close = 1e-5 if foreign is not of_kohya else 0.003  # bf16
@@ -200,7 +232,14 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         (
             "dora",
             {**state, "transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)},
-            "lora_magnitude_vector",
+            "is a DoRA",
+        ),
+        ("lokr", {"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.ones(3, 3)}, "is a LoKr"),
+        ("loha", {"lora_unet_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(3, 3)}, "is a LoHa"),
+        (
+            "original",
+            {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 3)},
+            "original layout, with q, k and v",
         ),
         ("half", {name: tensor for name, tensor in state.items() if "lora_A" in name}, "incomplete"),
         ("model", {"x_embedder.weight": torch.ones(2)}, "x_embedder.weight"),
@@ -253,6 +292,16 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         match="its strength is unknown without adapter_config.json beside it",
     ):
         read_lora(tmp_path / "ok")
+
+
+def test_a_lora_that_says_nothing_of_its_alpha_is_said(tiny_config, tmp_path, capsys):
+    _, path = of_simpletuner(tmp_path)
+    make_lora(tiny_config, tmp_path / "ours")
+    read_lora(path), read_lora(tmp_path / "ours")
+    assert "alpha" not in capsys.readouterr().out
+    (tmp_path / "simpletuner_config.json").unlink()
+    read_lora(path)
+    assert f"{path}: says nothing of its alpha, which is taken to be its rank" in capsys.readouterr().out
 
 
 def test_a_lora_on_some_blocks_is_drawn_but_not_trained_on_and_a_text_encoders_part_is_left_out(
