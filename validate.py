@@ -308,59 +308,63 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
     """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's
     path."""
     sizes, seeds = (list(dict.fromkeys(values)) for values in (validation_sizes(config), config.validation_seed))
-    rows = {(i, size, seed): [] for i in range(len(prompts)) for size in sizes for seed in seeds}
-    several = lambda size, seed: (
-        (f"{size[0]}x{size[1]} | " if len(sizes) > 1 else "") + (f"seed {seed} | " if len(seeds) > 1 else "")
-    )
-    title = f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
-    title += (f", {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "") + (
-        f", seed {seeds[0]}" if len(seeds) == 1 else ""
-    )
-    title += f", negative prompt: {config.validation_negative_prompt}" if config.validation_negative_prompt else ""
-    title += (
-        f"\n{'/'.join(loras[0].parts[-3:])}, step {steps_of(loras[0])}".removesuffix(", step -1")
-        if len(loras) == 1
-        else f"\n{Path(config.output_dir).name}"
-    )
-    settings = picture_settings(config, without="validation_prompts") | {
-        "base_model_precision": config.base_model_precision,
-        "mixed_precision": config.mixed_precision,
-    }
+    settings = picture_settings(config, without="validation_prompts")
+    settings |= {name: getattr(config, name) for name in ("base_model_precision", "mixed_precision")}
+    rows = [(i, size, seed) for i in range(len(prompts)) for size in sizes for seed in seeds]
+    images, cells, labels = [[] for _ in rows], [], []
+    for i, (width, height), seed in rows:
+        own = [f"{width}x{height}"] * (len(sizes) > 1) + [f"seed {seed}"] * (len(seeds) > 1) + [prompts[i]]
+        labels.append(" | ".join(own))
+    grid = folder / "comparison.png"
 
     started = time.perf_counter()
     with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
-        for number, (_, name, lora, strength) in enumerate(columns, 1):
+        for number, (label_of_column, name, lora, strength) in enumerate(columns, 1):
             if lora:
                 load_lora(pipe.transformer, lora, strength)
-            for (i, size, seed), images in rows.items():
-                images += generate(pipe, config, [prompts[i]], size, seed)
-                own = {
-                    "validation_resolution": f"{size[0]}x{size[1]}",
-                    "validation_seed": seed,
-                    "validation_lora_strength": strength,
-                }
-                text = {
-                    "prompt": prompts[i],
-                    "lora": str(lora or "none"),
-                    "base_model": base_model(config),
-                    "settings": json.dumps(settings | own, ensure_ascii=False),
-                }
-                save_picture(images[-1], folder / f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png", **text)
+            for row, (i, size, seed) in enumerate(rows):
+                images[row] += generate(pipe, config, [prompts[i]], size, seed)
+                own = dict(
+                    validation_resolution=f"{size[0]}x{size[1]}",
+                    validation_seed=seed,
+                    validation_lora_strength=strength,
+                )
+                made_with = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model(config)}
+                file = f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png"
+                said = json.dumps(settings | own, ensure_ascii=False)
+                save_picture(images[row][-1], folder / file, **made_with, settings=said)
+                cells.append({"file": file, "column": label_of_column, **made_with, **own})
                 bar.update()
-            labels = [several(size, seed) + prompts[i] for i, size, seed in rows]
-            grid = picture_grid(list(rows.values()), labels, [label for label, *_ in columns[:number]], title)
-            save_picture(
-                grid,
-                folder / "comparison.png",
-                longcat=GRID,
-                lora=", ".join(map(str, loras)) or "none",
-                base_model=base_model(config),
-            )
-    seconds = (time.perf_counter() - started) / bar.total
+            titles = [label for label, *_ in columns[:number]]
+            title = title_of(config, loras, sizes, seeds)
+            picture = picture_grid(images, labels, titles, title)
+            of_all = ", ".join(map(str, loras)) or "none"
+            save_picture(picture, grid, longcat=GRID, lora=of_all, base_model=base_model(config))
+            shown = {"title": title, "columns": titles, "rows": labels, "settings": settings, "pictures": cells}
+            write_file(folder / "comparison.json", json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
-    print(f"{seconds:.1f} s a picture{memory}")
-    print(f"base beside LoRA: {folder / 'comparison.png'}")
-    return folder / "comparison.png"
+    print(f"{(time.perf_counter() - started) / bar.total:.1f} s a picture{memory}")
+    print(f"base beside LoRA: {grid}")
+    return grid
+
+
+def title_of(config, loras, sizes, seeds):
+    """The grid's two lines of title: the settings that all its pictures share, and what was drawn with."""
+    shared = [f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"]
+    shared += [f"{sizes[0][0]}x{sizes[0][1]}"] * (len(sizes) == 1) + [f"seed {seeds[0]}"] * (len(seeds) == 1)
+    shared += [f"negative prompt: {config.validation_negative_prompt}"] if config.validation_negative_prompt else []
+    drawn = Path(config.output_dir).name
+    if len(loras) == 1:
+        drawn = "/".join(loras[0].parts[-3:]) + (f", step {steps_of(loras[0])}" if steps_of(loras[0]) >= 0 else "")
+    trained = {trained_on(lora) for lora in loras} - {None, base_model(config)}
+    drawn += f"; trained on {', '.join(sorted(trained))}, drawn on {base_model(config)}" if trained else ""
+    return f"{', '.join(shared)}\n{drawn}"
+
+
+def trained_on(lora):
+    """The base model that a LoRA of ours was trained on, from its header; None for another trainer's."""
+    with contextlib.suppress(LookupError, TypeError, json.JSONDecodeError):
+        return json.loads(read_header(lora)["longcat_lora"])["base_model"]
 
 
 if __name__ == "__main__":

@@ -74,6 +74,24 @@ def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run, ca
     )
 
 
+def test_comparison_json_holds_what_the_grid_shows_and_another_base_is_said(run, tmp_path):
+    run.validation_seed, run.validation_prompts, run.validation_num_inference_steps = [1, 2], ["a cat", "一只猫"], 2
+    grid = validate.main(run)
+    shown = json.loads(grid.with_suffix(".json").read_text(encoding="utf-8"))
+    assert shown["rows"] == [f"seed {seed} | {prompt}" for prompt in run.validation_prompts for seed in (1, 2)]
+    assert [title.split(",")[0] for title in shown["columns"]] == ["base model", "with LoRA"]
+    assert len(shown["pictures"]) == 8 and all(
+        (grid.parent / picture["file"]).exists() for picture in shown["pictures"]
+    )
+    assert shown["title"].startswith("2 steps, guidance") and "trained on" not in shown["title"]
+    last = shown["pictures"][-1]
+    assert (last["prompt"], last["validation_seed"], last["validation_lora_strength"]) == ("一只猫", 2, 1.0)
+    (tmp_path / "other").symlink_to(MODEL)
+    run.pretrained_model_name_or_path, run.validation_seed = str(tmp_path / "other"), [1]
+    title = json.loads(validate.main(run).with_suffix(".json").read_text(encoding="utf-8"))["title"]
+    assert title.endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
+
+
 def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
     run.compare_checkpoints, run.validation_prompts = True, run.validation_prompts[:1]
     first = validate.main(run)
@@ -229,6 +247,7 @@ def test_an_interrupted_validation_keeps_what_is_drawn_and_memory_is_advised(run
         folder = Path(run.output_dir) / f"validation/compare-00{number}"
         assert {path.name for path in folder.iterdir()} == {
             "comparison.png",
+            "comparison.json",
             "00-128x128-seed42-base.png",
             "01-128x128-seed42-base.png",
         }
