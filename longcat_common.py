@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -115,7 +116,7 @@ def sources(value):
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 key = lambda default, description, **limits: Field(default, description=description, **limits)
-Text = Annotated[str, Field(max_length=10**6)]  # a limit, for then pydantic refuses half characters, too
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # pydantic then refuses half characters, too
 PathText = Annotated[str, Field(min_length=1), AfterValidator(path_text)]
 Size = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
@@ -451,7 +452,8 @@ def write_file(path, data):
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # it is still there if something went wrong, a signal for one

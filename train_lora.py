@@ -38,7 +38,7 @@ from longcat_common import (
     UserError, base_model, buckets, check_precision, checkpoint_folders, compile_blocks, compute_dtype, content_key,
     fill_transformer, flow_matching_loss, free_memory, generator, is_readable, load_scheduler, load_transformer,
     load_vae, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage,
-    sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, write_file, write_tensors,
+    sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
 from validate import LORA_NAME, generate, make_pipeline, picture_grid, picture_settings, save_picture
@@ -218,8 +218,8 @@ def read_init_lora(config):
 
 
 def checkpoint_blocks(config, transformer):
-    """Chooses the blocks that are computed again in the backward pass: all, none or the number in `gradient_checkpointing`,
-    double-stream blocks first, which keep the most. One that is offloaded always is."""
+    """Chooses the blocks that are computed again in the backward pass: all, none or the number in
+    `gradient_checkpointing`, double-stream blocks first, which keep the most. One that is offloaded always is."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     count = double + single if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
     again = [away or i < count for i, away in enumerate(offloaded(config, double + single))]
@@ -237,7 +237,8 @@ def set_up(config, transformer, scheduler, device, steps):
     if config.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        optimizer = Prodigy(parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True)
+        with contextlib.redirect_stdout(None):  # it prints what nobody asked
+            optimizer = Prodigy(parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(parameters.values(), **settings, fused=device.type != "mps")
     warmup = dict(num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)
@@ -334,7 +335,8 @@ def save_checkpoint(config, run, data):
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{temporary}: is whole, but cannot be renamed to {folder.name} ({error.strerror})") from None
-    for old in checkpoint_folders(config)[: -config.checkpoints_total_limit]:
+    whole = [other for other in checkpoint_folders(config) if read_state(other)]
+    for old in whole[: -config.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -342,7 +344,9 @@ def find_checkpoint(config):
     """The checkpoint to go on from, as (folder, its state.json); (None, None) to start anew. Raises UserError if there
     is none of that name, it does not fit, or `output_dir` holds later ones, which this run would come to overwrite."""
     folders, named = checkpoint_folders(config), config.resume_from_checkpoint not in ("latest", "none")
-    candidates = [Path(config.resume_from_checkpoint)] if named else folders[::-1]
+    own = Path(config.output_dir) / "checkpoints"
+    given = Path(config.resume_from_checkpoint)
+    candidates = [given if given.exists() else own / given] if named else folders[::-1]
     folder = state = None
     for folder in candidates if config.resume_from_checkpoint != "none" else []:
         state = read_state(folder)
@@ -350,11 +354,11 @@ def find_checkpoint(config):
             break
         say(f"{folder}: is no whole checkpoint, and passed over")
     if named and not state:
-        advice = "to start from a LoRA's weights set init_lora"
+        advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
         raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
     later = [other for other in folders if read_state(other) and (not state or step_of(other) > state["step"])]
     if later:
-        advice = "choose another output_dir, or resume from there"
+        advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1].name}; {advice}")
     if not state:
         return None, None
@@ -413,9 +417,10 @@ def locked(folder):
         lock.release()
 
 
-def prepare_folder(output, checkpoint):
-    """Tries all that the training will do in `output`. Refuses another run's finished LoRA, and sets aside the metrics and
-    previews of a run that came to no checkpoint. Raises UserError."""
+def prepare_folder(config, checkpoint):
+    """Tries all that the training will do in `output_dir`. Refuses another run's finished LoRA, and sets aside the
+    metrics and previews of a run that came to no checkpoint. Raises UserError."""
+    output = Path(config.output_dir)
     trial, renamed = (output / "checkpoints" / f".trial-{os.getpid()}{end}" for end in ("", "-renamed"))
     try:
         write_file(trial / "file", "")
@@ -429,7 +434,8 @@ def prepare_folder(output, checkpoint):
         advice = "move it away, or choose another output_dir"
         raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
     metrics = output / "metrics.jsonl"
-    if not checkpoint and metrics.exists() and metrics.stat().st_size:
+    same = (output / "config.json").exists() and (output / "config.json").read_text() == config_text(config)
+    if not checkpoint and not same and metrics.exists() and metrics.stat().st_size:
         aside = next(path for n in range(1, 10**6) if not (path := output / f"before-{n:03d}").exists())
         aside.mkdir()
         for path in (metrics, output / "logs", output / "validation"):
@@ -451,7 +457,7 @@ class Metrics:
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
                 values = json.loads(line)
-                if values["step"] <= step:
+                if 0 < step >= values["step"]:  # without a checkpoint all begins anew
                     kept.append(line + "\n")
                     self.scores |= {values["step"]: values} if "held_out_loss" in values else {}
         if RANK == 0:
@@ -477,8 +483,13 @@ class Metrics:
         return {"held_out": f"{last['held_out_loss']:.4f} of {last['held_out_base']:.4f}"} if last else {}
 
     def best(self):
-        """The step with the lowest held-out loss, or None."""
-        return min(self.scores, key=lambda step: self.scores[step]["held_out_loss"], default=None)
+        """The step with the lowest held-out loss, or None. Steps that scored other pictures, as the base's loss tells,
+        do not count."""
+        base = self.scores[max(self.scores)]["held_out_base"] if self.scores else None
+        same = [
+            step for step, values in self.scores.items() if math.isclose(values["held_out_base"], base, rel_tol=1e-3)
+        ]
+        return min(same, key=lambda step: self.scores[step]["held_out_loss"], default=None)
 
 
 @torch.no_grad()
@@ -517,12 +528,13 @@ def score(config, run, data, stopped):
 def preview(config, run, metrics):
     """Draws the validation prompts, each to `validation/step-N-nn.png`, and renews `progress.png`, which shows the
     previews so far. What is there is not drawn again. A preview that fails is reported, and never ends the training."""
-    folder, settings = Path(config.output_dir) / "validation", picture_settings(config, "validation_lora_strength")
+    folder, settings = Path(config.output_dir) / "validation", picture_settings(config, "validation_prompts")
     settings = json.dumps(settings | {"base_model": base_model(config)}, ensure_ascii=False)
     path_of = lambda step, i: folder / f"step-{step:06d}-{i:02d}.png"
     rows = range(len(config.validation_prompts))
+    drawn = lambda step, i: has_settings(path_of(step, i), config.validation_prompts[i], settings)
     try:
-        missing = [i for i in rows if not has_settings(path_of(run.step, i), settings)]
+        missing = [i for i in rows if not drawn(run.step, i)]
         if missing:
             run.transformer.eval()
             pipe = make_pipeline(config, run.transformer, load_vae(config, run.device))
@@ -536,14 +548,16 @@ def preview(config, run, metrics):
         steps = {
             int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)-\d\d\.png", path.name))
         }
-        steps = sorted(step for step in steps if all(has_settings(path_of(step, i), settings) for i in rows))
+        steps = sorted(step for step in steps if any(drawn(step, i) for i in rows))
         best = metrics.best()
         shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
         shown = sorted(shown | ({best} & {*steps}))
         labels = [
             (f"step {s}" if s else "before (step 0)") + (", lowest held-out loss" if s == best else "") for s in shown
         ]
-        pictures = [[Image.open(path_of(step, i)) for step in shown] for i in rows]
+        empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
+        open_or = lambda step, i: Image.open(path_of(step, i)) if drawn(step, i) else empty
+        pictures = [[open_or(step, i) for step in shown] for i in rows]
         save_picture(picture_grid(pictures, config.validation_prompts, labels), folder / "progress.png", longcat=GRID)
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
@@ -553,11 +567,11 @@ def preview(config, run, metrics):
         free_memory()
 
 
-def has_settings(path, settings):
-    """Whether a preview is there, whole, and drawn with these settings."""
+def has_settings(path, prompt, settings):
+    """Whether a preview is there, whole, and drawn of this prompt with these settings."""
     with contextlib.suppress(OSError, AttributeError, SyntaxError), Image.open(path) as image:  # Pillow raises them all
         image.load()
-        return image.text.get("settings") == settings
+        return (image.text.get("prompt"), image.text.get("settings")) == (prompt, settings)
     return False
 
 
@@ -765,7 +779,12 @@ def read_data(config, state):
     for source, count in counts.items():
         own = [picture for picture in pictures if picture.source == source]
         trained += own[:: max(1, len(own) // count)][:count]
-    if config.validation_split:
+    if config.validation_split and not keys:
+        say(
+            "validation_split: no picture is held out: "
+            + ("the run was begun without" if state else "a source needs two")
+        )
+    elif config.validation_split:
         of = ", ".join(f"{count} of {source}" for source, count in counts.items())
         away = f" ({len(keys)} at first)" if len(held_out) < len(keys) else ""
         say(f"{len(held_out)} pictures are held out{away}, only scored and never trained on{': ' * bool(of)}{of}")
@@ -792,7 +811,7 @@ def main(config):
         read_init_lora(config)  # a wrong one is said now, not after an hour of caching
     with locked(output) if RANK == 0 else contextlib.nullcontext():
         if RANK == 0:
-            prepare_folder(output, checkpoint)
+            prepare_folder(config, checkpoint)
         data = read_data(config, state)
         per_epoch = len(epoch_batches(data.pictures, config.train_batch_size, config.seed, 0))
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
@@ -806,8 +825,7 @@ def main(config):
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:
             say(f"learning_rate: {config.learning_rate} is a factor of the rate that prodigy finds; set it to 1")
 
-        if RANK == 0:
-            write_file(output / "config.json", config.model_dump_json(indent=2) + "\n")
+        given = config_text(config)
         if checkpoint:
             config.init_lora = None  # it has gone on from there
         run = set_up(config, load_transformer(config, device), load_scheduler(config), device, steps)
@@ -818,6 +836,8 @@ def main(config):
         if run.step >= steps:
             more = "num_train_epochs" if config.num_train_epochs else "max_train_steps"
             say(f"nothing to train: {checkpoint} has {run.step} steps; raise {more}, or choose another output_dir")
+        elif RANK == 0:
+            write_file(output / "config.json", given)
         best = train(config, run, data, steps)
 
         if RANK == 0:
@@ -831,6 +851,11 @@ def main(config):
                 folder = output / "checkpoints" / f"step-{best:06d}"
                 print(f"lowest held-out loss: step {best}" + (f", {folder}" if folder.exists() else ""))
     return output / LORA_NAME
+
+
+def config_text(config):
+    """What config.json holds."""
+    return config.model_dump_json(indent=2) + "\n"
 
 
 def say_what_changed(config, state, data, per_epoch):
