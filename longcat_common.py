@@ -220,6 +220,8 @@ class Config(BaseModel):
             validation_sizes(earlier)
         if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
+        if info.field_name == "learning_rate" and info.data.get("optimizer") == "prodigy" and value == 0:
+            raise ValueError("must be more than 0; 1 for prodigy")
         return value
 
     def __setattr__(self, name, value):
@@ -424,7 +426,7 @@ def run_stage(main, description):
         main(config_from_flags(description, sys.argv[1:]))
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            error = f"{str(error.filename)[:200]}: {error.strerror or error}"
+            error = f"{str(error.filename)[:200]}: {error.strerror}" if error.filename else str(error)
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
@@ -611,6 +613,12 @@ def free_memory():
         torch.mps.empty_cache()
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out; on MPS and CPU it has no class of its own."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def stage(memory_advice):
     """Decorates the `main(config)` of a stage. Running out of memory becomes a UserError with `memory_advice(config)`.
     And a notebook finds what it had: its configuration as it was, and no model in memory, not even after an error,
@@ -626,12 +634,7 @@ def stage(memory_advice):
                 while link:
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
-                words = (
-                    "out of memory",
-                    "can't allocate memory",
-                    "ALLOC_FAILED",
-                )  # on MPS and CPU it has no class of its own
-                if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+                if is_out_of_memory(error):
                     advice = memory_advice(config)
                     raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
                 raise
@@ -696,6 +699,8 @@ def named_if_damaged(folder):
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
 
 

@@ -57,6 +57,7 @@ SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring take
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # the noise levels at which they are scored, as normal draws
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 PROGRESS_COLUMNS = 6
+CARD_MARK = "<!-- written by train_lora.py; delete this line to keep your changes -->"
 # What only says where and how it is run; the rest that a resumed run has changed is said.
 SILENT_KEYS = (
     """pretrained_model_name_or_path data_dir output_dir cache_dir resume_from_checkpoint init_lora lora""".split()
@@ -94,7 +95,8 @@ def hold_out(config, pictures):
     keys = {}
     for picture in pictures:
         keys.setdefault(picture.source, set()).add(picture.key)
-    counts = {source: max(1, round(config.validation_split * len(own))) for source, own in keys.items() if len(own) > 1}
+    share = lambda count: max(1, min(count - 1, round(config.validation_split * count)))
+    counts = {source: share(len(own)) for source, own in keys.items() if len(own) > 1}
     while sum(counts.values()) > max(SCORED_PICTURES, len(counts)):
         counts[max(counts, key=counts.get)] -= 1
     return [key for source, n in counts.items() for key in sorted(keys[source])[:n]] if config.validation_split else []
@@ -178,7 +180,8 @@ class Run:
 def add_lora(transformer, config):
     """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
     as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
-    alpha, names = config.lora_alpha or config.lora_rank, [name for name, _ in transformer.named_modules()]
+    alpha = config.lora_alpha or config.lora_rank
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in config.lora_target_modules:
         if not any(name.endswith(f".{target}") for name in names):
             raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
@@ -421,13 +424,17 @@ def prepare_folder(config, checkpoint):
     """Tries all that the training will do in `output_dir`. Refuses another run's finished LoRA, and sets aside the
     metrics and previews of a run that came to no checkpoint. Raises UserError."""
     output = Path(config.output_dir)
+    checkpoint = checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve()  # one of this folder
     trial, renamed = (output / "checkpoints" / f".trial-{os.getpid()}{end}" for end in ("", "-renamed"))
     try:
         write_file(trial / "file", "")
         write_file(trial / "file", "replaced")
+        with open(trial / "file", "a") as file:
+            file.write("and added to")
         trial.rename(renamed)
         shutil.rmtree(renamed)
     except OSError as error:
+        shutil.rmtree(trial, ignore_errors=True)
         why = f"folders there cannot be renamed or removed ({error.strerror})"
         raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
     if not checkpoint and (output / LORA_NAME).exists():
@@ -462,6 +469,12 @@ class Metrics:
                     self.scores |= {values["step"]: values} if "held_out_loss" in values else {}
         if RANK == 0:
             write_file(self.path, "".join(kept))
+            for path in (self.path.parent / "validation").glob("step-*.png"):
+                number = re.fullmatch(r"step-(\d+)-\d\d\.png", path.name)
+                if number and int(number[1]) > step:
+                    with contextlib.suppress(OSError), Image.open(path) as image:
+                        if image.info.get("longcat") == GRID:  # ours, of a step that is done again
+                            path.unlink()
         if RANK == 0 and config.report_to == "tensorboard":
             self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=step + 1)
             self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
@@ -521,7 +534,8 @@ def score(config, run, data, stopped):
     for ending, switch in (("base", run.transformer.disable_adapters), ("loss", run.transformer.enable_adapters)):
         switch()
         for name, pictures in (("held_out", data.held_out), ("trained", data.trained)):
-            scores[f"{name}_{ending}"] = mean_loss(config, run, pictures, data.prompt_files, stopped)
+            if pictures:
+                scores[f"{name}_{ending}"] = mean_loss(config, run, pictures, data.prompt_files, stopped)
     return scores
 
 
@@ -531,7 +545,7 @@ def preview(config, run, metrics):
     folder, settings = Path(config.output_dir) / "validation", picture_settings(config, "validation_prompts")
     settings = json.dumps(settings | {"base_model": base_model(config)}, ensure_ascii=False)
     path_of = lambda step, i: folder / f"step-{step:06d}-{i:02d}.png"
-    rows = range(len(config.validation_prompts))
+    rows, pipe = range(len(config.validation_prompts)), None
     drawn = lambda step, i: has_settings(path_of(step, i), config.validation_prompts[i], settings)
     try:
         missing = [i for i in rows if not drawn(run.step, i)]
@@ -564,6 +578,7 @@ def preview(config, run, metrics):
         say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
     finally:
         run.transformer.train()
+        pipe = None  # with the VAE
         free_memory()
 
 
@@ -609,6 +624,8 @@ pipe("a prompt", enable_prompt_rewrite=False).images[0].save("picture.png")
 ```
 
 In ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with the LoraLoader node.
+
+{CARD_MARK}
 """
     )
 
@@ -618,14 +635,19 @@ def stop_signals():
     """Within it a signal to stop is noted in `.numbers`; a second one, or the first while `.at_once` is true, raises
     KeyboardInterrupt. One that was ignored before (nohup) stays so. In a thread, which gets no signals, it does
     nothing."""
-    stop = SimpleNamespace(numbers=[], at_once=False)
+    stop = SimpleNamespace(numbers=[], at_once=False, since=0.0)
 
     def note(number, frame):
+        if stop.numbers and time.monotonic() - stop.since < 1:
+            return  # one event, sent twice: by a closed terminal, a scheduler
         stop.numbers.append(number)
+        stop.since = time.monotonic()
         if len(stop.numbers) == 1:  # print() may be at work
-            os.write(
-                2, b"\nstopping, as soon as this step is finished and saved; the same signal again leaves at once\n"
-            )
+            try:
+                os.write(2, b"\nstopping, as soon as this step is finished and saved; a second signal leaves at once\n")
+            except OSError:  # the terminal is gone: nothing that is printed from here on must fail
+                for descriptor in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if len(stop.numbers) > 1 or stop.at_once:
             raise KeyboardInterrupt(number)
 
@@ -704,7 +726,7 @@ def random_transformer(config, device, sizes):
 def train(config, run, data, steps):
     """The loop, from step `run.step` to `steps`, with checkpoints, scores and previews. What is learned is saved before
     anything is raised."""
-    metrics, recent, saved, bad, skipped = Metrics(config, run.step), [], run.step, 0, 0
+    metrics, recent, saved, overdue, bad, skipped = Metrics(config, run.step), [], run.step, False, 0, 0
     bar = tqdm(initial=run.step, total=steps, desc="training", unit="step", disable=RANK > 0)
     due = lambda every: every and (run.step % every == 0 or run.step == steps)
     batches_of_steps = step_batches(config, data, run.taken)
@@ -712,8 +734,9 @@ def train(config, run, data, steps):
         stopped = lambda: sum_over_processes(bool(stop.numbers))[0] > 0
         try:
             while True:
-                if due(config.checkpoint_step_interval) and run.step > saved and not bad:
-                    saved = run.step
+                overdue = run.step > saved and (overdue or due(config.checkpoint_step_interval))
+                if overdue and not bad:  # else after the next good step
+                    saved, overdue = run.step, False
                     save_checkpoint(config, run, data)
                 if due(config.validation_step_interval):
                     show(config, run, data, metrics, stop, stopped)
@@ -750,7 +773,7 @@ def train(config, run, data, steps):
             if metrics.board:
                 metrics.board.close()
     if run.step < steps:
-        raise KeyboardInterrupt(*(stop.numbers or [signal.SIGTERM])[:1])
+        raise KeyboardInterrupt((stop.numbers or [signal.SIGTERM])[0])
     return metrics.best()
 
 
@@ -760,10 +783,11 @@ def show(config, run, data, metrics, stop, stopped):
         scores = score(config, run, data, stopped)
         if all(map(math.isfinite, scores.values())):
             metrics.write(run.step, "validation", **scores)
-    if config.validation_prompts and RANK == 0 and not stop.numbers:
+    if config.validation_prompts and RANK == 0:
         with contextlib.suppress(KeyboardInterrupt):
             stop.at_once = True
-            preview(config, run, metrics)
+            if not stop.numbers:
+                preview(config, run, metrics)
         stop.at_once = False
 
 
@@ -806,17 +830,20 @@ def main(config):
         return benchmark(config, device)
     if base_model(config) == FLAVOURS["final"]:
         say("model_flavour: final; its authors advise dev to train on, and the LoRA works on final, too")
-    checkpoint, state = find_checkpoint(config)
-    if config.init_lora and not checkpoint:
-        read_init_lora(config)  # a wrong one is said now, not after an hour of caching
     with locked(output) if RANK == 0 else contextlib.nullcontext():
+        checkpoint, state = find_checkpoint(config)
+        if config.init_lora and not checkpoint:
+            read_init_lora(config)  # a wrong one is said now, not after an hour of caching
         if RANK == 0:
             prepare_folder(config, checkpoint)
         data = read_data(config, state)
         per_epoch = len(epoch_batches(data.pictures, config.train_batch_size, config.seed, 0))
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
         if config.num_train_epochs:
-            steps = math.ceil(config.num_train_epochs * per_epoch / per_step)
+            done, taken = (
+                (state["step"], state["taken"]) if state else (0, 0)
+            )  # by another number of processes, perhaps
+            steps = done + max(0, math.ceil((config.num_train_epochs * per_epoch - taken) / per_step))
         processes = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
         seen = f"each picture will be seen about {steps * per_step / per_epoch:.1f} times its repeats"
         say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
@@ -825,10 +852,8 @@ def main(config):
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:
             say(f"learning_rate: {config.learning_rate} is a factor of the rate that prodigy finds; set it to 1")
 
-        given = config_text(config)
-        if checkpoint:
-            config.init_lora = None  # it has gone on from there
-        run = set_up(config, load_transformer(config, device), load_scheduler(config), device, steps)
+        begun = config.model_copy(update={"init_lora": None}) if checkpoint else config  # it has gone on from there
+        run = set_up(begun, load_transformer(config, device), load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
             say(f"resumed from {checkpoint}")
@@ -837,13 +862,14 @@ def main(config):
             more = "num_train_epochs" if config.num_train_epochs else "max_train_steps"
             say(f"nothing to train: {checkpoint} has {run.step} steps; raise {more}, or choose another output_dir")
         elif RANK == 0:
-            write_file(output / "config.json", given)
+            write_file(output / "config.json", config_text(config))
         best = train(config, run, data, steps)
 
         if RANK == 0:
             save_lora(run.transformer, output, lora_metadata(config, run.step))
-            if not (output / "README.md").exists():  # one that is there may be the user's
-                write_file(output / "README.md", model_card(config, run.step))
+            card = output / "README.md"
+            if not card.exists() or CARD_MARK in card.read_text(errors="replace"):  # else it is the user's
+                write_file(card, model_card(config, run.step))
             print(f"LoRA: {output / LORA_NAME}")
             if config.validation_step_interval and config.validation_prompts:
                 print(f"before and after: {output / 'validation' / 'progress.png'}")

@@ -220,6 +220,7 @@ def test_what_a_signal_does_in_the_loop(quick_config, monkeypatch, tmp_path, cap
         if len(calls) in when:
             signal.raise_signal(signal.SIGTERM)
             if twice:
+                time.sleep(1.1)  # what comes sooner is the same event, sent twice
                 signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
@@ -692,7 +693,77 @@ def test_the_card_names_base_words_and_pictures_and_is_never_overwritten(quick_c
     assert "lr_warmup_steps: 2, so the full learning rate is never reached; lower it" in printed
     best = min((line for line in metrics(config) if "held_out_loss" in line), key=lambda line: line["held_out_loss"])
     assert f"lowest held-out loss: step {best['step']}" in printed
-    card.write_text("my own words")
+    assert "2 steps at" in card.read_text(encoding="utf-8")
     config.max_train_steps = 3
     train_lora.main(config)
+    assert "3 steps at" in card.read_text(encoding="utf-8"), "ours is renewed"
+    card.write_text("my own words")
+    config.max_train_steps = 4
+    train_lora.main(config)
     assert card.read_text() == "my own words"
+
+
+# ---------------------------------------------------------------- what a review and an attempt to break it found
+
+
+def test_only_whole_checkpoints_count_towards_the_limit(quick_config):
+    config = quick_config(max_train_steps=2)
+    train_lora.main(config)
+    broken = Path(config.output_dir) / "checkpoints/step-000012"
+    shutil.copytree(broken.with_name("step-000002"), broken)
+    (broken / "state.safetensors").write_bytes(b"half")
+    train_lora.main(quick_config(max_train_steps=4, checkpoints_total_limit=1))
+    assert checkpoints(config) == ["step-000004", "step-000012"]
+
+
+def test_a_signal_sent_twice_at_once_is_one(quick_config, monkeypatch):
+    config, step = quick_config(checkpoint_step_interval=1000), train_lora.train_step
+
+    def disturbed(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        return step(*arguments)
+
+    monkeypatch.setattr(train_lora, "train_step", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora.main(config)
+    assert checkpoints(config) == ["step-000001"]
+
+
+def test_previews_of_steps_that_are_done_again_are_drawn_again(quick_config):
+    config = quick_config(max_train_steps=3, validation_step_interval=1)
+    train_lora.main(config)
+    picture = Path(config.output_dir) / "validation/step-000003-00.png"
+    before = picture.read_bytes()
+    shutil.rmtree(Path(config.output_dir) / "checkpoints/step-000003")
+    train_lora.main(quick_config(max_train_steps=3, validation_step_interval=1, learning_rate=0.05))
+    assert picture.read_bytes() != before
+
+
+def test_another_runs_lora_is_refused_also_when_a_checkpoint_elsewhere_is_named(quick_config, tmp_path):
+    config, other = quick_config(max_train_steps=1), quick_config(max_train_steps=2, output_dir=str(tmp_path / "other"))
+    last = train_lora.main(config)
+    train_lora.main(other)
+    shutil.rmtree(Path(config.output_dir) / "checkpoints")
+    config.resume_from_checkpoint, before = f"{other.output_dir}/checkpoints/step-000002", last.read_bytes()
+    config.max_train_steps = 3
+    with pytest.raises(ValueError, match="holds a finished LoRA, and no checkpoint of its run"):
+        train_lora.main(config)
+    assert last.read_bytes() == before
+
+
+def test_the_lowest_held_out_loss_is_of_the_same_pictures(tmp_path):
+    line = lambda step, loss, base: json.dumps({"step": step, "held_out_loss": loss, "held_out_base": base}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(
+        line(0, 1.0, 1.0) + line(2, 0.2, 1.0) + line(4, 0.9, 2.0) + line(6, 0.8, 2.0)
+    )
+    assert train_lora.Metrics(load_config(output_dir=str(tmp_path), report_to="none"), 6).best() == 6
+
+
+def test_what_runs_out_of_memory_while_loading_is_not_a_damaged_model(quick_config, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("longcat_common.fill_transformer", full)
+    with pytest.raises(ValueError, match="^out of memory; what to change"):
+        train_lora.main(quick_config())
