@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,10 @@ TINY = ROOT / "tests" / "tiny_longcat"
 MODEL = os.environ.get("TINY_MODEL", str(TINY / "model"))
 sys.path[:0] = [str(ROOT), str(TINY)]
 
+
+# A shell's background job, nohup and the like ignore these, and what is ignored on entry the scripts leave ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_lora", "validate"])
