@@ -656,7 +656,7 @@ def test_from_choosing_a_config_to_the_finished_lora(clone, tmp_path):
         until(lambda: "found 'int7', must be 'int8-quanto'" in text("key-base_model_precision"))
         for told in (
             "An odd one",
-            "ignored: optimizer, lora, nonsense, torch_compile: found 'yes'",
+            "ignored: lora, nonsense, torch_compile: found 'yes'",
         ):
             assert told in text("about")
         page.locator("#more-memory button").first.click()
