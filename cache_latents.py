@@ -18,13 +18,14 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
-    is_readable, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device, run_stage,
-    say, stage, text_config, text_dtype, wait_for_all, write_tensors,
+    is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device,
+    run_stage, say, stage, text_config, text_dtype, wait_for_all, write_tensors,
 )  # fmt: skip
 
 CACHE_FORMAT = 2  # part of every file's name: another number makes all anew
 TILE = 512  # pixels, of a picture that is too large for the device
-PROMPTS_AT_ONCE = 100  # through one reading of the text encoder; their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32
+# Through one reading of the text encoder; their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32.
+PROMPTS_AT_ONCE = 100
 
 
 # ---------------------------------------------------------------- which files
@@ -86,8 +87,8 @@ def encode_picture(vae, pixels):
         try:
             posterior = vae.encode(pixels[None].to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
             break
-        except RuntimeError as error:  # on MPS it has no class of its own
-            if "out of memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
         free_memory()  # here, where the error no longer holds what was computed
     else:
@@ -122,13 +123,18 @@ def encode_prompts(text_encoder, tokenizer, prompts):
 def cache_prompts(config, prompts, device):
     """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file of its `prompt_embeds`}."""
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
-    prompt_of, size = {path: prompt for prompt, path in files.items()}, config.text_encoder_batch_size
-    batches = unfinished(prompt_of, size)
+    write_prompts(config, files, unfinished(files.values(), config.text_encoder_batch_size), device)
+    return files
+
+
+def write_prompts(config, files, batches, device):
+    """Encodes `batches` of the paths in `files`, {prompt: file}."""
     if not batches:
-        return files
+        return
+    prompt_of = {path: prompt for prompt, path in files.items()}
     text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
     with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=RANK > 0) as bar:
-        at_once = max(1, PROMPTS_AT_ONCE // size)
+        at_once = max(1, PROMPTS_AT_ONCE // config.text_encoder_batch_size)
         for i in range(0, len(batches), at_once):
             paths = sum(batches[i : i + at_once], [])
             embeddings = encode_prompts(text_encoder, tokenizer, [prompt_of[path] for path in paths])
@@ -136,7 +142,6 @@ def cache_prompts(config, prompts, device):
                 if not path.exists():
                     write_tensors(path, {"prompt_embeds": prompt_embeds})
                 bar.update()
-    return files
 
 
 # ---------------------------------------------------------------- what is to do
@@ -189,7 +194,8 @@ def main(config):
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
 
     pictures_to_do = {batch[0]: latents[batch[0]] for batch in unfinished(latents)}
-    prompts_to_do = sum(unfinished(files.values(), config.text_encoder_batch_size), [])
+    batches = unfinished(files.values(), config.text_encoder_batch_size)
+    prompts_to_do = sum(batches, [])
     if pictures_to_do or prompts_to_do:
         here = " here" if WORLD_SIZE > 1 else ""
         print(
@@ -199,7 +205,7 @@ def main(config):
         check_space(config, pictures_to_do.values(), len(prompts_to_do), device)
     if pictures_to_do:
         cache_pictures(config, pictures_to_do, device)
-    cache_prompts(config, prompts, device)
+    write_prompts(config, files, batches, device)
     wait_for_all()
     gone = [path for path in (*latents, *files.values()) if not path.exists()]
     if gone:

@@ -55,6 +55,7 @@ VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
+LORA_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA in a folder, as diffusers and ComfyUI expect it
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -725,6 +726,12 @@ def read_weights(files, names):
     return tensors
 
 
+def check_weights(folder, files, needed):
+    """Raises UserError if a needed tensor is not among the `files` of a model's folder, see tensor_files."""
+    if missing := [name for name in needed if name not in files]:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+
+
 def load_transformer(config, device):
     """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the
     host), in eval mode. Raises UserError if a weight is missing."""
@@ -732,9 +739,7 @@ def load_transformer(config, device):
     with named_if_damaged(folder), torch.device("meta"):
         transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
         files = tensor_files(folder)
-    missing = sorted(transformer.state_dict().keys() - files.keys())
-    if missing:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+    check_weights(folder, files, sorted(transformer.state_dict()))
     with named_if_damaged(folder):
         return fill_transformer(transformer, functools.partial(read_weights, files), config, device)
 
@@ -1015,10 +1020,7 @@ class StreamedTextEncoder:
         self.start, names = embeddings.removesuffix("embed_tokens.weight"), self.layer.state_dict()
         layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in names]
         needed = [self.start + name for name in ("embed_tokens.weight", "norm.weight", *layers)]
-        if missing := [name for name in needed if name not in self.files]:
-            raise UserError(
-                f"{self.folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again"
-            )
+        check_weights(self.folder, self.files, needed)
 
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
@@ -1118,8 +1120,8 @@ def save_lora(transformer, folder, metadata=None):
     folder, peft = Path(folder), transformer.peft_config["default"]
     state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
     state = {name: v * (peft.lora_alpha / peft.r) if "lora_B" in name else v for name, v in state.items()}
-    for file, prefix in (("pytorch_lora_weights", "transformer"), ("adapter_model", "base_model.model")):
-        write_tensors(folder / f"{file}.safetensors", {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
+    for file, prefix in ((LORA_NAME, "transformer"), ("adapter_model.safetensors", "base_model.model")):
+        write_tensors(folder / file, {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
     fields = LoraConfig(r=peft.r, lora_alpha=peft.r, target_modules=peft.target_modules, inference_mode=True).to_dict()
     fields["target_modules"] = sorted(fields["target_modules"])
     write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
@@ -1130,7 +1132,7 @@ def lora_file(path):
     UserError."""
     path = Path(path)
     if path.is_dir():
-        names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+        names = (LORA_NAME, "adapter_model.safetensors")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
@@ -1218,9 +1220,8 @@ def read_lora(path):
     return state
 
 
-def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it
-    does not fit."""
+def read_fitting_lora(transformer, path):
+    """read_lora, for this transformer. Raises UserError if it does not fit."""
     state, layers = read_lora(path), dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
         layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
@@ -1229,6 +1230,13 @@ def load_lora(transformer, path, strength=1.0):
         if (A.shape[1], B.shape[0], A.shape[0]) != (layer.in_features, layer.out_features, B.shape[1]):
             shapes = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}"
             raise UserError(f"{path}: was made for another model, or is damaged: {shapes}")
+    return state
+
+
+def load_lora(transformer, path, strength=1.0):
+    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it
+    does not fit."""
+    state = read_fitting_lora(transformer, path)
     remove_lora(transformer)
     transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     transformer.set_adapters(next(iter(transformer.peft_config)), strength)

@@ -181,8 +181,8 @@ def read_captions(path, findings, find=None):
 
 
 def save_captions(picture, captions):
-    """Writes a picture's captions beside it: one as `picture.txt`; several, or where there is one already, into `picture.json`,
-    whose other keys stay. Returns the file. Raises UserError if it cannot be written."""
+    """Writes a picture's captions beside it: one as `picture.txt`; several, or where there is one already, into
+    `picture.json`, whose other keys stay. Returns the file. Raises UserError if it cannot be written."""
     text, several = Path(picture).with_suffix(".txt"), Path(picture).with_suffix(".json")
     if len(captions) == 1 and not several.exists():
         write_file(os.path.realpath(text), captions[0] + "\n")

@@ -34,14 +34,15 @@ import torch
 import cache_latents
 from cache_latents import latents_file
 from longcat_common import (
-    FLAVOURS, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel,
-    UserError, base_model, buckets, check_precision, checkpoint_folders, compile_blocks, compute_dtype, content_key,
-    fill_transformer, flow_matching_loss, free_memory, generator, is_readable, load_scheduler, load_transformer,
-    load_vae, model_identity, offloaded, peak_memory, pick_device, read_json, read_lora, read_tensors, run_stage,
-    sample_sigmas, save_lora, say, stage, step_of, sum_over_processes, validation_sizes, write_file, write_tensors,
+    FLAVOURS, LORA_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
+    LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
+    compile_blocks, compute_dtype, content_key, fill_transformer, flow_matching_loss, free_memory, generator,
+    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, model_identity, offloaded, peak_memory,
+    pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, stage, step_of,
+    sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
-from validate import LORA_NAME, generate, make_pipeline, picture_grid, picture_settings, save_picture
+from validate import generate, make_pipeline, picture_grid, picture_settings, save_picture
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from filelock import FileLock, Timeout
@@ -86,6 +87,7 @@ class Data(NamedTuple):
     held_out: list  # pictures that are only scored
     trained: list  # as many that are trained on, of the same sources: scored beside them
     held_out_keys: list  # of the first start, some pictures may have gone since
+    per_epoch: int  # batches
     key: str  # changes with anything that is trained on
 
 
@@ -143,10 +145,9 @@ def step_batches(config, data, taken):
     order = functools.lru_cache(2)(
         lambda epoch: epoch_batches(data.pictures, config.train_batch_size, config.seed, epoch)
     )
-    per_epoch = len(order(0))
 
     def load(first):
-        places = [(n, *divmod(n, per_epoch)) for n in range(first, first + per_step)[RANK::WORLD_SIZE]]
+        places = [(n, *divmod(n, data.per_epoch)) for n in range(first, first + per_step)[RANK::WORLD_SIZE]]
         return [load_batch(config, order(epoch)[i], data.prompt_files, epoch, number) for number, epoch, i in places]
 
     with ThreadPoolExecutor(1) as pool:
@@ -154,7 +155,7 @@ def step_batches(config, data, taken):
         while True:
             batches, taken = coming.result(), taken + per_step
             coming = pool.submit(load, taken)
-            yield batches, taken, (taken - 1) // per_epoch
+            yield batches, taken, (taken - 1) // data.per_epoch
 
 
 # ---------------------------------------------------------------- the LoRA and its optimizer
@@ -267,9 +268,8 @@ def train_step(config, run, batches):
         group["lr"] = config.learning_rate * run.lr_of(run.step)
     losses, scale = [], run.scaler.get_scale()
     for i, batch in enumerate(batches):
-        torch.manual_seed(
-            generator(config.seed, "lora_dropout", batch.number).initial_seed()
-        )  # it is drawn on the device
+        # Dropout alone is drawn on the device.
+        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())
         sigmas = sample_sigmas(batch.normal, batch.latents[0, 0].numel() // 4, run.scheduler)
         tensors = (batch.latents, batch.noise, sigmas, batch.prompt_embeds, batch.weights)
         # The processes' gradients are averaged once a step, with the last batch.
@@ -328,8 +328,9 @@ def save_checkpoint(config, run, data):
         n: value for n, value in group.items() if n not in ("params", "lr", "initial_lr") and value != start.get(n)
     }
     values = {
-        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "data": data.key, "config": config.model_dump(),
+        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "data": data.key,
         "scaler": run.scaler.state_dict(), "optimizer": found, "fixed": fixed_settings(config),
+        "config": config.model_dump(),
     }  # fmt: skip
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     try:
@@ -346,20 +347,20 @@ def save_checkpoint(config, run, data):
 def find_checkpoint(config):
     """The checkpoint to go on from, as (folder, its state.json); (None, None) to start anew. Raises UserError if there
     is none of that name, it does not fit, or `output_dir` holds later ones, which this run would come to overwrite."""
-    folders, named = checkpoint_folders(config), config.resume_from_checkpoint not in ("latest", "none")
-    own = Path(config.output_dir) / "checkpoints"
-    given = Path(config.resume_from_checkpoint)
-    candidates = [given if given.exists() else own / given] if named else folders[::-1]
-    folder = state = None
-    for folder in candidates if config.resume_from_checkpoint != "none" else []:
+    own, wanted = Path(config.output_dir) / "checkpoints", config.resume_from_checkpoint
+    states, folder, state = {other: read_state(other) for other in checkpoint_folders(config)}, None, None
+    if wanted == "latest":
+        for folder in [*states][::-1]:
+            if state := states[folder]:
+                break
+            say(f"{folder}: is no whole checkpoint, and passed over")
+    elif wanted != "none":
+        folder = Path(wanted) if Path(wanted).exists() else own / wanted
         state = read_state(folder)
-        if state or named:
-            break
-        say(f"{folder}: is no whole checkpoint, and passed over")
-    if named and not state:
-        advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
-        raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
-    later = [other for other in folders if read_state(other) and (not state or step_of(other) > state["step"])]
+        if not state:
+            advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
+            raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
+    later = [other for other, whole in states.items() if whole and (not state or step_of(other) > state["step"])]
     if later:
         advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1].name}; {advice}")
@@ -469,9 +470,8 @@ class Metrics:
                     self.scores |= {values["step"]: values} if "held_out_loss" in values else {}
         if RANK == 0:
             write_file(self.path, "".join(kept))
-            for path in (self.path.parent / "validation").glob("step-*.png"):
-                number = re.fullmatch(r"step-(\d+)-\d\d\.png", path.name)
-                if number and int(number[1]) > step:
+            for number, path in previews_in(self.path.parent / "validation"):
+                if number > step:
                     with contextlib.suppress(OSError), Image.open(path) as image:
                         if image.info.get("longcat") == GRID:  # ours, of a step that is done again
                             path.unlink()
@@ -546,9 +546,9 @@ def preview(config, run, metrics):
     settings = json.dumps(settings | {"base_model": base_model(config)}, ensure_ascii=False)
     path_of = lambda step, i: folder / f"step-{step:06d}-{i:02d}.png"
     rows, pipe = range(len(config.validation_prompts)), None
-    drawn = lambda step, i: has_settings(path_of(step, i), config.validation_prompts[i], settings)
+    is_drawn = lambda step, i: has_settings(path_of(step, i), config.validation_prompts[i], settings)
     try:
-        missing = [i for i in rows if not drawn(run.step, i)]
+        missing = [i for i in rows if not is_drawn(run.step, i)]
         if missing:
             run.transformer.eval()
             pipe = make_pipeline(config, run.transformer, load_vae(config, run.device))
@@ -559,10 +559,8 @@ def preview(config, run, metrics):
             )
             if metrics.board:
                 metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
-        steps = {
-            int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)-\d\d\.png", path.name))
-        }
-        steps = sorted(step for step in steps if any(drawn(step, i) for i in rows))
+        drawn = functools.cache(is_drawn)  # a look at one decodes it
+        steps = sorted({step for step, _ in previews_in(folder) if any(drawn(step, i) for i in rows)})
         best = metrics.best()
         shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
         shown = sorted(shown | ({best} & {*steps}))
@@ -574,12 +572,18 @@ def preview(config, run, metrics):
         pictures = [[open_or(step, i) for step in shown] for i in rows]
         save_picture(picture_grid(pictures, config.validation_prompts, labels), folder / "progress.png", longcat=GRID)
     except Exception as error:
-        smaller = "; a smaller validation_resolution needs less memory" if "out of memory" in str(error) else ""
+        smaller = "; a smaller validation_resolution needs less memory" if is_out_of_memory(error) else ""
         say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
     finally:
         run.transformer.train()
         pipe = None  # with the VAE
         free_memory()
+
+
+def previews_in(folder):
+    """[(step, path)] of the previews in a folder, by their names."""
+    named = [(re.fullmatch(r"step-(\d+)-\d\d\.png", path.name), path) for path in folder.glob("step-*.png")]
+    return [(int(match[1]), path) for match, path in named if match]
 
 
 def has_settings(path, prompt, settings):
@@ -600,9 +604,8 @@ def model_card(config, step):
         url = f"validation/step-{step:06d}-{i:02d}.png"
         if (Path(config.output_dir) / url).exists():
             front["widget"].append({"text": prompt, "output": {"url": url}})
-    lines = [
-        f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items() if value
-    ]  # JSON is YAML
+    text = {name: json.dumps(value, ensure_ascii=False) for name, value in front.items() if value}  # JSON is YAML
+    lines = [f"{name}: {value}" for name, value in text.items()]
     return (
         "\n".join(["---", *lines, "---"])
         + f"""
@@ -702,9 +705,12 @@ def benchmark(config, device):
         train_step(config, run, [batch] * config.gradient_accumulation_steps)
         seconds.append(time.perf_counter() - start)
     found = {"seconds_per_step": statistics.median(seconds[1:] or seconds), "peak_memory_gib": peak_memory(device)}
-    say(f"{found['seconds_per_step']:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; "
-        f"{config.max_train_steps} steps take {found['seconds_per_step'] * config.max_train_steps / 3600:.3g} hours, "
-        f"without caching and previews; peak device memory {found['peak_memory_gib']:.1f} GiB")  # fmt: skip
+    a_step, hours = found["seconds_per_step"], found["seconds_per_step"] * config.max_train_steps / 3600
+    say(
+        f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; "
+        f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews; "
+        f"peak device memory {found['peak_memory_gib']:.1f} GiB"
+    )
     return found
 
 
@@ -812,8 +818,9 @@ def read_data(config, state):
         of = ", ".join(f"{count} of {source}" for source, count in counts.items())
         away = f" ({len(keys)} at first)" if len(held_out) < len(keys) else ""
         say(f"{len(held_out)} pictures are held out{away}, only scored and never trained on{': ' * bool(of)}{of}")
+    per_epoch = len(epoch_batches(pictures, config.train_batch_size, config.seed, 0))  # the same for every epoch
     what = [[p.key, p.bucket, p.captions, p.repeats, p.loss_weight] for p in pictures]
-    return Data(pictures, prompt_files, held_out, trained, keys, content_key(what, config.train_batch_size))
+    return Data(pictures, prompt_files, held_out, trained, keys, per_epoch, content_key(what, config.train_batch_size))
 
 
 @stage(memory_advice)
@@ -837,15 +844,13 @@ def main(config):
         if RANK == 0:
             prepare_folder(config, checkpoint)
         data = read_data(config, state)
-        per_epoch = len(epoch_batches(data.pictures, config.train_batch_size, config.seed, 0))
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
         if config.num_train_epochs:
-            done, taken = (
-                (state["step"], state["taken"]) if state else (0, 0)
-            )  # by another number of processes, perhaps
-            steps = done + max(0, math.ceil((config.num_train_epochs * per_epoch - taken) / per_step))
+            # The steps that are done may have been taken by another number of processes.
+            done, taken = (state["step"], state["taken"]) if state else (0, 0)
+            steps = done + max(0, math.ceil((config.num_train_epochs * data.per_epoch - taken) / per_step))
         processes = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-        seen = f"each picture will be seen about {steps * per_step / per_epoch:.1f} times its repeats"
+        seen = f"each picture will be seen about {steps * per_step / data.per_epoch:.1f} times its repeats"
         say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
         if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
             say(f"lr_warmup_steps: {config.lr_warmup_steps}, so the full learning rate is never reached; lower it")
@@ -857,7 +862,7 @@ def main(config):
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
             say(f"resumed from {checkpoint}")
-            say_what_changed(config, state, data, per_epoch)
+            say_what_changed(config, state, data)
         if run.step >= steps:
             more = "num_train_epochs" if config.num_train_epochs else "max_train_steps"
             say(f"nothing to train: {checkpoint} has {run.step} steps; raise {more}, or choose another output_dir")
@@ -884,7 +889,7 @@ def config_text(config):
     return config.model_dump_json(indent=2) + "\n"
 
 
-def say_what_changed(config, state, data, per_epoch):
+def say_what_changed(config, state, data):
     """A line for each key that a resumed run has changed, and one for its data."""
     stays = {"validation_split": "; the pictures that are held out stay"}
     for name, now in config.model_dump().items():
@@ -893,8 +898,9 @@ def say_what_changed(config, state, data, per_epoch):
             values = " -> ".join(json.dumps(value, ensure_ascii=False) for value in (before, now))
             say(f"{name}: {values}{stays.get(name, '')}")
     if data.key != state["data"]:
-        epoch = state["taken"] // per_epoch
-        say(f"data: has changed, from the next step on; {per_epoch} batches an epoch now, and this is epoch {epoch}")
+        epoch = state["taken"] // data.per_epoch
+        now = f"{data.per_epoch} batches an epoch now, and this is epoch {epoch}"
+        say(f"data: has changed, from the next step on; {now}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from tqdm import tqdm
 
 from cache_latents import cache_prompts
 from longcat_common import (
-    KEYS, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, checkpoint_folders, compile_blocks,
-    is_readable, load_lora, load_scheduler, load_transformer, load_vae, lora_file, peak_memory, pick_device,
-    prepare_pos_ids, read_header, read_lora, read_tensors, remove_lora, run_stage, stage, step_of,
+    KEYS, LORA_NAME, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, checkpoint_folders,
+    compile_blocks, is_readable, load_lora, load_scheduler, load_transformer, load_vae, lora_file, peak_memory,
+    pick_device, prepare_pos_ids, read_fitting_lora, read_header, read_lora, read_tensors, run_stage, stage, step_of,
     validation_sizes, write_file,
 )  # fmt: skip
 from prepare_data import CHINESE_FONTS, GRID, is_chinese, label, system_font
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
 PROMPTS = [
     "a cat on a window sill in the morning sun, photograph",
     "一只猫坐在洒满晨光的窗台上，摄影",
@@ -178,10 +177,16 @@ def newest_lora(folder):
     return max(reversed(found), key=steps_of, default=None)
 
 
-def steps_of(lora):
-    """How many steps a LoRA of ours has learned for, from its header; -1 for another trainer's."""
+def said_of(lora, name):
+    """What the header of a LoRA of ours says under this name; None for another trainer's."""
     with contextlib.suppress(LookupError, TypeError, json.JSONDecodeError):
-        return int(json.loads(read_header(lora)["longcat_lora"])["steps"])
+        return json.loads(read_header(lora)["longcat_lora"])[name]
+
+
+def steps_of(lora):
+    """How many steps a LoRA of ours has learned for; -1 for another trainer's."""
+    with contextlib.suppress(TypeError):
+        return int(said_of(lora, "steps"))
     return -1
 
 
@@ -293,8 +298,7 @@ def main(config):
         cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
         pipe = load_pipeline(config, device)
         for lora in loras:
-            load_lora(pipe.transformer, lora)  # one that does not fit is said now, not after the base's pictures
-        remove_lora(pipe.transformer)
+            read_fitting_lora(pipe.transformer, lora)  # what does not fit is said now, not after the base's pictures
         return draw(config, pipe, prompts, loras, columns, folder, device)
     except KeyboardInterrupt:
         print(f"\nwhat was drawn so far is in {folder}", file=sys.stderr)
@@ -315,7 +319,7 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
     for i, (width, height), seed in rows:
         own = [f"{width}x{height}"] * (len(sizes) > 1) + [f"seed {seed}"] * (len(seeds) > 1) + [prompts[i]]
         labels.append(" | ".join(own))
-    grid = folder / "comparison.png"
+    grid, title = folder / "comparison.png", title_of(config, loras, sizes, seeds)
 
     started = time.perf_counter()
     with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
@@ -336,7 +340,6 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
                 cells.append({"file": file, "column": label_of_column, **made_with, **own})
                 bar.update()
             titles = [label for label, *_ in columns[:number]]
-            title = title_of(config, loras, sizes, seeds)
             picture = picture_grid(images, labels, titles, title)
             of_all = ", ".join(map(str, loras)) or "none"
             save_picture(picture, grid, longcat=GRID, lora=of_all, base_model=base_model(config))
@@ -356,15 +359,9 @@ def title_of(config, loras, sizes, seeds):
     drawn = Path(config.output_dir).name
     if len(loras) == 1:
         drawn = "/".join(loras[0].parts[-3:]) + (f", step {steps_of(loras[0])}" if steps_of(loras[0]) >= 0 else "")
-    trained = {trained_on(lora) for lora in loras} - {None, base_model(config)}
+    trained = {said_of(lora, "base_model") for lora in loras} - {None, base_model(config)}
     drawn += f"; trained on {', '.join(sorted(trained))}, drawn on {base_model(config)}" if trained else ""
     return f"{', '.join(shared)}\n{drawn}"
-
-
-def trained_on(lora):
-    """The base model that a LoRA of ours was trained on, from its header; None for another trainer's."""
-    with contextlib.suppress(LookupError, TypeError, json.JSONDecodeError):
-        return json.loads(read_header(lora)["longcat_lora"])["base_model"]
 
 
 if __name__ == "__main__":

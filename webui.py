@@ -44,10 +44,9 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    GROUPS, KEYS, RENAMED, Source, UserError, checkpoint_folders, flag_value, in_parallel, kinds, load_config,
-    read_config, read_json, sources, step_of, write_file,
+    GROUPS, KEYS, LORA_NAME, RENAMED, Source, UserError, checkpoint_folders, flag_value, in_parallel, kinds,
+    load_config, read_config, read_json, sources, step_of, write_file,
 )  # fmt: skip
-from validate import LORA_NAME
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"

@@ -187,7 +187,9 @@ def losses(steps):
             if "lora_A" in name:  # as in ours
                 torch.nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator(config.seed, "lora", name))
         optimizer.param_groups[0]["lr"], found = 1e-3, []
-        data = train_lora.Data(entries, prompts, [], [], [], "")
+        data = train_lora.Data(
+            entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0)), ""
+        )
         for _, ((batch,), _, _) in zip(range(steps), train_lora.step_batches(config, data, 0)):
             _, latents, noise, normal, prompt_embeds, _ = batch
             found.append(
