@@ -280,17 +280,24 @@ def read_json(path):
 
     Raises UserError for a file that cannot be read, bad JSON (with the line) or a key that is there twice.
     """
-    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
-        values = json.loads(text, object_pairs_hook=unique_keys)
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not in UTF-8: {error}") from None
+
+
+def parse_json(text, where):
+    """read_json's dictionary, from the text itself; `where` names it in errors."""
+    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
+    try:
+        text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
+        values = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
+        raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys and values")
+        raise UserError(f"{where}: holds a {type(values).__name__}, not an object of keys and values")
     return values
 
 
