@@ -140,8 +140,8 @@ def training(config):
         batch = Batch(0, latents, noise, torch.randn(count), prompt_embeds, torch.ones(count))
         batches = [batch] * min(2, config.gradient_accumulation_steps)  # more keep no more
         note = lambda *_: gib.update({"kept for the backward pass": live.now / GIB - before})
-        transformer.register_forward_hook(note)
-        gib["a step, at its peak"] = live.peak_of(train_step, config, run, batches)
+        with transformer.register_forward_hook(note):
+            gib["a step, at its peak"] = live.peak_of(train_step, config, run, batches)
         at_peak = {kind: size / GIB for kind, size in live.at_peak.items()}
 
         parts = dict(text_encoder=None, tokenizer=None, text_processor=None, scheduler=scheduler)
