@@ -693,7 +693,8 @@ def benchmark(config, device):
     sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
-        say("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one")
+        say("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one;")
+        say("for the memory that the real one needs: python tests/simulate_memory.py, with the same config and flags")
     transformer = random_transformer(config, device, sizes)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     run = set_up(config, transformer, scheduler, device, config.max_train_steps)
