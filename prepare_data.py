@@ -19,23 +19,21 @@ import math
 import os
 import random
 import re
-import stat
+import textwrap
 import unicodedata
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
     TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, run_stage, unique_keys, write_file,
 )  # fmt: skip
-
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
-    split_quotation,
-)  # longcat_common quiets its imports
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation  # quieted by longcat_common
 
 PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split())
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
@@ -43,12 +41,17 @@ CAPTION_NAMES, PATH_NAMES = ("caption", "text", "prompt"), ("file_name", "img_pa
 GRID = "longcat grid"  # marks what these scripts draw of several pictures, which is not to be trained on
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
 SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
-SHEET_PICTURES, SHEET_WIDTH, SHEET_ROW = 64, 1600, 160
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: the Image.Transpose that turns it upright}
+SHEET_PICTURES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
 CHINESE_FONTS = (
     "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc",
 )  # fmt: skip
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
 LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
+
+Findings = functools.partial(collections.defaultdict, list)  # {title: lines} of what the user should know
+is_chinese = re.compile("[\u2e80-\U0010ffff]").search  # what only Chinese, Japanese and Korean fonts have
+parse_json = functools.partial(json.loads, object_pairs_hook=unique_keys)  # a key that is there twice is an error
 
 
 @dataclass
@@ -63,50 +66,41 @@ class Picture:
     repeats: int  # times an epoch
     loss_weight: float
     file: list[int]  # the file's bytes and time, which tell that it has not changed
-    notes: list[str]  # for the report
     source: str = ""  # the path in data_dir that it comes from
 
 
 def read_manifest(path):
     """The pictures in a manifest. Raises OSError, or ValueError for one that is damaged or of another kind."""
-    with open(path, encoding="utf-8") as lines:
-        try:
-            rows = [json.loads(line) for line in lines]
-            return [Picture(**row | {"size": tuple(row["size"]), "bucket": tuple(row["bucket"])}) for row in rows]
-        except (TypeError, LookupError) as error:
-            raise ValueError(f"{path}: {error}") from None
+    read = TypeAdapter(Picture).validate_json
+    return [read(line) for line in Path(path).read_bytes().splitlines()]
 
 
-class Findings(dict):
-    """{title: lines} of what the user should know."""
-
-    def note(self, title, line):
-        line = re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(line))  # file names may hold anything
-        self.setdefault(title, []).append(line.encode("utf-8", "replace").decode())
+def reason(error):
+    """What an exception says, for a line that already names the file."""
+    if isinstance(error, UnicodeError):
+        return "its text or its name is not UTF-8"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is empty, or no picture that Pillow can read; save it as JPEG or PNG"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error}"
+    return getattr(error, "strerror", None) or str(error)
 
 
 # ---------------------------------------------------------------- captions
 
 
-def read_text(path):
-    """The text of a file in UTF-8, UTF-16 with its mark, or GB18030, and the encoding's name. Raises ValueError."""
-    if not path.is_file():
-        raise ValueError("is no file")
-    data, encoding = path.read_bytes(), "UTF-8"
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "UTF-16"
+def read_text(path, findings):
+    """The text of a file in UTF-8, in UTF-16 with its mark, or in GB18030. Raises OSError or ValueError."""
+    data = path.read_bytes()
     try:
-        text = data.decode("utf-16" if encoding == "UTF-16" else "utf-8-sig")
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError:
-        encoding, text = "GB18030", data.decode("gb18030", "replace")
-        # Western and Cyrillic text and Big5 can pass for GB18030, but then few of the characters are everyday Chinese.
-        foreign = (letter for letter in text if ord(letter) > 127)
-        letters = "".join(letter for letter in foreign if unicodedata.category(letter)[0] not in "PS")
-        if "\ufffd" in text or len(letters.encode("gb2312", "ignore")) < 2 * 0.9 * len(letters):
-            raise ValueError("is not UTF-8, and not surely GB18030; save it as UTF-8") from None
+        data.decode("gb2312")  # Western and Cyrillic text and Big5 seldom pass for everyday Chinese
+        text = data.decode("gb18030")
+        findings["Not UTF-8, read as GB18030"].append(path)
     if "\0" in text:
         raise ValueError("is no text; save it as UTF-8")
-    return text, encoding
+    return text
 
 
 def captions_in(value):
@@ -119,65 +113,117 @@ def captions_in(value):
         named = [value[name] for name in CAPTION_NAMES if name in value]
         if not named and not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", name) for name in value):
             raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}, or with languages")
-        value = next(([given] for given in named if given), []) if named else list(value.values())
+        value = [next(filter(None, named), [])] if named else list(value.values())
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
-    return list(dict.fromkeys(caption for part in value or [] for caption in captions_in(part)))
+    return [caption for part in value or [] for caption in captions_in(part)]
 
 
-def table_rows(path, text):
-    """(where, row) of a {name: captions} .json, of a .csv or of JSON lines; those are not parsed yet."""
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+def caption_rows(path, own, findings):
+    """(where, {"file_name": ..., "text": ...} or the like) of every row of a table, or of the one in a picture's `own`
+    file. Lines of JSON are not parsed yet, so that a bad one does not end its file."""
+    text, kind = read_text(path, findings), path.suffix.lower()
+    if own:
+        if kind == ".txt" and len(text.strip().splitlines()) > 1:
+            findings["Several lines in a .txt, joined to one caption"].append(path)
+        return [("", {"file_name": path.stem, "text": text if kind == ".txt" else parse_json(text)})]
+    if kind == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
-            if not set(names) & set(reader.fieldnames or []):
-                there = ", ".join(map(repr, reader.fieldnames or ["none"]))
-                raise ValueError(f"has no column {' or '.join(names)}; its columns: {there}")
-        return [(f"line {reader.line_num}", row) for row in reader]
+            if not {*names} & {*(table.fieldnames or [])}:
+                raise ValueError(f"has no column {' or '.join(names)}; its columns: {table.fieldnames}")
+        return ((f", line {table.line_num}", row) for row in table)
     if path.name != "captions.json":
-        return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    table = json.loads(text, object_pairs_hook=unique_keys)
+        return ((f", line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    table = parse_json(text)
     if not isinstance(table, dict):
         raise ValueError("is no object of file names and captions")
-    return [(f"entry {n}", {"file_name": k, "text": v}) for n, (k, v) in enumerate(table.items(), 1)]
+    return ((f", {name}", {"file_name": name, "text": captions}) for name, captions in table.items())
 
 
-def read_captions(path, findings, find=None):
-    """{picture: captions} of a caption file. `find(name)` gives the picture of a table's row, and raises ValueError if
-    there is none; without it the file is a picture's own, and the picture is None. A bad row is said, and the next one
-    read."""
-    found = {}
+def read_captions(path, find, findings, own=False):
+    """{picture: captions} of a caption file. `find(file, name)` gives the pictures of that name. What is wrong with a
+    row is said, and the next one read."""
+    found = collections.defaultdict(list)
     try:
-        text, encoding = read_text(path)
-        if find:
-            rows = table_rows(path, text)
-        else:
-            own = json.loads(text, object_pairs_hook=unique_keys) if path.suffix.lower() == ".json" else text
-            rows = [("", {"text": own})]
-    except (ValueError, OSError, csv.Error, RecursionError) as error:
-        findings.note(CAPTIONS, f"{path}: {reason(error)}")
-        return {}
-    if encoding != "UTF-8":
-        findings.note("Not UTF-8", f"{path}: read as {encoding}")
-    if not find and path.suffix.lower() == ".txt" and len(text.strip().splitlines()) > 1:
-        findings.note("Several lines in a .txt, joined to one caption", path)
-    for where, row in rows:
-        where = f", {where}" if where else ""
-        try:
-            row = json.loads(row) if isinstance(row, str) else row
-            name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
-            if find and not isinstance(name, str):
-                raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
-            if None in row:
-                raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
-            picture = find(os.path.normpath(name.replace("\\", "/"))) if find else None
-            captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row} or None)
-            found[picture] = list(dict.fromkeys(found.get(picture, []) + captions))
-            if not captions:
-                raise ValueError(f"no caption for {name!r}" if find else "is empty")
-        except (ValueError, RecursionError) as error:
-            findings.note(CAPTIONS, f"{path}{where}: {reason(error)}")
-    return {picture: captions for picture, captions in found.items() if captions or find}
+        for where, row in caption_rows(path, own, findings):
+            try:
+                row = parse_json(row) if isinstance(row, str) else row
+                name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
+                if not isinstance(name, str):
+                    raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
+                if None in row:
+                    raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
+                captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row})
+                pictures = find(path, name if own else os.path.normpath(name.replace("\\", "/")))
+                for picture in pictures:
+                    found[picture] += captions
+                if not pictures or not captions:
+                    raise ValueError("holds no caption" if pictures else f"there is no picture {name!r}")
+            except (ValueError, OSError, RecursionError) as error:
+                findings[CAPTIONS].append(f"{path}{where}: {reason(error)}")
+    except (ValueError, OSError, RecursionError, csv.Error) as error:
+        findings[CAPTIONS].append(f"{path}: {reason(error)}")
+    return {picture: list(dict.fromkeys(captions)) for picture, captions in found.items()}
+
+
+def walk(folder, skipped, findings):
+    """Every visible file under `folder`, sorted, through links too, but each folder once and none of `skipped`."""
+    seen = {os.path.realpath(path) for path in skipped}
+    failed = lambda error: findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
+        real = os.path.realpath(root)
+        another_run = real not in seen and {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}
+        if another_run:
+            findings["Output of another run, not read"].append(root)
+        if another_run or real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(root) / name for name in sorted(names) if not name.startswith(".")):
+            if os.path.isfile(path):
+                yield path
+            else:
+                findings[LEFT_OUT].append(f"{path}: is no file, or a link to none")
+
+
+def read_source(source, config, findings):
+    """Pairs of picture and captions of one source, by the order of precedence in this file's first lines; a picture
+    without captions has []. What an inner source holds is that one's."""
+    folder = Path(source.path)
+    if folder.is_file():  # a list of pictures relative to the current directory or, if nothing is there, to the list
+        find = lambda file, name: [place for place in (Path(name), file.parent / name) if place.is_file()][:1]
+        return read_captions(folder, find, findings).items()
+    if not folder.is_dir():
+        raise UserError(f"data_dir: {folder} is no folder")
+    inner = [other.path for other in config.data_dir if other.path != source.path]
+    paths = list(walk(folder, [config.output_dir, config.cache_dir, *inner], findings))
+    pictures = [path for path in paths if path.suffix.lower() in PICTURES]
+    files = [path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES]
+    findings["Other files, not read"] += sorted({*paths} - {*pictures} - {*files})
+    plain_name = lambda path: unicodedata.normalize("NFC", str(path))  # accents and Korean may come composed or not
+    named, used, found = collections.defaultdict(list), {}, {picture: [] for picture in pictures}
+    for picture in pictures:
+        named[plain_name(picture.with_suffix(""))].append(picture)
+    named |= {plain_name(picture): [picture] for picture in pictures}  # a whole name counts before a stem
+
+    def find(file, name):
+        if os.path.isabs(name) or name.startswith(".."):
+            raise ValueError(f"{name!r} is outside the folder")
+        return named.get(plain_name(file.parent / name), [])
+
+    forms = [".txt", ".jsonl", ".csv", ".json"]  # a picture's own file counts first, then the nearest table
+    files.sort(key=lambda file: (file.name in TABLES, -len(file.parts), forms.index(file.suffix.lower())))
+    for file in tqdm(files, desc=f"captions of {folder}", unit="file", leave=False):
+        for picture, captions in read_captions(file, find, findings, own=file.name not in TABLES).items():
+            first = used.setdefault(picture, file) if captions else None
+            if first == file:
+                found[picture] = captions
+            elif first and captions != found[picture] and (first.name in TABLES) == (file.name in TABLES):
+                # Beside a file of the picture's own a table may say what it likes.
+                findings[CAPTIONS].append(f"{picture}: {file} says something else than {first}, which is used")
+    return found.items()
 
 
 def save_captions(picture, captions):
@@ -188,7 +234,7 @@ def save_captions(picture, captions):
         write_file(os.path.realpath(text), captions[0] + "\n")
         return text
     try:
-        old = json.loads(read_text(several)[0], object_pairs_hook=unique_keys) if several.exists() else {}
+        old = parse_json(read_text(several, Findings())) if several.exists() else {}
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{several}: {reason(error)}") from None
     kept = old if isinstance(old, dict) and set(old) & set(CAPTION_NAMES) else {}
@@ -198,91 +244,66 @@ def save_captions(picture, captions):
     return several
 
 
-def plain_name(path):
-    """A path as text in one Unicode form: a name with accents or Korean may come composed or not."""
-    return unicodedata.normalize("NFC", str(path))
-
-
-def reason(error):
-    """What an exception says, for a line that already names the file."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    if isinstance(error, RecursionError):
-        return "is nested too deeply"
-    if isinstance(error, UnicodeEncodeError):
-        return "holds half a character"
-    return str(error) or type(error).__name__
-
-
 # ---------------------------------------------------------------- pictures
 
 
-def inspect_picture(path):
-    """Reads a picture file once: {"key", "size", "notes"}, as in Picture.
-
-    Raises an exception if the file is cut off or is no picture. Checksums tell for a PNG and the end marker for a JPEG;
-    anything else is decoded to be sure.
-    """
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(data)) as image:
-        if GRID in (image.info.get("longcat"), image.info.get("comment", b"").decode("ascii", "ignore")):
-            raise ValueError("is a grid or a preview that these scripts have drawn")
-        plain_png = image.format == "PNG" and not re.search(b"eXIf|Raw profile type exif|XML:com.adobe.xmp", data)
-        turned = not plain_png and orientation_of(image) > 4  # this decodes a PNG, so only if need be
-        size, notes = image.size[::-1] if turned else image.size, []
-        if image.mode in ("F", "I"):
-            raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
-        if has_alpha(image):
-            notes.append("With an alpha channel, laid on white")
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            notes.append("Animated or of many pages, the first is used")
-        if image.info.get("icc_profile"):
-            try:
-                if srgb_transform(image.info["icc_profile"], flat_mode(image)):
-                    notes.append("With a colour profile, turned to sRGB")
-            except (ImageCms.PyCMSError, OSError):
-                notes.append("With a colour profile that cannot be used, taken as sRGB")
-        if plain_png:
-            image.verify()
-        elif not (image.format in ("JPEG", "MPO") and data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")):
-            image.draft(None, (1, 1))
-            image.load()
-    return {"key": hashlib.sha256(data).hexdigest()[:32], "size": size, "notes": notes}
+def buckets_of(size, sets):
+    """The buckets of a picture of this size (width, height): of each of the `sets` (see bucket_sets) the one with the
+    nearest aspect ratio, of equal ones the larger, if the picture fills it; if it fills none, that of the first."""
+    ratio = lambda bucket: abs(math.log(size[0] / size[1] * bucket[1] / bucket[0]))
+    nearest = [min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets]
+    filled = [bucket for bucket in nearest if bucket[0] <= size[0] and bucket[1] <= size[1]]
+    return list(dict.fromkeys(filled or nearest[:1]))
 
 
 def orientation_of(image):
-    """The EXIF orientation that is still to be applied, 1 to 8: Pillow turns a TIFF itself. 1 if the EXIF is
-    damaged."""
+    """The EXIF orientation that is still to be applied: Pillow turns a TIFF itself. 1 if the EXIF is damaged."""
     with contextlib.suppress(Exception):
-        return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(0x0112)
+        return orientation if orientation in TURNS and image.format != "TIFF" else 1
     return 1
+
+
+def file_stamp(status):
+    """What tells that a file has not changed, from os.stat: its size in bytes and its time."""
+    return [status.st_size, status.st_mtime_ns]
+
+
+def inspect_picture(path, known):
+    """{"file", "key", "size"} of a picture, as in Picture; from `known`, {(path, *file): facts}, if it has not
+    changed. Raises an exception for what cannot be used."""
+    str(path).encode("utf-8")
+    file = file_stamp(os.stat(path))
+    if (str(path), *file) in known:
+        return known[(str(path), *file)]
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        if GRID in (image.info.get("longcat"), image.info.get("comment", b"").decode("ascii", "ignore")):
+            raise ValueError("is a grid or a preview that these scripts have drawn")
+        if image.mode in ("F", "I"):
+            raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
+        size = image.size[::-1] if orientation_of(image) > 4 else image.size
+        if min(size) < SMALLEST_SIDE:
+            raise ValueError(f"is {size[0]}x{size[1]} pixels, under {SMALLEST_SIDE} on a side")
+        end_marker = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+        if not (image.format in ("JPEG", "MPO") and end_marker):  # that tells that a JPEG is whole
+            image.draft(None, (1, 1))
+            image.load()
+    return {"file": file, "key": hashlib.sha256(data).hexdigest()[:32], "size": size}
 
 
 @functools.lru_cache(maxsize=64)
 def srgb_transform(profile, mode):
-    """The transform of pixels of `mode` from an embedded colour profile to sRGB; None if it changes next to nothing, as
-    with the many profiles that are sRGB under some name."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    """The transform of pixels of `mode` from a colour profile to sRGB; None if it cannot be used, or if it changes next
+    to nothing: many profiles are sRGB under some name."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
     colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
     change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
     return transform if np.abs(change).max() > 3 else None
-
-
-def has_alpha(image):
-    """Whether some of it may be transparent; a grey of 16 bits cannot."""
-    return image.has_transparency_data and not image.mode.startswith("I;16")
-
-
-def flat_mode(image):
-    """The mode of the picture's colours, which its colour profile is for."""
-    if image.mode.startswith("I;16") or image.mode == "1":
-        return "L"
-    return image.mode if image.mode in ("L", "CMYK") and not has_alpha(image) else "RGB"
 
 
 def load_picture(path, bucket):
@@ -290,7 +311,11 @@ def load_picture(path, bucket):
     (width, height), centre cropped. Bicubic, as in the model authors' training. A JPEG of at least three times the size
     is decoded at reduced size: three times faster, and within 45 dB of the full path for camera pictures."""
     with Image.open(path) as image:
-        orientation, profile, mode = orientation_of(image), image.info.get("icc_profile"), flat_mode(image)
+        orientation, profile = orientation_of(image), image.info.get("icc_profile")
+        if image.mode.startswith("I;16"):  # converted as it is, all of it would be white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        flat_mode = {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+        mode = "RGBA" if image.has_transparency_data else flat_mode
         size = bucket[::-1] if orientation > 4 else bucket
         scale = max(size[0] / image.width, size[1] / image.height)
         # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The
@@ -300,263 +325,91 @@ def load_picture(path, bucket):
         crop = min(width / size[0], height / size[1])
         left, top = max(0, (width - crop * size[0]) / 2), max(0, (height - crop * size[1]) / 2)
         box = (left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1]))
-        if image.mode.startswith("I;16"):  # converted as it is, all of it would be white
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        wanted = "RGBA" if has_alpha(image) else mode
-        picture = (image if image.mode == wanted else image.convert(wanted)).resize(size, Image.Resampling.BICUBIC, box)
-    if wanted == "RGBA":
+        picture = (image if image.mode == mode else image.convert(mode)).resize(size, Image.Resampling.BICUBIC, box)
+    if mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture).convert("RGB")
-    if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # then it is taken as sRGB; the report says so
-            transform = srgb_transform(profile, mode)
-            picture = ImageCms.applyTransform(picture, transform) if transform else picture
-    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture.info = {"exif": exif.tobytes()}
-    return ImageOps.exif_transpose(picture)
-
-
-# ---------------------------------------------------------------- scanning
-
-
-def buckets_of(size, sets):
-    """The buckets of a picture of this size (width, height): of each of the `sets` (see bucket_sets) the one with the
-    nearest aspect ratio, of equal ones the larger, if the picture fills it without being enlarged; if none is, that of
-    the first."""
-    ratio = lambda bucket: abs(math.log(size[0] / size[1] * bucket[1] / bucket[0]))
-    nearest = [min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets]
-    filled = [bucket for bucket in nearest if bucket[0] <= size[0] and bucket[1] <= size[1]]
-    return list(dict.fromkeys(filled or nearest[:1]))
-
-
-def walk(folder, skipped, findings):
-    """Yields every visible file under `folder`, sorted, through links too, but each folder once and none of
-    `skipped`."""
-    seen = {os.path.realpath(path) for path in skipped}
-    failed = lambda error: findings.note(LEFT_OUT, f"{error.filename}: {reason(error)}")
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
-        if os.path.realpath(root) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(root))
-        if {"manifest.jsonl", "report.md", "preview.jpg"} <= set(names):
-            findings.note("Output of another run, not read", root)
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
-
-
-def read_folder(folder, skipped, findings):
-    """[(picture, captions)] of a folder and those in it, by the order of precedence in this file's first lines."""
-    pictures, texts, tables, served = [], {}, [], collections.defaultdict(list)
-    for path in walk(folder, skipped, findings):
-        suffix = path.suffix.lower()
-        if path.name in TABLES:
-            tables.append(path)
-        elif suffix in PICTURES:
-            pictures.append(path)
-        elif suffix not in (".txt", ".json"):
-            findings.note("Other files, not read", path)
-        elif (other := texts.setdefault(plain_name(path.with_suffix(suffix)), path)) != path:
-            findings.note(CAPTIONS, f"{path}: is not read, {other.name} is")
-    by_name, listed = {plain_name(picture): picture for picture in pictures}, collections.defaultdict(dict)
-
-    def find(name):
-        if os.path.isabs(name) or name.startswith(".."):
-            raise ValueError(f"{name!r} is outside the folder")
-        if plain_name(table.parent / name) not in by_name:
-            raise ValueError(f"there is no picture {name!r}")
-        return by_name[plain_name(table.parent / name)]
-
-    for table in sorted(tables, key=lambda path: (-len(path.parts), TABLES.index(path.name))):
-        for picture, captions in read_captions(table, findings, find).items():
-            listed[picture] |= {table: captions} if captions else {}
-    found = []
-    for picture in tqdm(pictures, desc=f"captions of {folder}", unit="picture", leave=False):
-        own = [texts.get(plain_name(picture.with_suffix(suffix))) for suffix in (".txt", ".json")]
-        given = {path: read_captions(path, findings).get(None) for path in own if path}
-        for path in given:
-            served[path].append(picture)
-        given = {path: captions for path, captions in given.items() if captions}
-        given = given or listed.get(picture, {})  # beside a file of its own a table may say what it likes
-        first = next(iter(given), None)
-        for path, captions in given.items():
-            if captions != given[first]:
-                findings.note(CAPTIONS, f"{picture}: {path} says something else than {first}, which is used")
-        found.append((picture, given.get(first, [])))
-    for path in texts.values():
-        if not served[path]:
-            findings.note(CAPTIONS, f"{path}: there is no picture to this caption")
-        elif len(served[path]) > 1:
-            names = ", ".join(picture.name for picture in served[path])
-            findings.note("One caption file, several pictures", f"{path}: {names}")
-    return found
-
-
-def read_source(source, config, findings):
-    """[(picture, captions)] of one source, a folder or a list file; a picture without captions has []. What an inner
-    source holds is that one's."""
-    path = Path(source.path)
-    if path.is_dir():
-        skipped = [config.output_dir, config.cache_dir, *(s.path for s in config.data_dir if s.path != source.path)]
-        return read_folder(path, skipped, findings)
-    if not path.is_file():
-        raise UserError(f"data_dir: {path} is no folder")
-
-    def find(name):  # relative to the current directory or, if nothing is there, to the list
-        picture = Path(name) if os.path.exists(name) else path.parent / name
-        if not picture.exists():
-            raise ValueError(f"there is no picture {name!r}")
-        return picture
-
-    return list(read_captions(path, findings, find).items())
-
-
-def file_stamp(status):
-    """What tells that a file has not changed, from os.stat: its size in bytes and its time."""
-    return [status.st_size, status.st_mtime_ns]
-
-
-def facts_of(path, known):
-    """{"file", "key", "size", "notes"} of a picture, as in Picture, or as a text the reason to leave it out. `known`:
-    the pictures of an earlier manifest by their paths."""
-    try:
-        str(path).encode("utf-8")
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "is no file"
-        file, before = file_stamp(status), known.get(str(path))
-        if before and before.file == file:
-            facts = {"key": before.key, "size": before.size, "notes": before.notes}
-        else:
-            facts = inspect_picture(path)
-    except Image.UnidentifiedImageError:
-        return "is not a picture that Pillow can read; save it as JPEG or PNG"
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    except Image.DecompressionBombError:
-        return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels; make it smaller"
-    except Exception as error:  # Pillow's plugins raise many kinds
-        return f"cannot be read as a picture ({reason(error)})"
-    if min(facts["size"]) < SMALLEST_SIDE:
-        return f"is {facts['size'][0]}x{facts['size'][1]} pixels, under {SMALLEST_SIDE} on a side"
-    return {"file": file, **facts}
+    if profile and (transform := srgb_transform(profile, picture.mode)):
+        picture = ImageCms.applyTransform(picture, transform)
+    return (picture.transpose(TURNS[orientation]) if orientation > 1 else picture).convert("RGB")
 
 
 # ---------------------------------------------------------------- what the user sees
 
 
 def token_counts(tokenizer, prompts):
-    """{prompt: number of tokens}, counted as the pipeline tokenizes: text in quotes letter by letter, the rest in one
-    piece."""
-    split = {
-        p: [piece for part, quoted in split_quotation(p) for piece in (part if quoted else [part])] for p in prompts
-    }
-    distinct, lengths = sorted({piece for pieces in split.values() for piece in pieces}), {}
-    for i in range(0, len(distinct), 1000):  # of 100,000 captions at once the tokens would fill gigabytes
-        some = distinct[i : i + 1000]
-        lengths.update(zip(some, map(len, tokenizer(some, add_special_tokens=False)["input_ids"])))
-    return {prompt: sum(lengths[piece] for piece in pieces) for prompt, pieces in split.items()}
+    """{prompt: tokens}, counted as the pipeline does: text in quotes letter by letter, the rest in one piece."""
+    pieces = lambda prompt: [
+        piece for part, quoted in split_quotation(prompt) for piece in (part if quoted else [part])
+    ]
+    tokens = lambda prompt: tokenizer(pieces(prompt) or [""], add_special_tokens=False)["input_ids"]
+    return {prompt: sum(map(len, tokens(prompt))) for prompt in prompts}
 
 
-def describe_pictures(pictures, config, findings):
+def describe_pictures(pictures, findings):
     """Adds what is worth knowing of the pictures to `findings`."""
-    by_key, used = collections.defaultdict(dict), collections.Counter(picture.bucket for picture in pictures)
+    copies = collections.defaultdict(set)
     for picture in pictures:
-        (width, height), bucket = picture.size, picture.bucket
+        path, (width, height), bucket = Path(picture.path), picture.size, picture.bucket
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        if picture.path not in by_key[picture.key]:  # else in another resolution
-            for note in picture.notes:
-                findings.note(note, picture.path)
-        by_key[picture.key][picture.path] = True
-        what = f"{picture.path}: {width}x{height}"
+        copies[picture.key].add(picture.path)
         if scale > 1:
-            findings.note("Smaller than their bucket, enlarged", f"{what} to {bucket[0]}x{bucket[1]}")
+            findings["Smaller than their bucket"].append(f"{path}: {width}x{height}, enlarged {scale:.2f} times")
         if kept < 0.5:
-            findings.note("More than half is cut away", f"{what}, {kept:.0%} is kept")
-        names = Path(picture.path).stem, Path(picture.path).parent.name
-        if any(re.fullmatch("(.*[_-])?mask(s|label)?", name, re.IGNORECASE) for name in names):
-            findings.note("Named like masks, and trained on as pictures", picture.path)
-    for paths in by_key.values():
-        if len(paths) > 1:
-            findings.note("Exact duplicates", " = ".join(paths))
-    for (width, height), count in sorted(used.items()):
-        if count < config.train_batch_size:
-            what = f"{width}x{height}: {count} pictures, train_batch_size is {config.train_batch_size}"
-            findings.note("Buckets that do not fill a batch", what)
-    for folder in sorted({Path(picture.path).parent for picture in pictures}):
-        if kohya := re.fullmatch(r"(\d+)_(.+)", folder.name):
-            what = f'{folder}: a source {{"path": "{folder}", "repeats": {kohya[1]}}} does what the name says'
-            findings.note("Folders named as for Kohya's scripts", what)
+            findings["More than half is cut away"].append(f"{path}: {width}x{height}, {kept:.0%} is kept")
+        if any(re.fullmatch("(.*[_-])?mask(s|label)?", name, re.IGNORECASE) for name in (path.stem, path.parent.name)):
+            findings["Named like masks, and trained on as pictures"].append(path)
+        if kohya := re.fullmatch(r"(\d+)_.+", path.parent.name):
+            line = f'{path.parent}: a source {{"path": "{path.parent}", "repeats": {kohya[1]}}} does what the name says'
+            findings["Folders named as for Kohya's scripts"].append(line)
+    findings["Exact duplicates"] = [" = ".join(sorted(paths)) for paths in copies.values() if len(paths) > 1]
 
 
 def describe_captions(pictures, config, findings):
-    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on their number, languages and
-    tokens."""
-    pictures = {picture.path: picture for picture in pictures}.values()  # each once
-    all_captions = [(picture.path, caption) for picture in pictures for caption in picture.captions]
-    captions = list(dict.fromkeys(caption for _, caption in all_captions))
-    chinese = sum(bool(re.search("[\u3400-\u9fff]", caption)) for _, caption in all_captions)
-    summary = f"{len(all_captions)} captions: {chinese} with Chinese, {len(all_captions) - chinese} without"
-    for word in config.trigger_words:
-        count = sum(word in caption for _, caption in all_captions)
-        findings.note("Trigger words", f"{word!r}: {count} captions have it, {len(all_captions) - count} have not")
-    for path, caption in all_captions:
-        quoted = [part for part, is_quoted in split_quotation(caption) if is_quoted]
-        if quoted:
-            findings.note("Quoted text, drawn letter by letter", f"{path}: {' '.join(quoted)}")
-        elif re.search(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", caption, re.IGNORECASE):
-            findings.note(
-                "Text in the picture? Only what stands in quotes is drawn letter by letter",
-                f"{path}: {shortened(caption)}",
-            )
-        if re.search(r"\[(trigger|name|token)\]|[{<]trigger[}>]", caption):
-            findings.note("Placeholders, trained on as they stand", f"{path}: {shortened(caption)}")
+    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on them all."""
+    captions = dict.fromkeys((picture.path, text) for picture in pictures for text in picture.captions)
+    chinese = sum(bool(re.search("[\u3400-\u9fff]", text)) for _, text in captions)
+    summary, tokens = f"{len(captions)} captions: {chinese} with Chinese, {len(captions) - chinese} without", {}
     try:
-        tokens = token_counts(load_tokenizer(config), captions)
+        tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
     except (UserError, OSError, ValueError) as error:
-        return f"{summary}; tokens were not counted ({error})"
-    for path, caption in all_captions:
-        if tokens[caption] > TEXT_TOKENS:
-            what = f"{path}: {tokens[caption]} tokens: {shortened(caption)}"
-            findings.note(f"Captions over {TEXT_TOKENS} tokens, the rest is not read", what)
-    if not tokens:
-        return summary
-    short = sum(count < SHORT_CAPTION for count in tokens.values())
-    if short:
+        summary += f"; tokens were not counted ({error})"
+    if tokens:
+        average = sum(tokens.values()) / len(tokens)
+        summary += f"; {average:.0f} tokens on average, {max(tokens.values())} at most"
+    if short := sum(count < SHORT_CAPTION for count in tokens.values()):
         summary += f"; {short} of under {SHORT_CAPTION} tokens, and the model draws best from long descriptions"
-    return f"{summary}; {sum(tokens.values()) / len(tokens):.0f} tokens on average, {max(tokens.values())} at most"
-
-
-def shortened(text, length=60):
-    """The first words of a text."""
-    return text if len(text) <= length else text[:length].rstrip() + "…"
+    for word in config.trigger_words:
+        count = sum(word in text for _, text in captions)
+        findings["Trigger words"].append(f"{word!r}: {count} captions have it, {len(captions) - count} have not")
+    for path, text in captions:
+        quoted = " ".join(part for part, is_quoted in split_quotation(text) if is_quoted)
+        start = text if len(text) <= 60 else text[:60].rstrip() + "…"
+        if quoted:
+            findings["Quoted text, drawn letter by letter"].append(f"{path}: {quoted}")
+        elif re.search(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", text, re.IGNORECASE):
+            findings["Text in the picture? Only quoted text is drawn letter by letter"].append(f"{path}: {start}")
+        if re.search(r"\[(trigger|name|token)\]|[{<]trigger[}>]", text):
+            findings["Placeholders, trained on as they stand"].append(f"{path}: {start}")
+        if tokens and tokens[text] > TEXT_TOKENS:
+            findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"].append(f"{path}: {tokens[text]}: {start}")
+    return summary
 
 
 def report_text(summary, pictures, findings, short=False):
-    """The report, in Markdown: the summary, the buckets, and every finding, problems first. `short` is for a
-    terminal."""
-    used, samples = collections.Counter(), collections.Counter()
-    for picture in pictures:
-        used[picture.bucket] += 1
-        samples[picture.bucket] += picture.repeats
+    """The report, in Markdown: the summary, the buckets, and every finding, problems first; `short` for a terminal."""
     lines = ["# Data report", "", summary, "", "| bucket | pictures | samples an epoch |", "| --- | ---: | ---: |"]
-    lines += [f"| {w}x{h} | {used[w, h]} | {samples[w, h]} |" for w, h in sorted(used)]
-    for title in sorted(findings, key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
-        found = findings[title]
+    for width, height in sorted({picture.bucket for picture in pictures}):
+        repeats = [picture.repeats for picture in pictures if picture.bucket == (width, height)]
+        lines.append(f"| {width}x{height} | {len(repeats)} | {sum(repeats)} |")
+    for title in sorted(filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
+        found = list(dict.fromkeys(findings[title]))  # a picture may be there in several buckets
         shown = found[: 20 if title in (LEFT_OUT, CAPTIONS) else 3] if short else found
         lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in shown)]
         if len(shown) < len(found):
             lines.append(f"- … and {len(found) - len(shown)} more, in report.md")
-    return "\n".join(lines) + "\n"
-
-
-def is_chinese(text):
-    """Whether a text has characters that only a Chinese, Japanese or Korean font has."""
-    return any(ord(letter) > 0x2E7F for letter in text)
+    plain = (re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines)  # file names may hold anything
+    return "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
 
 
 @functools.cache
@@ -572,121 +425,93 @@ def label(text, size, instead="(no font for Chinese text)"):
     accents are left out, and a Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
     font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
-    if font is None and is_chinese(text):
-        text = instead
-    elif font is None:
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return text, font or ImageFont.load_default(size)
+    if not font:
+        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        text, font = instead if is_chinese(text) else plain, ImageFont.load_default(size)
+    return text, font
 
 
 def contact_sheet(pictures):
-    """A picture of what the model will see: cropped as in training, grouped by bucket, with the first words of each
+    """A picture of what the model will see: cropped as in training, sorted by bucket, with the first words of each
     caption. Of a large data set an even choice from every bucket is shown."""
-    gap, line, groups, height = 8, 18, [], 0
-    for bucket in sorted({picture.bucket for picture in pictures}):
-        group = [picture for picture in pictures if picture.bucket == bucket]
-        count = min(len(group), max(1, SHEET_PICTURES * len(group) // len(pictures)))
-        scale = min(SHEET_ROW / bucket[1], (SHEET_WIDTH - 2 * gap) / bucket[0])
-        size = (max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale)))
-        columns = (SHEET_WIDTH - gap) // (size[0] + gap)
-        groups.append((bucket, size, columns, len(group), [group[i * len(group) // count] for i in range(count)]))
-        height += line + 2 * gap + math.ceil(count / columns) * (SHEET_ROW + 2 * line + gap)
-    sheet = Image.new("RGB", (SHEET_WIDTH, height), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    cells = [(picture.path, size) for _, size, _, _, shown in groups for picture in shown]
+    groups = [[p for p in pictures if p.bucket == bucket] for bucket in sorted({p.bucket for p in pictures})]
+    shown = [picture for group in groups for picture in group[:: math.ceil(len(pictures) / SHEET_PICTURES)]]
+    rows, step = math.ceil(len(shown) / SHEET_COLUMNS), SHEET_CELL + 60
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * step), "white")
 
-    def tile(cell):
+    def tile(picture):
+        size = tuple(math.ceil(side * (SHEET_CELL - 8) / max(picture.bucket)) for side in picture.bucket)
         try:
-            return load_picture(*cell)
+            return load_picture(picture.path, size)
         except Exception:  # caching will say why; here it is a red tile
-            return Image.new("RGB", cell[1], "#cc0000")
+            return Image.new("RGB", size, "#cc0000")
 
-    tiles = iter(tqdm(in_parallel(tile, cells), desc="preview", total=len(cells), unit="picture", leave=False))
-    for bucket, size, columns, count, shown in groups:
-        title = f"{bucket[0]}x{bucket[1]}: {count} pictures"
-        title += f", {len(shown)} of them shown" if len(shown) < count else ""
-        draw.text((gap, top + gap), title, "black", font=label(title, 15)[1])
-        top += line + 2 * gap
-        for i, picture in enumerate(shown):
-            x, y = gap + i % columns * (size[0] + gap), top + i // columns * (SHEET_ROW + 2 * line + gap)
-            sheet.paste(next(tiles), (x, y))
-            text, font = label(shortened(picture.captions[0], 100), 13)
-            for row in range(2):
-                fitting = [n for n in range(len(text) + 1) if draw.textlength(text[:n], font=font) <= size[0]]
-                between_words = [n for n in fitting[1:] if not re.fullmatch("[a-zA-Z]{2}", text[n - 1 : n + 1])]
-                end = (between_words or fitting)[-1]
-                draw.text((x, y + SHEET_ROW + row * line), text[:end], "#444444", font=font)
-                text = text[end:].lstrip()
-        top += math.ceil(len(shown) / columns) * (SHEET_ROW + 2 * line + gap)
+    for i, (picture, seen) in enumerate(zip(shown, in_parallel(tile, shown))):
+        text, font = label("{}x{}: {}".format(*picture.bucket, picture.captions[0]), 13)
+        text = textwrap.wrap(text, 13 if is_chinese(text) else 26, max_lines=3, placeholder="…")
+        cell = Image.new("RGB", (SHEET_CELL - 8, step), "white")
+        cell.paste(seen)
+        ImageDraw.Draw(cell).text((0, seen.height), "\n".join(text), "#444444", font=font)
+        sheet.paste(cell, (i % SHEET_COLUMNS * SHEET_CELL + 4, i // SHEET_COLUMNS * step + 4))
     return sheet
 
 
 def main(config):
-    """Writes manifest, report and preview. Returns the pictures, a list of Picture. Raises UserError if none can be
-    used."""
+    """Writes manifest, report and preview. Returns a list of Picture. Raises UserError if nothing can be used."""
     if not config.data_dir:
         raise UserError("data_dir: not set; name the folder with your pictures")
+    for key in ("output_dir", "cache_dir"):
+        if os.path.realpath(getattr(config, key)) in [os.path.realpath(source.path) for source in config.data_dir]:
+            raise UserError(f"{key}: {getattr(config, key)} is the data folder itself; choose another")
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    output, findings, pictures, found, known = Path(config.output_dir), Findings(), [], [], {}
-    for source in config.data_dir:
-        for name in ("output_dir", "cache_dir"):
-            if os.path.realpath(source.path) == os.path.realpath(getattr(config, name)):
-                raise UserError(f"{name}: {getattr(config, name)} is the data folder itself; choose another")
-        for path, captions in read_source(source, config, findings):
-            if captions or config.instance_prompt:
-                found.append((source, path, captions))
-            else:
-                text_file = path.with_suffix(".txt").name
-                findings.note(LEFT_OUT, f"{path}: no caption; write {text_file} beside it or set instance_prompt")
+    manifest, report, preview = (Path(config.output_dir) / n for n in ("manifest.jsonl", "report.md", "preview.jpg"))
+    findings, before, pictures, sets = Findings(), [], [], bucket_sets(config)
     with contextlib.suppress(OSError, ValueError):  # there is no manifest yet, or one of another kind: all is read
-        known = {picture.path: picture for picture in read_manifest(output / "manifest.jsonl")}
-    buckets = functools.cache(functools.partial(buckets_of, sets=bucket_sets(config)))
-    all_facts = in_parallel(lambda item: facts_of(item[1], known), found)
-    bar = tqdm(all_facts, desc="pictures", total=len(found), unit="picture", leave=False)
-    for (source, path, captions), facts in zip(found, bar):
-        if isinstance(facts, str):
-            findings.note(LEFT_OUT, f"{path}: {facts}")
-            continue
-        if not captions:
-            findings.note("Without a caption of their own, instance_prompt is used", path)
-        captions = [prefixed(source.caption_prefix, caption) for caption in captions or [config.instance_prompt]]
-        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight, source=source.path)
-        pictures += [Picture(path=str(path), bucket=bucket, **own, **facts) for bucket in buckets(facts["size"])]
+        before = read_manifest(manifest)
+    known = {(p.path, *p.file): dict(file=p.file, key=p.key, size=p.size) for p in before}
 
-    describe_pictures(pictures, config, findings)
-    left_out, count = len(findings.get(LEFT_OUT, [])), len({picture.path for picture in pictures})
-    summary = f"{count} pictures, {left_out} left out; {describe_captions(pictures, config, findings)}."
-    report, printed = (report_text(summary, pictures, findings, short) for short in (False, True))
+    def prepare(item):
+        """A picture in each of its buckets, or as a text the reason to leave it out."""
+        source, path, captions = item
+        if not captions and not config.instance_prompt:
+            return f"no caption; write {path.stem}.txt beside it or set instance_prompt"
+        try:
+            facts = inspect_picture(path, known)
+        except Exception as error:  # Pillow's plugins raise many kinds
+            return reason(error)
+        prefix, latin = source.caption_prefix, re.compile("[a-zA-Z0-9]{2}").match
+        space = lambda caption: " " if latin(prefix[-1:] + caption[:1]) else ""  # only between two Latin letters
+        captions = [prefix + space(caption) + caption for caption in captions or [config.instance_prompt]]
+        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight, source=source.path)
+        return [Picture(path=str(path), bucket=bucket, **own, **facts) for bucket in buckets_of(facts["size"], sets)]
+
+    found = [(source, *pair) for source in config.data_dir for pair in read_source(source, config, findings)]
+    prepared = tqdm(in_parallel(prepare, found), "pictures", len(found), leave=False, unit="picture")
+    for (_, path, captions), result in zip(found, prepared):
+        if isinstance(result, str):
+            findings[LEFT_OUT].append(f"{path}: {result}")
+            continue
+        pictures += result
+        if not captions:
+            findings["Without a caption of their own, instance_prompt is used"].append(path)
+
+    describe_pictures(pictures, findings)
+    summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out"
+    summary += f"; {describe_captions(pictures, config, findings)}."
+    text = report_text(summary, pictures, findings)
+    as_before = report.is_file() and report.read_bytes() == text.encode()
+    print(f"{summary} As before: {report}" if as_before else report_text(summary, pictures, findings, short=True))
+    if pictures and pictures != before:
+        write_file(manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures))
+    write_file(report, text)
     if not pictures:
-        write_file(output / "report.md", report)
-        print(printed)
-        sources = ", ".join(source.path for source in config.data_dir)
-        raise UserError(f"data_dir: no picture to train on in {sources}, {left_out} left out")
-    manifest = "".join(json.dumps(asdict(picture), ensure_ascii=False) + "\n" for picture in pictures)
-    texts = {output / "manifest.jsonl": manifest, output / "report.md": report}
-    unchanged = [write_if_changed(path, text) for path, text in texts.items()]
-    preview, made_from = output / "preview.jpg", output / "manifest.jsonl"
-    if not preview.exists() or preview.stat().st_mtime_ns < made_from.stat().st_mtime_ns:
+        raise UserError(f"data_dir: no picture to train on; what was left out, and why, is in {report}")
+    if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
         data = io.BytesIO()
         contact_sheet(pictures).save(data, "JPEG", quality=88, comment=GRID)
         write_file(preview, data.getvalue())
-    print(f"{summary} As before: {output / 'report.md'}" if all(unchanged) else printed)
     print(f"what the model will see: {preview}")
     return pictures
-
-
-def prefixed(prefix, caption):
-    """A caption with its source's prefix: between two Latin letters or digits there is a space."""
-    return prefix + " " * bool(re.fullmatch(r"[a-zA-Z0-9]{2}", prefix[-1:] + caption[:1])) + caption
-
-
-def write_if_changed(path, text):
-    """Writes a text file unless it holds that text already. Returns whether it did."""
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == text.encode("utf-8"):
-            return True
-    write_file(path, text)
-    return False
 
 
 if __name__ == "__main__":

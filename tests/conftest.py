@@ -157,7 +157,7 @@ def made_up(i, bucket=(64, 64), **fields):
     from prepare_data import Picture
 
     what = dict(path=f"{i}.png", key=f"{i:032x}", size=bucket, bucket=bucket, captions=[f"picture {i}"])
-    return Picture(**{**what, "repeats": 1, "loss_weight": 1.0, "file": [], "notes": [], **fields})
+    return Picture(**{**what, "repeats": 1, "loss_weight": 1.0, "file": [], **fields})
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import MODEL, made_up
 from diffusers import AutoencoderKL
-from PIL import Image, ImageFilter
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cache_latents
@@ -17,79 +17,43 @@ import prepare_data
 from cache_latents import encode_prompts, prompt_file
 from longcat_common import load_text_encoder, load_tokenizer, load_transformer
 
-PROMPTS = [
-    "",
-    "a cat on a white background",
-    "一只猫，白色背景",
-    "a sign that says \"Grand Opening\" and 'it's open'",
-    "招牌上写着“开业大吉”",
-    "a very long prompt " * 400,
-]
-
-
-def camera_picture(path, size, orientation=None, **options):
-    """A smooth, detailed picture of camera size, as JPEG with an EXIF orientation."""
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    image = Image.blend(image, image.filter(ImageFilter.FIND_EDGES), 0.3)
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    image.save(path, exif=exif, quality=92, **options)
-    return image
+PROMPTS = ["a cat on a white background", "一只猫，白色背景"]
 
 
 def test_camera_pictures(tmp_path, tiny_config):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    landscape = camera_picture(folder / "landscape.jpg", (4000, 3000))
-    camera_picture(folder / "portrait.jpg", (3000, 4000))
-    turned = camera_picture(folder / "turned.jpg", (4000, 3000), orientation=6)
-    Image.new("RGBA", (300, 200), (255, 0, 0, 0)).save(folder / "clear.png")
-    Image.new("L", (200, 300), 128).save(folder / "grey.webp")
-    (folder / "landscape.txt").write_text("\ufeffa landscape\n", encoding="utf-8")
-    (folder / "broken.jpg").write_bytes(b"no picture")
-    (folder / "empty.txt").write_text("text without a picture")
-    config = tiny_config(data_dir=str(folder), instance_prompt="一张照片", validation_prompts=[])
-
-    entries, prompts = cache_latents.main(config)
-    by_name = {Path(e.path).name: e for e in entries}
-    assert sorted(by_name) == ["clear.png", "grey.webp", "landscape.jpg", "portrait.jpg", "turned.jpg"]
-    assert list(prompts) == ["", "一张照片", "a landscape"]
-    expected = {
-        "landscape.jpg": (192, 128),
-        "portrait.jpg": (128, 192),
-        "turned.jpg": (128, 192),
-        "clear.png": (192, 128),
-        "grey.webp": (128, 192),
+    (tmp_path / "photos").mkdir()
+    exif, noise = Image.Exif(), np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    exif[0x0112] = 6
+    camera = Image.fromarray(noise).resize((4000, 3000), Image.Resampling.BICUBIC)
+    pictures = {
+        "landscape.jpg": (camera, (192, 128)),
+        "portrait.jpg": (camera.transpose(Image.Transpose.ROTATE_270), (128, 192)),
+        "turned.jpg": (camera, (128, 192)),
+        "clear.png": (Image.new("RGBA", (300, 200), (255, 0, 0, 0)), (192, 128)),
+        "grey.webp": (Image.new("L", (200, 300), 128), (128, 192)),
     }
-    assert {name: e.bucket for name, e in by_name.items()} == expected
-    assert by_name["turned.jpg"].size == (3000, 4000)
+    for name, (image, _) in pictures.items():
+        image.save(tmp_path / "photos" / name, **({"exif": exif} if name == "turned.jpg" else {}))
+    (tmp_path / "photos" / "landscape.txt").write_text("\ufeffa landscape\n", encoding="utf-8")
+    config = tiny_config(data_dir=str(tmp_path / "photos"), instance_prompt="一张照片", validation_prompts=[])
+    entries, prompts = cache_latents.main(config)
+    assert {Path(e.path).name: e.bucket for e in entries} == {name: bucket for name, (_, bucket) in pictures.items()}
+    assert {*prompts} == {"", "一张照片", "a landscape"}
+    sizes = {Path(e.path).name: e.size for e in entries}
+    assert sizes["turned.jpg"] == sizes["portrait.jpg"] == (3000, 4000)
+    seen = {n: np.array(prepare_data.load_picture(tmp_path / "photos" / n, b)) for n, (_, b) in pictures.items()}
+    assert seen["clear.png"].min() == 255
+    assert np.abs(np.subtract(seen["turned.jpg"], seen["portrait.jpg"], dtype=int)).max() < 16
 
-    # What the model sees: upright, covering the bucket, centre cropped, close to the full-quality path.
-    for name, image in (("landscape.jpg", landscape), ("turned.jpg", turned.transpose(Image.Transpose.ROTATE_270))):
-        width, height = expected[name]
-        scale = max(width / image.width, height / image.height)
-        size = (round(image.width * scale), round(image.height * scale))
-        whole = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        seen = np.asarray(prepare_data.load_picture(folder / name, (width, height))).astype(float)
-        error = np.square(seen - np.asarray(whole.crop((left, top, left + width, top + height)))).mean()
-        assert 10 * np.log10(255**2 / error) > 32, name
-    assert np.asarray(prepare_data.load_picture(folder / "clear.png", (192, 128))).min() == 255
-
-    # The latents are the VAE's own.
+    # What the model sees is close to the whole picture resized, and its latents are the VAE's own.
+    whole = camera.resize((192, 144), Image.Resampling.BICUBIC).crop((0, 8, 192, 136))
+    assert 10 * np.log10(255**2 / np.square(np.subtract(seen["landscape.jpg"], whole, dtype=float)).mean()) > 32
     vae = AutoencoderKL.from_pretrained(f"{MODEL}/vae")
-    pixels = (
-        torch.from_numpy(np.array(prepare_data.load_picture(folder / "landscape.jpg", (192, 128)))).permute(2, 0, 1)[
-            None
-        ]
-        / 127.5
-        - 1
-    )
     with torch.no_grad():
+        pixels = torch.from_numpy(seen["landscape.jpg"]).permute(2, 0, 1)[None] / 127.5 - 1
         posterior = vae.encode(pixels).latent_dist
-    cached = load_file(cache_latents.latents_file(config, by_name["landscape.jpg"]))
+    (entry,) = [e for e in entries if e.path.endswith("landscape.jpg")]
+    cached = load_file(cache_latents.latents_file(config, entry))
     assert cached["mean"].dtype == cached["std"].dtype == torch.float32
     restored = cached["mean"] / vae.config.scaling_factor + vae.config.shift_factor
     torch.testing.assert_close(restored, posterior.mean[0], rtol=1e-4, atol=1e-4)
@@ -107,9 +71,9 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
         f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model."): t
         for n, t in weights.items()
     }
-    embeds = encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3])
+    embeds = encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS)
     save_file(newer, file, {"format": "pt"})
-    assert torch.equal(encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3]), embeds)
+    assert torch.equal(encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS), embeds)
     del newer["model.language_model.layers.1.mlp.up_proj.weight"]
     save_file(newer, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
