@@ -329,16 +329,17 @@ def test_shipped_configs_load_and_fit_their_device(path):
             and config.validation_split
             and config.checkpoint_step_interval <= 250
         )
-        assert f"`{path.name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_table_is_the_keys():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", readme, re.MULTILINE)
-    assert [(name, help) for name, help, _ in rows] == [(name, key.description) for name, key in KEYS.items()]
-    for name, _, default in rows:
-        assert default == json.dumps(KEYS[name].default) or name == "lora_target_modules"
-    assert Path(ROOT / "LICENSE").exists()
+@pytest.mark.parametrize("name", ["README.md", "README.pt-BR.md", "README.zh.md"])
+def test_flags_and_files_that_a_readme_names_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert {flag for flag in re.findall(r"--(\w+_\w+)", text) if not flag.startswith("nproc")} <= KEYS.keys()
+    named = re.findall(r"(?:configs|tests)/[\w/]+\.\w+|\b\w+\.(?:py|ipynb)\b|BENCHMARKS\.md", text)
+    assert named and not [path for path in named if not (ROOT / path).exists()]
+    assert {path.name for path in (ROOT / "configs").glob("*.json")} <= {
+        *re.findall(r"^\| `(\w+\.json)`", text, re.MULTILINE)
+    }
 
 
 def test_help_names_every_key_with_its_default_and_choices(capsys):
