@@ -5,7 +5,8 @@
     python tests/bench_cache.py --real --limit 8     # on a GPU, within 8 GB of its memory
 
 Prompts: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on the whole model (not with
---alone, or a limit under 18 GB). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture after another.
+--alone, or a limit under 18 GB). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture
+after another.
 """
 
 import argparse
@@ -141,7 +142,8 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
     print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
     for name, seconds in times.items():
         print(
-            f"prompts, {name}: {count / seconds:.2f} a second ({seconds / times['ours, with reading the model']:.2f} times ours)"
+            f"prompts, {name}: {count / seconds:.2f} a second "
+            f"({seconds / times['ours, with reading the model']:.2f} times ours)"
         )
 
 

@@ -113,7 +113,8 @@ def camera(count, rounds):
         sizes = buckets(config(0))
         torch.set_num_threads(1)
         print(
-            f"{count} JPEGs of 4000x3000, {sum(p.stat().st_size for p in paths) / count / 1e6:.1f} MB each, to buckets of about 1024x1024"
+            f"{count} JPEGs of 4000x3000, {sum(p.stat().st_size for p in paths) / count / 1e6:.1f} MB each, to "
+            f"buckets of about 1024x1024"
         )
         print(f"reduced decoding against the whole: {min(likeness(p, sizes) for p in paths[::20]):.1f} dB at least")
         ways = {"whole way": [], "one core": [], f"{len(cores)} cores": []}
@@ -150,7 +151,8 @@ def small(count):
             wall, _ = timed(lambda: prepare_data.main(config))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(
-                f"{count} small files, {name}: {wall:.0f} s; peak memory {peak:.0f} MiB, {before:.0f} MiB of it before the start"
+                f"{count} small files, {name}: {wall:.0f} s; peak memory {peak:.0f} MiB, {before:.0f} MiB of it "
+                f"before the start"
             )
         print(f"manifest: {(folder / 'o' / 'manifest.jsonl').stat().st_size / 2**20:.0f} MiB")
 

@@ -1,9 +1,9 @@
-"""Seconds and memory of a training step beside a plain loop (diffusers model, PEFT, quanto int8, every block checkpointed,
-eager), in one run:
+"""Seconds and memory of a training step beside a plain loop (diffusers model, PEFT, quanto int8, every block
+checkpointed, eager), in one run:
 
-    python tests/bench_step.py                  # on a GPU the real size at 1024x1024; on a CPU a scaled-down model in float32
+    python tests/bench_step.py                  # on a GPU the real size at 1024x1024; on a CPU less, in float32
     python tests/bench_step.py --limit 16       # within 16 GiB of the GPU's memory
-    python tests/bench_step.py --losses 400     # the loss curves of the tiny model, on the same data and draws; some five minutes
+    python tests/bench_step.py --losses 400     # the loss curves of the tiny model, on the same draws; five minutes
 
 Each way runs in a process of its own, so that its peak memory is its own.
 """
@@ -48,8 +48,8 @@ REAL, SMALL = dict(num_layers=10, num_single_layers=20), dict(num_layers=2, num_
 
 
 def plain_loop(transformer, device, dtype):
-    """What a user writes without these scripts, on a frozen, quantized transformer: returns a function of (latents, noise,
-    sigmas, prompt_embeds) that does a step, and the optimizer."""
+    """What a user writes without these scripts, on a frozen, quantized transformer: returns a function of (latents,
+    noise, sigmas, prompt_embeds) that does a step, and the optimizer."""
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES))
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for p in parameters:
@@ -169,10 +169,24 @@ def synchronize(device):
 
 
 def losses(steps):
-    """The mean loss of the last quarter of a run on the tiny model: a plain loop's and ours, with the same data and draws."""
+    """The mean loss of the last quarter of a run on the tiny model: a plain loop's and ours, with the same data and
+    draws."""
     with tempfile.TemporaryDirectory() as folder:
-        base = dict(base_model_precision="int8-quanto", data_dir=str(ROOT / "tests/tiny_longcat/pictures"), train_batch_size=1, max_train_steps=steps, validation_step_interval=0, lr_scheduler="constant",
-                    lora_target_modules=TARGET_MODULES, lr_warmup_steps=0, learning_rate=1e-3, adam_beta2=0.999, report_to="none", cache_dir=f"{folder}/cache", max_grad_norm=1.0)  # fmt: skip
+        base = dict(
+            base_model_precision="int8-quanto",
+            data_dir=str(ROOT / "tests/tiny_longcat/pictures"),
+            train_batch_size=1,
+            max_train_steps=steps,
+            validation_step_interval=0,
+            lr_scheduler="constant",
+            lora_target_modules=TARGET_MODULES,
+            lr_warmup_steps=0,
+            learning_rate=1e-3,
+            adam_beta2=0.999,
+            report_to="none",
+            cache_dir=f"{folder}/cache",
+            max_grad_norm=1.0,
+        )
         config, device = load_config(ROOT / "configs/tiny.json", **base), pick_device()
         entries, prompts = cache_latents.main(config)
         transformer = (
@@ -224,7 +238,8 @@ def main():
     if given.way:
         return print("figures " + json.dumps(run_way(given.way, given.steps, given.limit)))
     print(
-        "| way | s a step | times as fast | outside forward and backward | first step, s | peak, GiB | of the matmul rate |"
+        "| way | s a step | times as fast | outside forward and backward | first step, s | peak, GiB | of the "
+        "matmul rate |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     plain = None
@@ -243,7 +258,8 @@ def main():
         plain = plain or f["seconds"]
         show = lambda value, form: "" if value is None else format(value, form)
         print(
-            f"| {name} | {f['seconds']:.3f} | {plain / f['seconds']:.2f} | {show(f['outside'], '.1%')} | {f['first']:.1f} | {show(f['peak'], '.1f')} | {f['rate'] / f['matmul']:.0%} |",
+            f"| {name} | {f['seconds']:.3f} | {plain / f['seconds']:.2f} | {show(f['outside'], '.1%')} | "
+            f"{f['first']:.1f} | {show(f['peak'], '.1f')} | {f['rate'] / f['matmul']:.0%} |",
             flush=True,
         )
 

@@ -40,8 +40,8 @@ def sha256(path):
 
 
 def start_script(log, script, *arguments, errors=None, **environment):
-    """Starts `python script ...` from the repository's root in a process that has the imports behind it. What it prints is
-    added to the file `log`, its errors to `errors` if that is another one."""
+    """Starts `python script ...` from the repository's root in a process that has the imports behind it. What it
+    prints is added to the file `log`, its errors to `errors` if that is another one."""
     logs = [str(log), str(errors or log)]
     for path in logs:
         Path(path).touch()
@@ -110,7 +110,8 @@ def run_python(*arguments, check=True, **options):
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """A function (name, make) that gives a folder which make(folder) has filled: once for all processes of this session."""
+    """A function (name, make) that gives a folder which make(folder) has filled: once for all processes of this
+    session."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -169,8 +170,10 @@ def tiny_config(tmp_path):
 
 def quick(few_pictures, shared_cache, **overrides):
     settings = dict(
-        data_dir=str(few_pictures), cache_dir=str(shared_cache), lora_rank=16, train_batch_size=1, max_train_steps=4, validation_step_interval=0, lr_warmup_steps=2,
-        report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2, validation_prompts=["a red apple"],
+        data_dir=str(few_pictures), cache_dir=str(shared_cache), lora_rank=16, train_batch_size=1, max_train_steps=4,
+        validation_step_interval=0, lr_warmup_steps=2,
+        report_to="none", checkpoint_step_interval=1, checkpoints_total_limit=9, validation_num_inference_steps=2,
+        validation_prompts=["a red apple"],
     )  # fmt: skip
     return tiny(**{**settings, **overrides})
 
@@ -185,15 +188,16 @@ def quick_config(tmp_path, few_pictures, shared_cache):
 
 # Five pictures in batches of two or one: the first epoch ends within step 2.
 REFERENCE = dict(
-    max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1, gradient_checkpointing=1, validation_split=0.2,
+    max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1, gradient_checkpointing=1,
+    validation_split=0.2,
     validation_step_interval=2,
 )  # fmt: skip
 
 
 @pytest.fixture
 def reference_run(tmp_path, few_pictures, shared_cache, made_once):
-    """The configuration of a finished run of three steps, with a checkpoint each, held-out scores and previews at steps 0, 2
-    and 3: trained once for all tests, and copied into this one's folder."""
+    """The configuration of a finished run of three steps, with a checkpoint each, held-out scores and previews at
+    steps 0, 2 and 3: trained once for all tests, and copied into this one's folder."""
 
     def train(folder):
         import train_lora

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from conftest import MODEL, ROOT, TINY, run_script
@@ -188,19 +187,24 @@ def test_bad_files_are_named(tmp_path):
 
 SIMPLETUNERS = """{
     "base_model_precision": "int8-quanto", "attention_mechanism": "native-flash", "checkpoint_step_interval": 10,
-    "data_backend_config": "config/examples/multidatabackend-small-dreambooth-512px.json", "disable_bucket_pruning": true,
+    "data_backend_config": "config/examples/multidatabackend-small-dreambooth-512px.json",
+    "disable_bucket_pruning": true,
     "flow_schedule_shift": 0, "flow_schedule_auto_shift": true, "gradient_checkpointing": true,
-    "hub_model_id": "simpletuner-example-longcat_image-peft-lora", "learning_rate": 1e-4, "lora_alpha": 16, "lora_rank": 16,
+    "hub_model_id": "simpletuner-example-longcat_image-peft-lora", "learning_rate": 1e-4, "lora_alpha": 16,
+    "lora_rank": 16,
     "lora_type": "standard", "lr_scheduler": "constant_with_warmup", "max_train_steps": 1000, "mixed_precision": "bf16",
     "model_family": "longcat_image", "model_type": "lora", "num_eval_images": 25, "num_train_epochs": 0,
-    "optimizer": "adamw_bf16", "output_dir": "output/examples/longcat-image.peft-lora", "push_checkpoints_to_hub": false,
-    "push_to_hub": false, "quantize_via": "cpu", "report_to": "none", "seed": 42, "tracker_project_name": "lora-training",
+    "optimizer": "adamw_bf16", "output_dir": "output/examples/longcat-image.peft-lora",
+    "push_checkpoints_to_hub": false,
+    "push_to_hub": false, "quantize_via": "cpu", "report_to": "none", "seed": 42,
+    "tracker_project_name": "lora-training",
     "tracker_run_name": "example-training-run", "train_batch_size": 1, "use_ema": false, "vae_batch_size": 1,
     "validation_disable_unconditional": true, "validation_guidance": 4.0, "validation_guidance_rescale": 0.0,
     "validation_negative_prompt": "ugly, cropped, blurry, low-quality, mediocre average",
     "validation_num_inference_steps": 16,
     "validation_prompt": "\U0001f7eb is holding a sign that says hello world from longcat-image",
-    "validation_prompt_library": false, "validation_resolution": "1024x1024", "validation_seed": 42, "validation_steps": 50
+    "validation_prompt_library": false, "validation_resolution": "1024x1024", "validation_seed": 42,
+    "validation_steps": 50
 }"""
 
 
@@ -254,8 +258,10 @@ def test_a_config_of_the_quick_start_guide_works_as_it_is(tmp_path, capsys):
 
 def test_a_file_of_flags_works_too_and_flags_that_mean_nothing_are_named(tmp_path, capsys):
     file = tmp_path / "config.json"
-    file.write_text("""{"--model_family": "longcat_image", "--gradient_checkpointing": "true", "--learning_rate": "1e-4", "--lora_rank": 8,
-        "--validation_num_inference_steps": "20", "--report_to": "none", "--lycoris_config": "x.json", "--validation_prompt": "a cat"}""")
+    file.write_text("""{"--model_family": "longcat_image", "--gradient_checkpointing": "true", "--learning_rate":
+    "1e-4", "--lora_rank": 8,
+        "--validation_num_inference_steps": "20", "--report_to": "none", "--lycoris_config": "x.json",
+        "--validation_prompt": "a cat"}""")
     config = config_from_flags("", [str(file), "--push_to_hub", "true", "--group_offload_use_stream", "--seed", "7"])
     assert (
         config.learning_rate,

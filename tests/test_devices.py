@@ -170,7 +170,8 @@ import resource, sys, threading, time, torch
 sys.path.insert(0, ".")
 from longcat_common import load_config, load_transformer
 own = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
-config, peak, before = load_config(pretrained_model_name_or_path=sys.argv[1], base_model_precision="int8-quanto", mixed_precision="no"), 0, own()
+config, peak, before = load_config(pretrained_model_name_or_path=sys.argv[1], base_model_precision="int8-quanto",
+    mixed_precision="no"), 0, own()
 def watch():
     global peak
     while True:
@@ -207,8 +208,10 @@ def test_every_precision_learns_as_well(tiny_config, tmp_path):
     ratios = {}
     for precision in ("no_change", "int8-quanto", "fp8-torchao", "int4-quanto", "int8-matmul"):
         config = tiny_config(
-            base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=80, lr_warmup_steps=20, validation_split=0.2,
-            checkpoint_step_interval=20, validation_step_interval=80, validation_prompts=["zumi on a blue background"], report_to="none",
+            base_model_precision=precision, output_dir=str(tmp_path / precision), max_train_steps=80,
+            lr_warmup_steps=20, validation_split=0.2,
+            checkpoint_step_interval=20, validation_step_interval=80,
+            validation_prompts=["zumi on a blue background"], report_to="none",
         )  # fmt: skip
         train_lora.main(config)
         expected = lora_bytes(config)

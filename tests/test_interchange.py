@@ -1,4 +1,5 @@
-"""LoRAs travel: ours into diffusers, PEFT and ComfyUI, other trainers' into ours, each at the strength it was trained with."""
+"""LoRAs travel: ours into diffusers, PEFT and ComfyUI, other trainers' into ours, each at the strength it was trained
+with."""
 
 import json
 import re
@@ -60,7 +61,8 @@ def make_lora(tiny_config, folder, seed=0, **settings):
 
 # ---------------------------------------------------------------- ours, elsewhere
 
-# The layers that ComfyUI maps for this model, which it holds as a Flux: what stands between "transformer." and ".lora_A.weight".
+# The layers that ComfyUI maps for this model, which it holds as a Flux: what stands between "transformer." and
+# ".lora_A.weight".
 # It merges them into slices of its own fused weights, which is the same sum as into the separate ones here.
 IN_COMFYUI = re.compile(
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
@@ -143,7 +145,8 @@ def of_diffusers(folder):
 
 
 def of_the_authors(folder, **settings):
-    """get_peft_model and save_pretrained, as the model authors' scripts do; PEFT's default alpha is 8, whatever the rank."""
+    """get_peft_model and save_pretrained, as the model authors' scripts do; PEFT's default alpha is 8, whatever the
+    rank."""
     settings = {"r": 4, "target_modules": TARGETS, "init_lora_weights": "gaussian", **settings}
     transformer = shake(get_peft_model(plain(), LoraConfig(**settings)))
     transformer.save_pretrained(folder)

@@ -20,7 +20,8 @@ NOTEBOOK = ROOT / "colab.ipynb"
 
 
 def copied(function):
-    """A function as it is when its text is pasted into a notebook that has begun with `from longcat_common import *`."""
+    """A function as it is when its text is pasted into a notebook that has begun with `from longcat_common import
+    *`."""
     namespace = {}
     exec("from longcat_common import *", namespace)
     namespace.pop(function.__name__, None)
@@ -95,8 +96,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
     nbformat.validate(notebook)
 
     tiny = dict(
-        pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_pictures), cache_dir=str(tmp_path / "cache"),
-        output_dir=str(tmp_path / "output"), resolution="128x128", max_train_steps=4, report_to="none", validation_num_inference_steps=2,
+        pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_pictures),
+        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "output"), resolution="128x128", max_train_steps=4, report_to="none",
+        validation_num_inference_steps=2,
         validation_resolution="128x128", validation_prompts=["a cat"],
     )  # fmt: skip
     (settings,) = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]

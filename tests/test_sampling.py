@@ -41,7 +41,8 @@ def test_an_euler_loop_of_our_functions_equals_the_pipeline(tiny_config):
     prompt, empty = (read_tensors(files[p])["prompt_embeds"][None] for p in (PROMPT, ""))
     text_ids, image_ids = position_ids(16, 24)
     x = pack_latents(noise)
-    # The pipeline's levels are 1, 1 - 1/n, ... 1/n before the shift; ours take the normal draw that sigmoid maps to them.
+    # The pipeline's levels are 1, 1 - 1/n, ... 1/n before the shift; ours take the normal draw that sigmoid maps to
+    # them.
     levels = torch.linspace(1, 1 / steps, steps)
     sigmas = torch.cat([torch.ones(1), sample_sigmas(torch.logit(levels[1:]), x.shape[1], scheduler), torch.zeros(1)])
     with torch.no_grad():

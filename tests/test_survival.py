@@ -122,7 +122,8 @@ def test_twenty_kills_at_random_steps(quick_config, tmp_path):
             cache_dir=str(tmp_path / f"killed_cache-{round_number}"),
         )
         manifest = Path(other.output_dir) / "manifest.jsonl"
-        # Three steps a run, drawn at random: each time it dies somewhere in the half second after that step's checkpoint.
+        # Three steps a run, drawn at random: each time it dies somewhere in the half second after that step's
+        # checkpoint.
         for step in sorted(rng.sample(range(11), 3)):
             process = start_script(log, "train_lora.py", *flags(other))
             wait_for(process, lambda: len(checkpoints(other)) >= step if step else manifest.exists())

@@ -40,8 +40,8 @@ OTHER_PROMPTS = ["a cat on a blue background", "一枚火箭，粉色背景"]
 
 
 def demo_run(made_once, *shortened):
-    """The configuration and the folder of the README's main job: as it was run last, if that was with today's code, else run
-    now, and with `shortened`."""
+    """The configuration and the folder of the README's main job: as it was run last, if that was with today's code,
+    else run now, and with `shortened`."""
 
     def make(folder):
         last, output = ROOT / "output" / "tiny", folder / "output"
@@ -104,7 +104,8 @@ def held_out_loss(config, transformer, entries, prompt_files, scheduler):
 
 
 def held_out_ratio(config, output, tmp_path):
-    """The loss on twelve pictures of the character on grounds that the demo has not seen it on, relative to the base's."""
+    """The loss on twelve pictures of the character on grounds that the demo has not seen it on, relative to the
+    base's."""
     make_pictures.make_character(tmp_path / "held_out", seed=99, count=12, grounds=("green", "pink"))
     theirs = load_config(
         output / "config.json", data_dir=str(tmp_path / "held_out"), output_dir=str(tmp_path / "output")
@@ -198,7 +199,8 @@ def test_validate_draws_base_beside_lora(trained, tmp_path, capsys):
 
 FOREIGN = """
 import sys, torch, numpy as np
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline
+from diffusers import LongCatImageTransformer2DModel
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from peft import PeftModel
 model, lora, target = sys.argv[1:]

@@ -157,7 +157,8 @@ def test_which_lora_is_shown(run, tmp_path):
 
 
 def test_without_a_config_the_base_is_drawn(tmp_path):
-    words = "--model_family longcat_image --model_flavour final --validation_resolution 128x128 --validation_num_inference_steps 2 --validation_guidance 4.5"
+    words = "--model_family longcat_image --model_flavour final --validation_resolution 128x128 "
+    words += "--validation_num_inference_steps 2 --validation_guidance 4.5"
     paths = [
         "--output_dir",
         tmp_path / "output",
