@@ -10,6 +10,7 @@ settings in the PNG's text, and all of them as `comparison.png` to a new folder 
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import time
@@ -29,10 +30,8 @@ from longcat_common import (
 )  # fmt: skip
 from prepare_data import CHINESE_FONTS, GRID, is_chinese, label, system_font
 
-PROMPTS = [
-    "a cat on a window sill in the morning sun, photograph",
-    "一只猫坐在洒满晨光的窗台上，摄影",
-]  # if none are given
+# If none are given.
+PROMPTS = ["a cat on a window sill in the morning sun, photograph", "一只猫坐在洒满晨光的窗台上，摄影"]
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -88,18 +87,12 @@ def generate(pipe, config, prompts, size=None, seed=None):
     width, height = size or validation_sizes(config)[0]
     seed = config.validation_seed[0] if seed is None else seed
     pipe.set_progress_bar_config(leave=False, desc="sampling")
+    options = dict(negative_prompt=config.validation_negative_prompt, width=width, height=height)
+    options |= dict(num_inference_steps=config.validation_num_inference_steps, enable_prompt_rewrite=False)
     images = []
     for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
-        images += pipe(
-            prompt,
-            negative_prompt=config.validation_negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=config.validation_guidance,
-            generator=torch.Generator().manual_seed(seed),
-            enable_prompt_rewrite=False,
-        ).images
+        noise = torch.Generator().manual_seed(seed)
+        images += pipe(prompt, guidance_scale=config.validation_guidance, generator=noise, **options).images
     return images
 
 
@@ -115,44 +108,24 @@ def picture_grid(rows, row_labels, column_labels, title=None):
     `title`: a line or several."""
     cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
     size = max(13, cell // 16)
-    line = size + 2 * gap
+    line, titles = size + 2 * gap, title.splitlines() if title else []
     heights = [round(images[0].height * cell / images[0].width) for images in rows]
-    titles = title.splitlines() if title else []
-    head = line * (len(titles) + 1)
-    grid = Image.new(
-        "RGB", (len(column_labels) * (cell + gap) + gap, head + sum(heights) + len(rows) * line + gap), "white"
-    )
+    width, top = len(column_labels) * (cell + gap) + gap, line * (len(titles) + 1)
+    grid = Image.new("RGB", (width, top + sum(heights) + len(rows) * line + gap), "white")
     draw = ImageDraw.Draw(grid)
 
-    def write(text, x, y, width, anchor, colour, instead=None):
+    def write(text, y, x=gap, width=width - 2 * gap, anchor="lm", colour="#444444", instead=None):
         text, font = label(text[:300], size, instead)
         while draw.textlength(text, font=font) > width:
             text = text.rstrip("…")[:-1] + "…"
-        draw.text((x, y), text, colour, font=font, anchor=anchor)
+        draw.text((x, y + line / 2), text, colour, font=font, anchor=anchor)
 
     for y, text in enumerate(titles):
-        write(
-            text,
-            gap,
-            line * y + line / 2,
-            grid.width - 2 * gap,
-            "lm",
-            "#444444",
-            text.encode("ascii", "replace").decode(),
-        )
+        write(text, line * y, instead=text.encode("ascii", "replace").decode())
     for x, text in enumerate(column_labels):
-        write(text, gap + x * (cell + gap) + cell / 2, head - line / 2, cell, "mm", "black")
-    top = head
-    for y, (images, text, height) in enumerate(zip(rows, row_labels, heights)):
-        write(
-            text,
-            gap,
-            top + line / 2,
-            grid.width - 2 * gap,
-            "lm",
-            "#444444",
-            f"row {y + 1} (its prompt is Chinese; no Chinese font found)",
-        )
+        write(text, top - line, gap + x * (cell + gap) + cell / 2, cell, "mm", "black")
+    for number, (images, text, height) in enumerate(zip(rows, row_labels, heights), 1):
+        write(text, top, instead=f"row {number} (its prompt is Chinese; no Chinese font found)")
         for x, image in enumerate(images):
             grid.paste(image.resize((cell, height), Image.Resampling.LANCZOS), (gap + x * (cell + gap), top + line))
         top += line + height
@@ -201,9 +174,7 @@ def find_loras(config):
             print(f"{lora}: is missing or damaged, and left out")
             found.remove(lora)
         if not found:
-            raise UserError(
-                f"compare_checkpoints: {output} holds no checkpoint yet; train first, or name its output_dir"
-            )
+            raise UserError(f"compare_checkpoints: {output} holds no checkpoint; train first, or name its output_dir")
         return found
     if config.lora == "none":
         return []
@@ -218,10 +189,8 @@ def find_loras(config):
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
     step = steps_of(lora)
-    for metrics in (
-        lora.parent / "metrics.jsonl",
-        lora.parent.parent.parent / "metrics.jsonl",
-    ):  # of the run, or of a checkpoint's run
+    for folder in (lora.parent, lora.parent.parent.parent):  # the run's, or that of a checkpoint's run
+        metrics = folder / "metrics.jsonl"
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
                 values = json.loads(line)
@@ -236,11 +205,9 @@ def columns_of(config, loras):
     for lora in loras:
         losses = held_out_losses(lora)
         for strength in strengths:
-            label, name = (
-                (f"step {step_of(lora.parent)}", lora.parent.name)
-                if config.compare_checkpoints
-                else ("with LoRA", "lora")
-            )
+            label, name = "with LoRA", "lora"
+            if config.compare_checkpoints:
+                label, name = f"step {step_of(lora.parent)}", lora.parent.name
             if len(strengths) > 1 or strength != 1:
                 label, name = f"{label}, strength {strength:g}", f"{name}-x{strength:g}"
             if losses and strengths == [1]:
@@ -253,14 +220,13 @@ def columns_of(config, loras):
 
 def new_folder(output):
     """A folder that was not there yet: pictures of earlier runs are never overwritten."""
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = output / "validation" / f"compare-{number:03d}"
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from None
 
@@ -279,18 +245,10 @@ def main(config):
     if not config.validation_prompts:
         print("validation_prompts: none given; these are drawn: " + "; ".join(PROMPTS))
     if not loras:
-        print(
-            f"lora: none, in {config.output_dir} neither; the base is drawn alone"
-            if config.lora is None
-            else "lora: none; the base is drawn alone"
-        )
-    if any(map(is_chinese, prompts)):
-        font = system_font(CHINESE_FONTS, 16)
-        print(
-            f"labels in Chinese: {font.path}"
-            if font
-            else f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}"
-        )
+        where = f", in {config.output_dir} neither" if config.lora is None else ""
+        print(f"lora: none{where}; the base is drawn alone")
+    if any(map(is_chinese, prompts)) and not system_font(CHINESE_FONTS, 16):
+        print(f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}")
 
     folder = new_folder(Path(config.output_dir))  # what cannot be written is said before the work
     try:
@@ -328,11 +286,8 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
                 load_lora(pipe.transformer, lora, strength)
             for row, (i, size, seed) in enumerate(rows):
                 images[row] += generate(pipe, config, [prompts[i]], size, seed)
-                own = dict(
-                    validation_resolution=f"{size[0]}x{size[1]}",
-                    validation_seed=seed,
-                    validation_lora_strength=strength,
-                )
+                own = {"validation_resolution": "{}x{}".format(*size), "validation_seed": seed}
+                own["validation_lora_strength"] = strength
                 made_with = {"prompt": prompts[i], "lora": str(lora or "none"), "base_model": base_model(config)}
                 file = f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png"
                 said = json.dumps(settings | own, ensure_ascii=False)

@@ -112,7 +112,7 @@ def test_checkpoints_side_by_side_and_nothing_overwritten(run, capsys):
     with pytest.raises(ValueError, match="compare_checkpoints: shows every checkpoint, and lora names one"):
         validate.main(run)
     run.lora, run.output_dir = None, "no/such/run"
-    with pytest.raises(ValueError, match="compare_checkpoints: no/such/run holds no checkpoint yet"):
+    with pytest.raises(ValueError, match="compare_checkpoints: no/such/run holds no checkpoint;"):
         validate.main(run)
 
 
