@@ -30,7 +30,6 @@ from longcat_common import (
 )  # fmt: skip
 from prepare_data import CHINESE_FONTS, GRID, is_chinese, label, system_font
 
-# If none are given.
 PROMPTS = ["a cat on a window sill in the morning sun, photograph", "一只猫坐在洒满晨光的窗台上，摄影"]
 
 
@@ -85,13 +84,12 @@ def generate(pipe, config, prompts, size=None, seed=None):
     """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and
     `seed`: the first ones of the configuration, if not given."""
     width, height = size or validation_sizes(config)[0]
-    seed = config.validation_seed[0] if seed is None else seed
     pipe.set_progress_bar_config(leave=False, desc="sampling")
     options = dict(negative_prompt=config.validation_negative_prompt, width=width, height=height)
     options |= dict(num_inference_steps=config.validation_num_inference_steps, enable_prompt_rewrite=False)
     images = []
     for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
-        noise = torch.Generator().manual_seed(seed)
+        noise = torch.Generator().manual_seed(config.validation_seed[0] if seed is None else seed)
         images += pipe(prompt, guidance_scale=config.validation_guidance, generator=noise, **options).images
     return images
 
@@ -189,8 +187,7 @@ def find_loras(config):
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
     step = steps_of(lora)
-    for folder in (lora.parent, lora.parent.parent.parent):  # the run's, or that of a checkpoint's run
-        metrics = folder / "metrics.jsonl"
+    for metrics in (lora.parent / "metrics.jsonl", lora.parent.parent.parent / "metrics.jsonl"):  # or a checkpoint's
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
                 values = json.loads(line)
@@ -295,8 +292,7 @@ def draw(config, pipe, prompts, loras, columns, folder, device):
                 cells.append({"file": file, "column": label_of_column, **made_with, **own})
                 bar.update()
             titles = [label for label, *_ in columns[:number]]
-            picture = picture_grid(images, labels, titles, title)
-            of_all = ", ".join(map(str, loras)) or "none"
+            of_all, picture = ", ".join(map(str, loras)) or "none", picture_grid(images, labels, titles, title)
             save_picture(picture, grid, longcat=GRID, lora=of_all, base_model=base_model(config))
             shown = {"title": title, "columns": titles, "rows": labels, "settings": settings, "pictures": cells}
             write_file(folder / "comparison.json", json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
