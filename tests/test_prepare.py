@@ -1,6 +1,5 @@
 """Stage 1: any folder of pictures. Real files in, the manifest, report and preview out."""
 
-import builtins
 import errno
 import io
 import json
@@ -296,8 +295,8 @@ def test_unreadable_files_and_folders(data, tiny_config, monkeypatch):
 
         return call
 
-    for module, name in ((os, "scandir"), (io, "open"), (builtins, "open")):
-        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    for owner, name in ((os, "scandir"), (Path, "open")):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
     _, report = prepare(tiny_config, data)
     assert "1 pictures, 2 left out" in report
     assert f"{data}/bad.png: Permission denied" in report and f"{data}/locked: Permission denied" in report
