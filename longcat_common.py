@@ -1,5 +1,4 @@
-"""What the stages share: configuration, files, processes and devices and dtypes, models and quantization, flow
-matching, LoRA files."""
+"""What the stages share: configuration, files, devices, models and quantization, flow matching, LoRA files."""
 
 import collections
 import concurrent.futures
@@ -73,8 +72,7 @@ class UserError(ValueError):
 
 
 def path_text(text):
-    """A path, `~` expanded. In JSON "E:\\runs" would be E:, a carriage return and "uns", hence the control
-    characters."""
+    """A path, `~` expanded. In JSON "E:\\runs" is E:, a carriage return and "uns": hence the control characters."""
     if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
     return os.path.expanduser(text)
@@ -210,19 +208,15 @@ class Config(BaseModel):
     compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
 
     @field_validator("resolution", "validation_resolution", "learning_rate")
-    @classmethod
     def fits(cls, value, info):
-        """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are
-        right."""
-        earlier = SimpleNamespace(**({"aspect_bucket_alignment": 64} | info.data | {info.field_name: value}))
-        if info.field_name == "resolution":
-            buckets(earlier)
-        if info.field_name == "validation_resolution":
-            validation_sizes(earlier)
-        if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
+        """What takes more than a look at the type; `info.data` has the keys above this one that are right."""
+        name, above = info.field_name, {"aspect_bucket_alignment": 64} | info.data
+        if name == "resolution":
+            bucket_sets(SimpleNamespace(**above, resolution=value))
+        if name == "validation_resolution":
+            parse_sizes(value, 16)
+        if name == "learning_rate" and above.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
-        if info.field_name == "learning_rate" and info.data.get("optimizer") == "prodigy" and value == 0:
-            raise ValueError("must be more than 0; 1 for prodigy")
         return value
 
     def __setattr__(self, name, value):
@@ -231,12 +225,7 @@ class Config(BaseModel):
 
 
 KEYS = Config.model_fields
-GROUPS = {  # the first key of each
-    "model_type": "model", "data_dir": "data", "lora_rank": "LoRA", "train_batch_size": "training",
-    "enable_group_offload": "memory", "output_dir": "output", "validation_prompts": "validation",
-}  # fmt: skip
-# What other trainers' files, and those for the first version, hold besides: the same under another name, or nothing
-# here.
+# What other trainers' files, and those for the first version, name otherwise, or hold besides.
 RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
     "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
@@ -255,8 +244,7 @@ IGNORED = set(
 
 @contextlib.contextmanager
 def as_user_error():
-    """Turns pydantic's error into a UserError with a line a key: what was found, what it should be. The keys that are
-    unknown share one."""
+    """Turns pydantic's error into a UserError with a line a key, for all that are unknown together the first one."""
     try:
         yield
     except ValidationError as error:
@@ -267,8 +255,7 @@ def as_user_error():
                 near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
                 unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
             else:
-                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-                message = "must not be empty" if "too_short" in problem["type"] else message
+                message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
                 lines.append(f"{place}: found {repr(problem['input'])[:100]}, {message}")
         if unknown:
             lines.insert(0, f"unknown keys: {', '.join(unknown)}; --help lists all")
@@ -276,16 +263,11 @@ def as_user_error():
 
 
 def read_json(path):
-    """The dictionary in a JSON file that may hold `//` comments and trailing commas.
-
-    Raises UserError for a file that cannot be read, bad JSON (with the line) or a key that is there twice.
-    """
+    """The dictionary in a JSON file that may hold `//` comments and trailing commas. Raises UserError."""
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not in UTF-8: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
 
 
 def parse_json(text, where):
@@ -302,54 +284,39 @@ def parse_json(text, where):
 
 
 def unique_keys(pairs):
-    """The dictionary of a JSON object's pairs. Raises ValueError for a key that is there twice, which json would
-    drop."""
+    """The dictionary of a JSON object's pairs. Raises UserError for a key that is there twice: json would drop one."""
     for name, count in collections.Counter(name for name, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"the key {name!r} is there {count} times; keep one")
+            raise UserError(f"the key {name!r} is there {count} times; keep one")
     return dict(pairs)
 
 
-def read_config(path):
-    """{key: value} of a config file, under our names. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
-    given = {}
-    for name, value in read_json(path).items():
-        key = RENAMED.get(name.removeprefix("--"), name.removeprefix("--"))
-        if key in given:
-            raise UserError(f"{path}: the key {key!r} is there 2 times, under two names; keep one")
-        given[key] = flag_value(key, value) if name.startswith("--") else value
-    return given
-
-
 def load_config(path=None, /, **overrides):
-    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`.
-
-    Raises UserError (a ValueError) with all that is wrong, one line a key.
-    """
-    given = read_config(path) if path else {}
-    given |= {RENAMED.get(name, name): value for name, value in overrides.items()}
+    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`. Keys may stand as
+    flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
+    given = {}
+    for values in (read_json(path) if path else {}, overrides):
+        plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
+        given |= unique_keys([(own_name(name), value) for name, value in plain.items()])
     if ignored := sorted(IGNORED & given.keys()):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
-    readable = lambda name: name.encode("utf-8", "backslashreplace").decode()  # half a character would stop pydantic
     with as_user_error():
-        return Config(**{readable(name): value for name, value in given.items() if name not in IGNORED})
+        return Config(**{name: value for name, value in given.items() if name not in IGNORED})
 
 
-def kinds(annotation):
-    """The plain types in an annotation: {float} for list[float]."""
-    return set().union(*map(kinds, get_args(annotation))) if get_args(annotation) else {annotation}
+def own_name(name):
+    """Our name of a key or flag. Half a character is written out, which would stop pydantic."""
+    name = name.removeprefix("--").encode("utf-8", "backslashreplace").decode()
+    return RENAMED.get(name, name)
 
 
 def flag_value(name, text):
-    """What a flag's text stands for: a number, several, true, false, null or a list in JSON; for a key of text
-    itself."""
-    if text == "null":
-        return None
-    if not isinstance(text, str) or name not in KEYS:
+    """What a flag's text stands for: null, a list in JSON, for a key of numbers also 4., .5,1 and true; else itself."""
+    if not isinstance(text, str) or own_name(name) not in KEYS:
         return text
-    forms = [text] if text.startswith("[") else []
-    if kinds(KEYS[name].annotation) & {bool, int, float}:
-        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))  # 4. and .5
+    forms = [text] if text == "null" or text.startswith("[") else []
+    if re.search(r"\b(bool|int|float)\b", str(KEYS[own_name(name)].annotation)):
+        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))
         forms = [numbers, f"[{numbers}]"]
     for form in forms:
         with contextlib.suppress(ValueError, RecursionError):
@@ -362,8 +329,6 @@ def config_from_flags(description, arguments):
     if {"-h", "--help"} & set(arguments):
         print(description, "Usage: [config.json] [--key value ...]", sep="\n")
         for name, field in KEYS.items():
-            if name in GROUPS:
-                print(f"\n{GROUPS[name]}:")
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             one_of = f"; one of {', '.join(choices)}" if choices else ""
             print(f"  --{name} {field.description}{one_of} [{json.dumps(field.default)}]")
@@ -376,7 +341,7 @@ def config_from_flags(description, arguments):
             raise UserError(f"{name!r} is no flag; write [config.json] [--key value ...]")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else True
-        given[name[2:]] = flag_value(RENAMED.get(name[2:], name[2:]), value)
+        given[name] = value
     return load_config(path, **given)
 
 
@@ -393,14 +358,12 @@ def parse_sizes(text, grid):
 
 
 def validation_sizes(config):
-    """The sizes (width, height) in `validation_resolution`."""
     return parse_sizes(config.validation_resolution, 16)
 
 
 def bucket_sets(config):
-    """The buckets (width, height) that pictures are cut to, as a list for each of the numbers in `resolution`, the
-    smallest first: all on the grid with an aspect ratio from 1:2 to 2:1, and as near to the square's area as the grid
-    allows. Sizes such as "1024x1024,1344x768" are one list."""
+    """The buckets (width, height) that pictures are cut to, a list for each number in `resolution`, the smallest first:
+    all on the grid from 1:2 to 2:1, as near to the square's area as it allows. "1024x1024,1344x768" is one list."""
     grid, parts = config.aspect_bucket_alignment, config.resolution.replace(" ", "").split(",")
     if not all(map(str.isdecimal, parts)):
         return [parse_sizes(config.resolution, grid)]
@@ -420,8 +383,8 @@ def buckets(config):
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: parse, call main(config), turn a UserError into a line a mistake and exit code
-    2, and Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
+    """What `python stage.py ...` does: main(config) of the flags. Mistakes become a line each and exit code 2, Ctrl-C
+    and SIGTERM one line and the shell's 130 and 143."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
     def interrupt(number, frame):
@@ -433,8 +396,6 @@ def run_stage(main, description):
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            error = f"{str(error.filename)[:200]}: {error.strerror}" if error.filename else str(error)
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
