@@ -9,6 +9,7 @@ import errno
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -431,28 +432,33 @@ def write_file(path, data):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Writes a safetensors file; `metadata` (a dictionary) goes into one sorted JSON string under the key
-    `longcat_lora`, because safetensors orders several keys at random."""
+    """Writes a safetensors file. `metadata`, a dictionary, becomes one sorted JSON string under the key `longcat_lora`:
+    safetensors orders several keys at random."""
     header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
     write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
 
 
+@contextlib.contextmanager
+def named_if_damaged(path):
+    """Turns what a library raises about a cut-off or missing file into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, SafetensorError, re.error) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: is missing or damaged; make or download it again ({repr(error)[:200]})") from None
+
+
 def read_tensors(path):
     """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
-    try:
+    with named_if_damaged(path):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is missing or damaged ({error})") from None
 
 
 def read_header(path):
-    """The metadata in a safetensors file's header, as a dictionary. Raises UserError if the file is missing or
-    damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is missing or damaged ({error})") from None
+    """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
+    with named_if_damaged(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def is_readable(path):
@@ -464,7 +470,7 @@ def is_readable(path):
 
 
 def checkpoint_folders(config):
-    """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
+    """This run's checkpoints, oldest first. Folders with other names, such as a user's copies, are passed over."""
     folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
     return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
 
@@ -485,8 +491,8 @@ def generator(*what):
 
 
 def in_parallel(function, items):
-    """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few
-    results wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
+    """Yields function(item) for every item, in order, from a thread a core: Pillow and hashing let go of Python's lock.
+    No more than a few results wait to be taken."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -530,19 +536,16 @@ def sum_over_processes(*numbers):
     return sums.tolist()
 
 
-def wait_for_all():
-    """Under torchrun: returns when every process has come here."""
-    sum_over_processes(0)
+wait_for_all = functools.partial(sum_over_processes, 0)  # returns when every process has come here
 
 
 def compute_dtype(config, device):
     """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
-    device = torch.device(device)
-    if config.mixed_precision != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.mixed_precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if device.type == "mps" else torch.float32
+    chosen, kind = config.mixed_precision, torch.device(device).type
+    if chosen == "auto":
+        old = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+        chosen = "no" if kind == "cpu" else "fp16" if old else "bf16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[chosen]
 
 
 def text_dtype(config, device):
@@ -551,22 +554,16 @@ def text_dtype(config, device):
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def autocast(config, device):
-    """Mixed precision for the transformer; does nothing in float32."""
-    dtype = compute_dtype(config, device)
-    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 def check_precision(config, device):
     """Raises UserError for a `base_model_precision` that has never been tried on this device."""
-    precision = config.base_model_precision
-    if torch.device(device).type == "mps" and precision in ("fp8-torchao", "int8-matmul"):
-        known = "choose int8-quanto, int4-quanto or no_change"
-        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {known}")
+    precision, no_mac = config.base_model_precision, ("fp8-torchao", "int8-matmul")
+    if torch.device(device).type == "mps" and precision in no_mac:
+        what = f"{precision} has never been tried on a Mac's GPU (MPS); choose int8-quanto, int4-quanto or no_change"
+        raise UserError(f"base_model_precision: {what}")
 
 
 def peak_memory(device):
-    """The most device memory that this process has used so far, in GiB; on a Mac what it uses now, on the CPU nan."""
+    """The most device memory that this process has used, in GiB; on a Mac what it uses now, on the CPU nan."""
     if device.type == "cpu":
         return math.nan
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
@@ -589,9 +586,8 @@ def is_out_of_memory(error):
 
 
 def stage(memory_advice):
-    """Decorates the `main(config)` of a stage. Running out of memory becomes a UserError with `memory_advice(config)`.
-    And a notebook finds what it had: its configuration as it was, and no model in memory, not even after an error,
-    whose traceback would keep all that the functions held."""
+    """Decorates the `main(config)` of a stage: running out of memory is a UserError with `memory_advice(config)`. And a
+    notebook keeps its configuration as it was and no model in memory, not even in the traceback of an error."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -624,24 +620,22 @@ def base_model(config):
 
 
 def model_folder(config, part):
-    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need
-    be."""
-    return find_model(base_model(config), part)
+    """The local folder of a part: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError."""
+    name = base_model(config)
+    folder = Path(name if os.path.isdir(name) else download(name, part)) / part
+    if not folder.is_dir():
+        raise UserError(f"pretrained_model_name_or_path: {folder.parent} has no folder {part!r}")
+    return folder
 
 
 @functools.cache
-def find_model(name, part):
-    """The folder of one part of a local model or of one on the hub. Raises UserError if there is none."""
-    folder = Path(name)
+def download(name, part):
+    """The folder of a model of the hub, where this part of it is now."""
     try:
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
-    except Exception as error:  # the hub's client raises many kinds
+        return snapshot_download(name, allow_patterns=[f"{part}/*"])
+    except Exception as error:  # of many kinds
         problem = f"is no folder, and cannot be had from the hub, which has {FLAVOURS['final']} ({str(error)[:200]!r})"
         raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}") from None
-    if not (folder / part).is_dir():
-        raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
-    return folder / part
 
 
 @functools.cache
@@ -662,19 +656,8 @@ def model_identity(config, *parts):
     return [folder_identity(model_folder(config, part)) for part in parts]
 
 
-@contextlib.contextmanager
-def named_if_damaged(folder):
-    """Turns what a library raises about a cut-off or missing model file into one line."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
-
-
 def tensor_files(folder):
-    """{tensor name: safetensors file} of a model's folder, whether it holds one file or an index and many."""
+    """{tensor name: safetensors file} of a model's folder, which holds one file, or an index and many."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()} if index else ()
     files = {}
@@ -685,8 +668,7 @@ def tensor_files(folder):
 
 
 def read_weights(files, names):
-    """{name: tensor} on the host, for some of the names in tensor_files. The files are closed again, so that what was
-    read does not stay in memory."""
+    """{name: tensor} on the host, for some of the names in tensor_files. Closed files do not stay in memory."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
         with safe_open(path, "pt") as shard:
@@ -694,22 +676,13 @@ def read_weights(files, names):
     return tensors
 
 
-def check_weights(folder, files, needed):
-    """Raises UserError if a needed tensor is not among the `files` of a model's folder, see tensor_files."""
-    if missing := [name for name in needed if name not in files]:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
-
-
 def load_transformer(config, device):
     """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the
     host), in eval mode. Raises UserError if a weight is missing."""
-    folder = model_folder(config, "transformer")
-    with named_if_damaged(folder), torch.device("meta"):
-        transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
-        files = tensor_files(folder)
-    check_weights(folder, files, sorted(transformer.state_dict()))
-    with named_if_damaged(folder):
-        return fill_transformer(transformer, functools.partial(read_weights, files), config, device)
+    with named_if_damaged(folder := model_folder(config, "transformer")):
+        with torch.device("meta"):
+            transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
+        return fill_transformer(transformer, functools.partial(read_weights, tensor_files(folder)), config, device)
 
 
 def fill_transformer(transformer, read, config, device):
@@ -719,27 +692,26 @@ def fill_transformer(transformer, read, config, device):
     nor device ever holds the whole unquantized model. Returns the transformer.
     """
     check_precision(config, device)
-    if config.base_model_precision == "int8-matmul" and not config.torch_compile and torch.device(device).type != "cpu":
+    kind, dtype, offload = torch.device(device).type, compute_dtype(config, device), GroupOffload(device)
+    if config.base_model_precision == "int8-matmul" and not config.torch_compile and kind != "cpu":
         say_once("int8-matmul: without torch_compile the rounding costs more than the 8-bit products save")
     transformer.requires_grad_(False).eval()
-    parts = {}
-    for name in transformer.state_dict():
-        block = re.match(r"(single_)?transformer_blocks\.\d+", name)
-        parts.setdefault(block and block[0], []).append(name)
-    dtype, offload, away = compute_dtype(config, device), GroupOffload(device), offloaded(config, len(parts) - 1)
-    for part, names in tqdm(parts.items(), desc="transformer", unit="part", leave=False, disable=RANK > 0):
+    block_of = lambda name: re.match(r"((single_)?transformer_blocks\.\d+)?", name)[0]
+    parts = [(block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)]
+    away = offloaded(config, sum(block != "" for block, _ in parts))
+    for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read(names).items()}
         transformer.load_state_dict(state, strict=False, assign=True)
-        if part:
-            block = quantize(transformer.get_submodule(part), config.base_model_precision)
+        if block:
+            module = quantize(transformer.get_submodule(block), config.base_model_precision)
             if away.pop(0):
-                offload.add(block)
-    transformer.forward = autocast(config, device)(transformer.forward)
+                offload.add(module)
+    # Mixed precision, but for norms: CUDA's autocast would run them in float32 and keep such a copy of each input, and
+    # their kernels sum in float32 anyway.
+    transformer.forward = torch.autocast(kind, dtype, enabled=dtype != torch.float32)(transformer.forward)
     for module in transformer.modules():
-        # CUDA's autocast would run norms in float32 and keep such a copy of each input; their kernels sum in float32
-        # anyway.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.forward = torch.autocast(torch.device(device).type, enabled=False)(module.forward)
+            module.forward = torch.autocast(kind, enabled=False)(module.forward)
     return transformer
 
 
@@ -751,7 +723,7 @@ def offloaded(config, count):
 
 
 def compile_blocks(transformer):
-    """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
+    """Compiles the blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
     torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
     torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
@@ -961,16 +933,10 @@ def text_config(config):
         return AutoConfig.from_pretrained(folder).text_config
 
 
-def load_text_encoder(config, device):
-    """The language layers of Qwen2.5-VL, ready to compute on `device`. Raises UserError if a weight is missing."""
-    return StreamedTextEncoder(config, device)
-
-
 class StreamedTextEncoder:
-    """The text encoder for a device of any size. A call reads each layer from its file once and computes all prompts
-    with it, batch after batch, while the next layer is read: the device holds one layer, the host one more. The
-    embeddings are those of the whole model. (transformers' own device map would read all 13 GB anew for every
-    batch.)"""
+    """The language layers of Qwen2.5-VL, for a device of any size. A call reads each layer from its file once and
+    computes all prompts with it, batch after batch, while the next layer is read: the device holds one layer, the host
+    one more. (transformers' own device map would read all 13 GB anew for every batch.)"""
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
 
@@ -983,12 +949,9 @@ class StreamedTextEncoder:
             self.files = tensor_files(self.folder)
             self.layer = Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
             self.norm = Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        # Checkpoints begin their names with "model." or with "model.language_model.".
-        embeddings = next((name for name in self.files if name.endswith("embed_tokens.weight")), "model.")
-        self.start, names = embeddings.removesuffix("embed_tokens.weight"), self.layer.state_dict()
-        layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in names]
-        needed = [self.start + name for name in ("embed_tokens.weight", "norm.weight", *layers)]
-        check_weights(self.folder, self.files, needed)
+            # Checkpoints begin their names with "model." or with "model.language_model.".
+            (self.embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
+        self.start = self.embeddings.removesuffix("embed_tokens.weight")
 
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
@@ -1009,7 +972,7 @@ class StreamedTextEncoder:
     @torch.no_grad()
     def __call__(self, input_ids, attention_mask, output_hidden_states=True):
         """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden]."""
-        embeddings = read_weights(self.files, [self.start + "embed_tokens.weight"])[self.start + "embed_tokens.weight"]
+        embeddings = read_weights(self.files, [self.embeddings])[self.embeddings]
         hidden = [embeddings[ids].to(self.compute_device, self.dtype) for ids in input_ids.split(self.batch_size)]
         masks = attention_mask.to(self.compute_device).split(self.batch_size)
         masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
@@ -1026,6 +989,9 @@ class StreamedTextEncoder:
         self.layer.to("meta")
         self.fill(self.norm, self.read("norm.", ["weight"]))
         return SimpleNamespace(hidden_states=[torch.cat([self.norm(states).to(self.device) for states in hidden])])
+
+
+load_text_encoder = StreamedTextEncoder
 
 
 # ---------------------------------------------------------------- flow matching

@@ -113,7 +113,7 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     del newer["model.language_model.layers.1.mlp.up_proj.weight"]
     save_file(newer, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
-        load_text_encoder(config, "cpu")
+        encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3])
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     del weights["single_transformer_blocks.1.proj_out.bias"]
@@ -121,7 +121,7 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
         load_transformer(config, "cpu")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be loaded, download it again"):
+    with pytest.raises(ValueError, match="is missing or damaged; make or download it again"):
         load_transformer(config, "cpu")
 
 
