@@ -1062,11 +1062,9 @@ def save_lora(transformer, folder, metadata=None):
 
 
 def lora_file(path):
-    """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises
-    UserError."""
-    path = Path(path)
+    """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
+    path, names = Path(path), (LORA_NAME, "adapter_model.safetensors")
     if path.is_dir():
-        names = (LORA_NAME, "adapter_model.safetensors")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
@@ -1074,32 +1072,23 @@ def lora_file(path):
     if not path.is_file():
         raise UserError(f"{path}: there is no such LoRA file")
     if path.suffix.lower() != ".safetensors":
-        raise UserError(
-            f"{path}: is no .safetensors file; others are not opened, for a pickled one (.pt) could run code"
-        )
+        why = "others are not opened, for a pickled one (.pt) could run code"
+        raise UserError(f"{path}: is no .safetensors file; {why}")
     return path
 
 
-# Keys that name another kind of LoRA, or another layout, and what to say of it.
-OTHER_KINDS = {
-    "lokr_": "is a LoKr", "hada_": "is a LoHa", "dora_scale": "is a DoRA", "lora_magnitude_vector": "is a DoRA",
-    "double_blocks": "has the model's original layout, with q, k and v in one layer", "oft_": "is an OFT",
-}  # fmt: skip
-LAYER_ENDS = TARGET_MODULES + "proj_mlp proj_out norm.linear norm1.linear norm1_context.linear norm_out.linear".split()
+# What others put before a layer's name, and how they name the rest. Kohya's scripts have underscores for dots.
+LORA_PREFIXES = r"^(transformer\.|base_model\.model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
+WITH_DOTS = [*TARGET_MODULES, "norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear"]
+LORA_NAMES = {name.replace(".", "_"): name for name in WITH_DOTS}
+LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
 
 
 def lora_name(name):
     """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
-    name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
-    name = (
-        name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
-    )
-    # Kohya's names have underscores for dots: lora_unet_transformer_blocks_0_attn_to_q
-    block = r"(?:((?:single_)?transformer_blocks)_(\d+)_)?"
-    if kohya := re.fullmatch(rf"lora_(?:unet|transformer)_{block}(\w+)(\..+)", name):
-        *where, end, part = kohya.groups()
-        ends = {own.replace(".", "_"): own for own in LAYER_ENDS}
-        name = ".".join(filter(None, [*where, ends.get(end, end)])) + part
+    name = re.sub(r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", re.sub(LORA_PREFIXES, "", name))
+    for theirs, ours in LORA_NAMES.items():
+        name = name.replace(theirs, ours)
     return name
 
 
@@ -1107,49 +1096,46 @@ def read_lora(path):
     """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
 
     Opens what other trainers write, too, see lora_name. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA),
-    is folded into B; alpha is taken from `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or
-    SimpleTuner's simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
+    is folded into B; alpha is in `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or SimpleTuner's
+    simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
     """
-    path = lora_file(path)
-    tensors, header, settings = read_tensors(path), read_header(path), {}
-    pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
-    if any(name.startswith("base_model.model.") for name in tensors):
-        settings = read_json(pefts) if pefts.is_file() else {}
-        if "lora_alpha" not in settings:
-            raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
-    elif "lora_adapter_metadata" in header:
-        with contextlib.suppress(ValueError, AttributeError):  # else its tensors have to do
-            named = json.loads(header["lora_adapter_metadata"]).items()
-            settings = {name.removeprefix("transformer."): value for name, value in named}
-    elif simpletuners.is_file():
-        settings = {name.removeprefix("--"): value for name, value in read_json(simpletuners).items()}
-    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
-    state = {lora_name(name): tensor.float() for name, tensor in tensors.items()}
-    for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
-        say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
-        del state[name]
-    alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
-    modules = {name.rsplit(".lora_", 1)[0] for name in state}
-    sound = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-    if not state or not sound or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
-        foreign = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
-        kinds = [kind for key, kind in OTHER_KINDS.items() if any(key in name for name in state)]
-        what = kinds[0] if kinds else f"has keys such as {foreign[0]!r}" if foreign else "is incomplete"
-        raise UserError(f"{path}: is no LoRA that can be opened here: it {what}")
-    if not alphas and not settings and "longcat_lora" not in header:
-        say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
-    try:
+    with named_if_damaged(path := lora_file(path)):
+        state, header, settings = load_file(path), read_header(path), {}
+        pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
+        if any(name.startswith("base_model.model.") for name in state):
+            if not pefts.is_file():
+                raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
+            settings = read_json(pefts)
+        elif "lora_adapter_metadata" in header:
+            settings = json.loads(header["lora_adapter_metadata"])
+        elif simpletuners.is_file():
+            settings = read_json(simpletuners)
+        settings = {re.sub(r"^(transformer\.|--)", "", name): value for name, value in settings.items()}
+
+        state = {lora_name(name): tensor.float() for name, tensor in state.items()}
+        for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
+            say_once(
+                f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here"
+            )
+            del state[name]
+        alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
+        modules = {name.rsplit(".lora_", 1)[0] for name in state}
+        odd = sorted(state.keys() ^ {f"{module}.lora_{part}.weight" for module in modules for part in "AB"})
+        odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
+        if odd or not state:
+            what = f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"
+            others = "LoKr, LoHa, OFT, DoRA and the model's original layout (double_blocks, q, k and v in one) are not"
+            raise UserError(f"{path}: is no LoRA that can be opened here: {what}; {others}")
+
+        if not alphas and not settings and "longcat_lora" not in header:
+            say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
         patterns = settings.get("alpha_pattern") or {}
         for module in modules:
             rank = state[f"{module}.lora_B.weight"].shape[1]
-            of_all = settings.get("lora_alpha", rank)
-            alpha = float(alphas.get(module, patterns.get(get_pattern_key(patterns, module), of_all)))
-            state[f"{module}.lora_B.weight"] *= alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (TypeError, ValueError, re.error) as error:
-        raise UserError(f"{path}: its alpha cannot be read ({error})") from None
-    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if bad:
+            alpha = patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha") or rank)
+            strength = float(alphas.get(module, alpha)) / (rank**0.5 if settings.get("use_rslora") else rank)
+            state[f"{module}.lora_B.weight"] *= strength
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path}: holds values that are not finite, in {bad[0]}; it is damaged, or its training failed")
     return state
 
@@ -1159,17 +1145,15 @@ def read_fitting_lora(transformer, path):
     state, layers = read_lora(path), dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
         layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
-        if not hasattr(layer, "in_features"):
-            raise UserError(f"{path}: this transformer has no layer {module!r}; it was made for another model")
-        if (A.shape[1], B.shape[0], A.shape[0]) != (layer.in_features, layer.out_features, B.shape[1]):
-            shapes = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}"
-            raise UserError(f"{path}: was made for another model, or is damaged: {shapes}")
+        own = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        if (B.shape[0], A.shape[1]) != own or A.shape[0] != B.shape[1]:
+            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here {own[1]} inputs and {own[0]} outputs"
+            raise UserError(f"{path}: was made for another model, has another layout or is damaged: {what}")
     return state
 
 
 def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it
-    does not fit."""
+    """Puts a LoRA, see read_lora, on the transformer, ready to draw, in the place of any other. Raises UserError."""
     state = read_fitting_lora(transformer, path)
     remove_lora(transformer)
     transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
