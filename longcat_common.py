@@ -15,11 +15,9 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
-import unicodedata
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,11 +33,13 @@ from diffusers import (
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
 from huggingface_hub import snapshot_download
+from optimum import quanto
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torchao.quantization import Float8Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2Tokenizer
 from transformers.masking_utils import create_causal_mask
@@ -74,7 +74,7 @@ class UserError(ValueError):
 
 def path_text(text):
     """A path, `~` expanded. In JSON "E:\\runs" is E:, a carriage return and "uns": hence the control characters."""
-    if any(unicodedata.category(letter) == "Cc" for letter in text):
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
         raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
     return os.path.expanduser(text)
 
@@ -421,7 +421,7 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
+            temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except OSError as error:
         advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
@@ -464,8 +464,7 @@ def read_header(path):
 def is_readable(path):
     """Whether a safetensors file is there and, by its header, whole."""
     with contextlib.suppress(UserError):
-        read_header(path)
-        return True
+        return read_header(path) is not None
     return False
 
 
@@ -476,7 +475,6 @@ def checkpoint_folders(config):
 
 
 def step_of(folder):
-    """The step in a checkpoint folder's name."""
     return int(folder.name[5:])
 
 
@@ -511,9 +509,7 @@ def pick_device():
     """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= count:
-        raise UserError(f"torchrun: process {number + 1} of this machine has no device, there are {count}; start fewer")
+    number = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -600,8 +596,8 @@ def stage(memory_advice):
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
                 if is_out_of_memory(error):
-                    advice = memory_advice(config)
-                    raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
+                    advice = f"what to change, the cheapest first: {memory_advice(config)}"
+                    raise UserError(f"out of memory; {advice}") from None
                 raise
             finally:
                 free_memory()
@@ -732,13 +728,11 @@ def compile_blocks(transformer):
 
 class GroupOffload:
     """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the
-    one that comes next, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at
-    most.
+    next one, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at most.
 
-    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again in
-    the backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd
-    still needs of a group that has left lives as long as autograd holds it: one block, if all are checkpointed. Only
-    frozen tensors move: LoRA, gradients and optimizer stay on the device.
+    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again; when
+    it ends nothing has to happen, for checkpointing may leave it by an exception. What autograd still needs of a group
+    that has left lives as long as autograd holds it: one block, if all are checkpointed. Only frozen tensors move.
     """
 
     def __init__(self, device):
@@ -807,41 +801,40 @@ class GroupOffload:
 
 class QuantizedProduct(torch.autograd.Function):
     """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward
-    pass only that is kept, no dequantized copy.
-
-    With `in_8_bits` (int8-matmul) the rows of x, and in the backward pass those of the gradient, are quantized to int8
-    as well, and the matrix products are of int8 with exact int32 sums.
-    """
+    pass only that is kept, no dequantized copy. With `in_8_bits` (int8-matmul) both products are int8_product's."""
 
     @staticmethod
     def forward(ctx, x, shape, in_8_bits, *stored):
         ctx.save_for_backward(*stored)
         ctx.shape, ctx.in_8_bits = shape, in_8_bits
-        if not in_8_bits:
-            return x @ dequantize(x.dtype, shape, *stored).t()
-        values, scale = stored
-        rows, row_scale = quantize_rows(x.flatten(0, -2))
-        return (torch._int_mm(rows, values.t()) * (row_scale * scale.t())).to(x.dtype).unflatten(0, x.shape[:-1])
+        if in_8_bits:
+            values, scale = stored
+            return int8_product(x, values.t(), scale.t())
+        return x @ dequantize(x.dtype, shape, *stored).t()
 
     @staticmethod
     def backward(ctx, gradient):
         stored = ctx.saved_tensors
-        if not ctx.in_8_bits:
-            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
+        if ctx.in_8_bits:
+            values, scale = stored  # this product sums over the outputs, so their scales go first
+            x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(gradient.dtype)
         else:
-            values, scale = stored
-            # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in
-            # memory.
-            rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale.t())
-            product = torch._int_mm(rows, values.t().contiguous().t())
-            x_gradient = (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1])
+            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
         return x_gradient, None, None, *(None for _ in stored)
 
 
+def int8_product(x, values, scale=1):
+    """x [..., n] @ values [n, m] * scale [1, m], x rounded to int8 row by row and the sums exact, in int32. CUDA's
+    kernels want the columns of `values` to lie in a row each."""
+    rows = x.flatten(0, -2)
+    row_scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
+    product = torch._int_mm((rows / row_scale).round().to(torch.int8), values)
+    return (product * (row_scale * scale)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
 def dequantize(dtype, shape, values, scale, shift=None):
-    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 values or the bytes of float8 ones; with
-    `shift`, of groups of 4-bit values [groups, group size], of which a byte holds two, values * scale - shift [groups,
-    1]."""
+    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 or the bytes of float8; with `shift`, of groups
+    [groups, group size] of 4-bit values, two in a byte, values * scale - shift [groups, 1]."""
     scale = scale.to(dtype)
     if shift is not None:
         halves = torch.cat([values % 16, values // 16])[: len(scale)]  # MPS cannot shift bits
@@ -849,12 +842,6 @@ def dequantize(dtype, shape, values, scale, shift=None):
     if values.dtype == torch.uint8:
         values = values.view(torch.float8_e4m3fn).to(dtype)  # float8 does not promote by itself
     return values * scale
-
-
-def quantize_rows(x):
-    """A matrix in int8 and the scale of each row [rows, 1], float32: x is about int8 * scale."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
-    return (x / scale).round().to(torch.int8), scale
 
 
 class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
@@ -867,23 +854,17 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
         self.in_8_bits, shift = precision == "int8-matmul", None
         weight = linear.weight.detach()
         if precision == "fp8-torchao":
-            from torchao.quantization import Float8Tensor
-
             made = Float8Tensor.from_hp(weight)
             values, scale = made.qdata.view(torch.uint8), made.scale  # PEFT would make a LoRA float8, too
         elif precision == "int4-quanto":
-            from optimum.quanto import MaxOptimizer, qint4, quantize_weight
-
             # quanto's own sizes: groups of 128, or of what divides a row
             group = next((size for size in (128, 96, 64, 32) if self.in_features % size == 0), self.in_features)
-            scale, shift = MaxOptimizer()(weight, qint4, axis=0, group_size=group)
-            made = quantize_weight(weight, qint4, 0, scale, shift, group, optimized=False)
+            scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=group)
+            made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, group, optimized=False)
             values = made._data._data
         else:
-            from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
-
-            scale = AbsmaxOptimizer()(weight, qint8, axis=0)
-            values = quantize_weight(weight, qint8, 0, scale, optimized=False)._data
+            scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, axis=0)
+            values = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)._data
         frozen = lambda tensor: tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
         self.weight, self.scale, self.shift = frozen(values), frozen(scale), frozen(shift)
 
@@ -909,28 +890,20 @@ def quantize(module, precision):
     return module
 
 
+def load_part(config, part, kind):
+    """One part of the model, as the class `kind` loads it. Raises UserError if it is missing or damaged."""
+    with named_if_damaged(folder := model_folder(config, part)):
+        return kind.from_pretrained(folder)
+
+
 def load_vae(config, device):
     """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
-    with named_if_damaged(folder := model_folder(config, "vae")):
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval().to(device)
+    return load_part(config, "vae", AutoencoderKL).float().requires_grad_(False).eval().to(device)
 
 
-def load_scheduler(config):
-    """The model's FlowMatchEulerDiscreteScheduler."""
-    with named_if_damaged(folder := model_folder(config, "scheduler")):
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
-
-
-def load_tokenizer(config):
-    """The model's Qwen2 tokenizer."""
-    with named_if_damaged(folder := model_folder(config, "tokenizer")):
-        return Qwen2Tokenizer.from_pretrained(folder)
-
-
-def text_config(config):
-    """transformers' configuration of the language layers."""
-    with named_if_damaged(folder := model_folder(config, "text_encoder")):
-        return AutoConfig.from_pretrained(folder).text_config
+load_scheduler = lambda config: load_part(config, "scheduler", FlowMatchEulerDiscreteScheduler)
+load_tokenizer = lambda config: load_part(config, "tokenizer", Qwen2Tokenizer)
+text_config = lambda config: load_part(config, "text_encoder", AutoConfig).text_config  # of the language layers
 
 
 class StreamedTextEncoder:
