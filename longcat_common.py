@@ -220,10 +220,6 @@ class Config(BaseModel):
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
         return value
 
-    def __setattr__(self, name, value):
-        with as_user_error():
-            super().__setattr__(name, value)
-
 
 KEYS = Config.model_fields
 # What other trainers' files, and those for the first version, name otherwise, or hold besides.
@@ -241,26 +237,6 @@ IGNORED = set(
     user_prompt_library vae_batch_size validation_cfg_renorm validation_disable_unconditional
     validation_guidance_rescale validation_prompt_library validation_torch_compile vram_limit_gb""".split()
 )
-
-
-@contextlib.contextmanager
-def as_user_error():
-    """Turns pydantic's error into a UserError with a line a key, for all that are unknown together the first one."""
-    try:
-        yield
-    except ValidationError as error:
-        unknown, lines = [], []
-        for problem in error.errors():
-            place = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
-            if problem["type"] in ("extra_forbidden", "no_such_attribute") and place in problem["loc"]:
-                near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
-                unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
-            else:
-                message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
-                lines.append(f"{place}: found {repr(problem['input'])[:100]}, {message}")
-        if unknown:
-            lines.insert(0, f"unknown keys: {', '.join(unknown)}; --help lists all")
-        raise UserError("\n".join(lines)) from None
 
 
 def read_json(path):
@@ -301,8 +277,24 @@ def load_config(path=None, /, **overrides):
         given |= unique_keys([(own_name(name), value) for name, value in plain.items()])
     if ignored := sorted(IGNORED & given.keys()):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
-    with as_user_error():
+    try:
         return Config(**{name: value for name, value in given.items() if name not in IGNORED})
+    except ValidationError as error:
+        raise UserError("\n".join(mistakes(error))) from None
+
+
+def mistakes(error):
+    """A line for each wrong key in pydantic's error: what was found, what it should be. Unknown keys share one."""
+    unknown, lines = [], []
+    for problem in error.errors():
+        name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
+        if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+            near = difflib.get_close_matches(name.lower(), KEYS, n=1, cutoff=0.7)
+            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        else:
+            message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
+            lines.append(f"{name}: found {repr(problem['input'])[:100]}, {message}")
+    return [f"unknown keys: {', '.join(unknown)}; --help lists all"] * bool(unknown) + lines
 
 
 def own_name(name):
@@ -1128,14 +1120,9 @@ def read_fitting_lora(transformer, path):
 def load_lora(transformer, path, strength=1.0):
     """Puts a LoRA, see read_lora, on the transformer, ready to draw, in the place of any other. Raises UserError."""
     state = read_fitting_lora(transformer, path)
-    remove_lora(transformer)
+    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
     transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     transformer.set_adapters(next(iter(transformer.peft_config)), strength)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(transformer.device)  # an offloaded block is not there
-
-
-def remove_lora(transformer):
-    """Takes a loaded LoRA off the transformer, which is the base again."""
-    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))

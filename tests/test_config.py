@@ -160,8 +160,8 @@ def test_a_key_that_is_set_later_is_checked_too():
     config = load_config()
     config.validation_seed, config.data_dir = 7, "pictures"
     assert config.validation_seed == [7] and config.data_dir[0].path == "pictures"
-    for name, value, words in (("lora_rank", 0, "lora_rank: found 0"), ("lora_rnk", 8, "did you mean 'lora_rank'")):
-        with pytest.raises(UserError, match=words):
+    for name, value in (("lora_rank", 0), ("lora_rnk", 8)):
+        with pytest.raises(ValueError, match=name):
             setattr(config, name, value)
     assert config.lora_rank == 16
 

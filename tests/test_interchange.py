@@ -12,7 +12,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from test_survival import checkpoints
 
 import train_lora
-from longcat_common import load_lora, load_transformer, position_ids, read_lora, remove_lora, save_lora
+from longcat_common import load_lora, load_transformer, position_ids, read_lora, save_lora
 from train_lora import add_lora
 
 TARGETS = ["attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
@@ -113,7 +113,7 @@ def test_strengths_and_the_way_back_to_the_base(tiny_config, tmp_path):
         theirs.set_adapters("a", strength)
         load_lora(transformer, tmp_path / "a", strength)
         assert distance(predict(transformer), predict(theirs)) < 1e-5
-    remove_lora(transformer)
+    transformer.delete_adapters([*transformer.peft_config])
     assert distance(predict(transformer), predict(plain())) < 1e-6
 
 
