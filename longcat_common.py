@@ -53,6 +53,7 @@ torch.zeros(1).exp()
 
 VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
+base_model = lambda config: config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
 LORA_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA in a folder, as diffusers and ComfyUI expect it
@@ -350,10 +351,6 @@ def parse_sizes(text, grid):
     return list(dict.fromkeys(sizes))
 
 
-def validation_sizes(config):
-    return parse_sizes(config.validation_resolution, 16)
-
-
 def bucket_sets(config):
     """The buckets (width, height) that pictures are cut to, a list for each number in `resolution`, the smallest first:
     all on the grid from 1:2 to 2:1, as near to the square's area as it allows. "1024x1024,1344x768" is one list."""
@@ -370,20 +367,15 @@ def bucket_sets(config):
     return sets
 
 
-def buckets(config):
-    """All buckets of the configuration, see bucket_sets."""
-    return sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
+buckets = lambda config: sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
+validation_sizes = lambda config: parse_sizes(config.validation_resolution, 16)
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: main(config) of the flags. Mistakes become a line each and exit code 2, Ctrl-C
-    and SIGTERM one line and the shell's 130 and 143."""
+    """What `python stage.py ...` does: main(config) of the flags. Mistakes are a line each and exit code 2, Ctrl-C and
+    SIGTERM one line and 130, or 128 and the signal that training stopped for."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
     try:
@@ -602,11 +594,6 @@ def stage(memory_advice):
 # ---------------------------------------------------------------- models and quantization
 
 
-def base_model(config):
-    """The base model's hub name or local folder."""
-    return config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
-
-
 def model_folder(config, part):
     """The local folder of a part: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError."""
     name = base_model(config)
@@ -626,30 +613,10 @@ def download(name, part):
         raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}") from None
 
 
-@functools.cache
-def folder_identity(folder):
-    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
-    start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(size if size < 2**26 else 2**20)
-        digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + start)
-    return digest.hexdigest()[:32]
-
-
-def model_identity(config, *parts):
-    """folder_identity of several parts of the configured model, as a list."""
-    return [folder_identity(model_folder(config, part)) for part in parts]
-
-
 def tensor_files(folder):
-    """{tensor name: safetensors file} of a model's folder, which holds one file, or an index and many."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()} if index else ()
+    """{tensor name: safetensors file} of a model's folder, which holds one file or many."""
     files = {}
-    for path in sorted(shards or folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as shard:
             files |= dict.fromkeys(shard.keys(), path)
     return files
@@ -665,8 +632,7 @@ def read_weights(files, names):
 
 
 def load_transformer(config, device):
-    """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the
-    host), in eval mode. Raises UserError if a weight is missing."""
+    """The frozen transformer, see fill_transformer, from its files. Raises UserError if a weight is missing."""
     with named_if_damaged(folder := model_folder(config, "transformer")):
         with torch.device("meta"):
             transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
@@ -674,11 +640,9 @@ def load_transformer(config, device):
 
 
 def fill_transformer(transformer, read, config, device):
-    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}, and freezes it.
-
-    Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host: neither host
-    nor device ever holds the whole unquantized model. Returns the transformer.
-    """
+    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}. Returns it frozen, in eval
+    mode. Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host:
+    neither host nor device ever holds the whole unquantized model."""
     check_precision(config, device)
     kind, dtype, offload = torch.device(device).type, compute_dtype(config, device), GroupOffload(device)
     if config.base_model_precision == "int8-matmul" and not config.torch_compile and kind != "cpu":
@@ -772,8 +736,7 @@ class GroupOffload:
             return
         if self.current is not None:
             self.place(self.current, self.groups[self.current].host)
-        buffer = self.coming.pop(number, None)
-        buffer = self.fetch(number) if buffer is None else buffer
+        buffer = self.coming.pop(number) if number in self.coming else self.fetch(number)
         self.place(number, buffer)
         before, self.current, self.coming = self.current, number, {}
         if self.stream:
@@ -792,27 +755,25 @@ class GroupOffload:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward
+    """x [..., in] @ weight.T for a frozen weight [out, in] that is stored as `dequantize` takes it. For the backward
     pass only that is kept, no dequantized copy. With `in_8_bits` (int8-matmul) both products are int8_product's."""
 
     @staticmethod
-    def forward(ctx, x, shape, in_8_bits, *stored):
-        ctx.save_for_backward(*stored)
+    def forward(ctx, x, shape, in_8_bits, values, scale, shift):
+        ctx.save_for_backward(values, scale, shift)
         ctx.shape, ctx.in_8_bits = shape, in_8_bits
         if in_8_bits:
-            values, scale = stored
             return int8_product(x, values.t(), scale.t())
-        return x @ dequantize(x.dtype, shape, *stored).t()
+        return x @ dequantize(x.dtype, shape, values, scale, shift).t()
 
     @staticmethod
     def backward(ctx, gradient):
-        stored = ctx.saved_tensors
-        if ctx.in_8_bits:
-            values, scale = stored  # this product sums over the outputs, so their scales go first
+        values, scale, shift = ctx.saved_tensors
+        if ctx.in_8_bits:  # this product sums over the outputs, so their scales go first
             x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(gradient.dtype)
         else:
-            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
-        return x_gradient, None, None, *(None for _ in stored)
+            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, values, scale, shift)
+        return x_gradient, None, None, None, None, None
 
 
 def int8_product(x, values, scale=1):
@@ -864,9 +825,9 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        stored = (self.weight, self.scale) if self.shift is None else (self.weight, self.scale, self.shift)
         in_8_bits = self.in_8_bits and x.numel() > 16 * self.in_features  # the kernels want more rows
-        y = QuantizedProduct.apply(x, (self.out_features, self.in_features), in_8_bits, *stored)
+        shape = self.out_features, self.in_features
+        y = QuantizedProduct.apply(x, shape, in_8_bits, self.weight, self.scale, self.shift)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -978,10 +939,8 @@ def pack_latents(latents):
 
 
 def sample_sigmas(normal, token_count, scheduler):
-    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)).
-
-    mu grows linearly with the picture's `token_count`, as in the model authors' training.
-    """
+    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)), mu linear in the
+    picture's `token_count`, as in the model authors' training."""
     c = scheduler.config
     mu = calculate_shift(token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     return scheduler.time_shift(mu, 1.0, torch.sigmoid(normal))
@@ -1079,9 +1038,7 @@ def read_lora(path):
 
         state = {lora_name(name): tensor.float() for name, tensor in state.items()}
         for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
-            say_once(
-                f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here"
-            )
+            say_once(f"{path}: its text encoder's part is left out, for only the transformer's is used here")
             del state[name]
         alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
         modules = {name.rsplit(".lora_", 1)[0] for name in state}

@@ -12,7 +12,6 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 import cache_latents
-import longcat_common
 import prepare_data
 from cache_latents import encode_prompts, prompt_file
 from longcat_common import load_text_encoder, load_tokenizer, load_transformer
@@ -154,11 +153,11 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     file = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({**weights, "extra": torch.zeros(1)}, file)
-    longcat_common.folder_identity.cache_clear()
+    cache_latents.folder_identity.cache_clear()
     assert cache_latents.latents_file(same, entry) != cache_latents.latents_file(other, entry)
     assert prompt_file(same, "a", "cpu") == prompt_file(other, "a", "cpu")
     assert prompt_file(same, "a", "cpu") != prompt_file(tiny_config(mixed_precision="bf16"), "a", "cpu")
     file = model / "text_encoder" / "model.safetensors"
     save_file({**load_file(file), "extra": torch.zeros(1)}, file)
-    longcat_common.folder_identity.cache_clear()
+    cache_latents.folder_identity.cache_clear()
     assert prompt_file(same, "a", "cpu") != prompt_file(other, "a", "cpu")
