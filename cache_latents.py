@@ -21,11 +21,12 @@ import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
     is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_folder, pick_device,
-    run_stage, say, stage, text_config, text_dtype, wait_for_all, write_tensors,
+    run_stage, say, stage, sum_over_processes, text_config, text_dtype, write_tensors,
 )  # fmt: skip
 
 CACHE_FORMAT = 2  # part of every file's name: another number makes all anew
 TILE = 512  # pixels, of a picture that is too large for the device
+wait_for_all = functools.partial(sum_over_processes, 0)  # returns when every process has come here
 # Through one reading of the text encoder; their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32.
 PROMPTS_AT_ONCE = 100
 

@@ -310,6 +310,7 @@ def flag_value(name, text):
         return text
     forms = [text] if text == "null" or text.startswith("[") else []
     if re.search(r"\b(bool|int|float)\b", str(KEYS[own_name(name)].annotation)):
+        # 4. and .5 are no numbers in JSON
         numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))
         forms = [numbers, f"[{numbers}]"]
     for form in forms:
@@ -341,14 +342,14 @@ def config_from_flags(description, arguments):
 
 def parse_sizes(text, grid):
     """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)]. Raises ValueError for what is no size or not on the grid."""
-    sizes = []
+    sizes = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part)
-        size = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not all(size) or size[0] % grid or size[1] % grid:
+        size = tuple(map(int, match.groups())) if match else (0, 0)
+        if not all(side and side % grid == 0 for side in size):
             raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024")
-        sizes.append(size)
-    return list(dict.fromkeys(sizes))
+        sizes[size] = True
+    return list(sizes)
 
 
 def bucket_sets(config):
@@ -516,9 +517,6 @@ def sum_over_processes(*numbers):
     return sums.tolist()
 
 
-wait_for_all = functools.partial(sum_over_processes, 0)  # returns when every process has come here
-
-
 def compute_dtype(config, device):
     """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
     chosen, kind = config.mixed_precision, torch.device(device).type
@@ -536,26 +534,24 @@ def text_dtype(config, device):
 
 def check_precision(config, device):
     """Raises UserError for a `base_model_precision` that has never been tried on this device."""
-    precision, no_mac = config.base_model_precision, ("fp8-torchao", "int8-matmul")
-    if torch.device(device).type == "mps" and precision in no_mac:
-        what = f"{precision} has never been tried on a Mac's GPU (MPS); choose int8-quanto, int4-quanto or no_change"
-        raise UserError(f"base_model_precision: {what}")
+    precision = config.base_model_precision
+    if torch.device(device).type == "mps" and precision in ("fp8-torchao", "int8-matmul"):
+        others = "choose int8-quanto, int4-quanto or no_change"
+        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {others}")
 
 
 def peak_memory(device):
     """The most device memory that this process has used, in GiB; on a Mac what it uses now, on the CPU nan."""
-    if device.type == "cpu":
-        return math.nan
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
-    return used / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.mps.driver_allocated_memory() / 2**30 if device.type == "mps" else math.nan
 
 
 def free_memory():
     """Hands memory of deleted models back to the device."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
+    torch.cuda.empty_cache()  # does nothing where it is not used
+    if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
@@ -580,8 +576,8 @@ def stage(memory_advice):
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
                 if is_out_of_memory(error):
-                    advice = f"what to change, the cheapest first: {memory_advice(config)}"
-                    raise UserError(f"out of memory; {advice}") from None
+                    advice = memory_advice(config)
+                    raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
                 raise
             finally:
                 free_memory()
@@ -947,11 +943,9 @@ def sample_sigmas(normal, token_count, scheduler):
 
 
 def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights=None):
-    """The training loss: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with x_t = (1 - sigma) x0 + sigma noise.
-
-    latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden], weights [B] of the samples or None.
-    Returns a float32 scalar.
-    """
+    """The training loss, a float32 scalar: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with
+    x_t = (1 - sigma) x0 + sigma noise. latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden],
+    weights [B] of the samples or None."""
     dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
     text_ids, image_ids = position_ids(*latents.shape[2:], latents.device)
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
@@ -996,8 +990,7 @@ def lora_file(path):
     if not path.is_file():
         raise UserError(f"{path}: there is no such LoRA file")
     if path.suffix.lower() != ".safetensors":
-        why = "others are not opened, for a pickled one (.pt) could run code"
-        raise UserError(f"{path}: is no .safetensors file; {why}")
+        raise UserError(f"{path}: is no .safetensors file; others are not opened, for a pickled one could run code")
     return path
 
 
