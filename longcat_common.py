@@ -228,16 +228,14 @@ RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
     "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
 }  # fmt: skip
-IGNORED = set(
-    """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
+IGNORED = """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
     disable_benchmark disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift
     flow_schedule_shift group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
     group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size num_eval_images
-    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type
-    skip_upscaled snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema
-    user_prompt_library vae_batch_size validation_cfg_renorm validation_disable_unconditional
-    validation_guidance_rescale validation_prompt_library validation_torch_compile vram_limit_gb""".split()
-)
+    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type skip_upscaled
+    snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema user_prompt_library
+    vae_batch_size validation_cfg_renorm validation_disable_unconditional validation_guidance_rescale
+    validation_prompt_library validation_torch_compile vram_limit_gb""".split()
 
 
 def read_json(path):
@@ -276,7 +274,7 @@ def load_config(path=None, /, **overrides):
     for values in (read_json(path) if path else {}, overrides):
         plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
         given |= unique_keys([(own_name(name), value) for name, value in plain.items()])
-    if ignored := sorted(IGNORED & given.keys()):
+    if ignored := sorted(given.keys() & IGNORED):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
     try:
         return Config(**{name: value for name, value in given.items() if name not in IGNORED})
@@ -601,7 +599,7 @@ def model_folder(config, part):
 
 @functools.cache
 def download(name, part):
-    """The folder of a model of the hub, where this part of it is now."""
+    """Has this part of a model of the hub downloaded, if need be. Returns the model's folder. Raises UserError."""
     try:
         return snapshot_download(name, allow_patterns=[f"{part}/*"])
     except Exception as error:  # of many kinds
@@ -641,8 +639,6 @@ def fill_transformer(transformer, read, config, device):
     neither host nor device ever holds the whole unquantized model."""
     check_precision(config, device)
     kind, dtype, offload = torch.device(device).type, compute_dtype(config, device), GroupOffload(device)
-    if config.base_model_precision == "int8-matmul" and not config.torch_compile and kind != "cpu":
-        say_once("int8-matmul: without torch_compile the rounding costs more than the 8-bit products save")
     transformer.requires_grad_(False).eval()
     block_of = lambda name: re.match(r"((single_)?transformer_blocks\.\d+)?", name)[0]
     parts = [(block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)]
@@ -924,8 +920,8 @@ def position_ids(height, width, device="cpu"):
     """Position ids for a latent of height x width: text [512, 3] = (0, i, i), image [height/2 * width/2, 3] =
     (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS). Made once for each size."""
     text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
-    start = (TEXT_TOKENS, TEXT_TOKENS)
-    image_ids = prepare_pos_ids(modality_id=1, type="image", start=start, height=height // 2, width=width // 2)
+    grid = dict(start=(TEXT_TOKENS, TEXT_TOKENS), height=height // 2, width=width // 2)
+    image_ids = prepare_pos_ids(modality_id=1, type="image", **grid)
     return text_ids.to(device), image_ids.to(device)
 
 
@@ -1039,8 +1035,8 @@ def read_lora(path):
         odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
         if odd or not state:
             what = f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"
-            others = "LoKr, LoHa, OFT, DoRA and the model's original layout (double_blocks, q, k and v in one) are not"
-            raise UserError(f"{path}: is no LoRA that can be opened here: {what}; {others}")
+            others = "LoKr, LoHa, OFT, DoRA and the model's original layout (double_blocks, q, k and v in one)"
+            raise UserError(f"{path}: is no LoRA that can be opened here: {what}; not opened are {others}")
 
         if not alphas and not settings and "longcat_lora" not in header:
             say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
@@ -1062,7 +1058,8 @@ def read_fitting_lora(transformer, path):
         layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
         own = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
         if (B.shape[0], A.shape[1]) != own or A.shape[0] != B.shape[1]:
-            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here {own[1]} inputs and {own[0]} outputs"
+            here = f"takes {own[1]} numbers and gives {own[0]}" if own[0] else "is missing"
+            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here it {here}"
             raise UserError(f"{path}: was made for another model, has another layout or is damaged: {what}")
     return state
 

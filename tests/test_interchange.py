@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     }
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(
-        ValueError, match="made for another model.* transformer_blocks.99.attn.to_q has .*here None inputs"
+        ValueError, match="made for another model.* transformer_blocks.99.attn.to_q has .*here it is missing"
     ):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     name = "transformer_blocks.0.attn.to_q.lora_"
