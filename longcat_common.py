@@ -43,9 +43,7 @@ from torchao.quantization import Float8Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2Tokenizer
 from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm, Qwen2_5_VLRotaryEmbedding,
-)  # fmt: skip
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 # MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a
 # coarser kernel (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
@@ -322,9 +320,9 @@ def config_from_flags(description, arguments):
     if {"-h", "--help"} & set(arguments):
         print(description, "Usage: [config.json] [--key value ...]", sep="\n")
         for name, field in KEYS.items():
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            one_of = f"; one of {', '.join(choices)}" if choices else ""
-            print(f"  --{name} {field.description}{one_of} [{json.dumps(field.default)}]")
+            kind = field.annotation
+            choices = f"; one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+            print(f"  --{name} {field.description}{choices} [{json.dumps(field.default)}]")
         sys.exit()
     words, given = [*arguments], {}
     path = words.pop(0) if words and not words[0].startswith("--") else None
@@ -415,8 +413,7 @@ def write_file(path, data):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Writes a safetensors file. `metadata`, a dictionary, becomes one sorted JSON string under the key `longcat_lora`:
-    safetensors orders several keys at random."""
+    """Writes a safetensors file, `metadata` as one sorted JSON string: safetensors orders several keys at random."""
     header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
     write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
 
@@ -824,8 +821,7 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
 
 
 def quantize(module, precision):
-    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place; "no_change" none.
-    Returns the module. Raises ValueError for another word."""
+    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place. Returns the module."""
     if precision not in get_args(Precision):
         raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
     for parent in list(module.modules()) if precision != "no_change" else []:
@@ -865,8 +861,8 @@ class StreamedTextEncoder:
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
         with named_if_damaged(self.folder), torch.device("meta"):
             self.files = tensor_files(self.folder)
-            self.layer = Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
-            self.norm = Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+            self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
+            self.norm = qwen.Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
             # Checkpoints begin their names with "model." or with "model.language_model.".
             (self.embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
         self.start = self.embeddings.removesuffix("embed_tokens.weight")
@@ -895,7 +891,7 @@ class StreamedTextEncoder:
         masks = attention_mask.to(self.compute_device).split(self.batch_size)
         masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
         positions = torch.arange(input_ids.shape[1], device=self.compute_device).expand(3, 1, -1)
-        rotary = Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
+        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
         names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read, "layers.0.", names)
@@ -946,14 +942,9 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     text_ids, image_ids = position_ids(*latents.shape[2:], latents.device)
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
     s = sigmas.float()[:, None, None]
-    prediction = transformer(
-        hidden_states=((1 - s) * x0 + s * noise).to(dtype),
-        timestep=sigmas,
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        txt_ids=text_ids,
-        img_ids=image_ids,
-        return_dict=False,
-    )[0]
+    x_t = ((1 - s) * x0 + s * noise).to(dtype)
+    rest = dict(timestep=sigmas, txt_ids=text_ids, img_ids=image_ids, return_dict=False)
+    prediction = transformer(hidden_states=x_t, encoder_hidden_states=prompt_embeds.to(dtype), **rest)[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
     return (losses if weights is None else losses * weights).mean()
 
@@ -978,16 +969,12 @@ def save_lora(transformer, folder, metadata=None):
 def lora_file(path):
     """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
     path, names = Path(path), (LORA_NAME, "adapter_model.safetensors")
-    if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such LoRA file")
-    if path.suffix.lower() != ".safetensors":
+    found = [file for file in ([path / name for name in names] if path.is_dir() else [path]) if file.is_file()]
+    if not found:
+        raise UserError(f"{path}: there is no such LoRA file, or the folder holds neither {names[0]} nor {names[1]}")
+    if found[0].suffix.lower() != ".safetensors":
         raise UserError(f"{path}: is no .safetensors file; others are not opened, for a pickled one could run code")
-    return path
+    return found[0]
 
 
 # What others put before a layer's name, and how they name the rest. Kohya's scripts have underscores for dots.
