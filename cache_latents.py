@@ -7,6 +7,8 @@ After this, training needs neither the VAE nor the text encoder. A file's name f
 bucket or prompt, and the model), so nothing is ever stale, and an interrupted run goes on where it was.
 """
 
+import functools
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -18,17 +20,36 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
-    is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_identity, pick_device,
-    run_stage, say, stage, text_config, text_dtype, wait_for_all, write_tensors,
+    is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_folder, pick_device,
+    run_stage, say, stage, sum_over_processes, text_config, text_dtype, write_tensors,
 )  # fmt: skip
 
 CACHE_FORMAT = 2  # part of every file's name: another number makes all anew
 TILE = 512  # pixels, of a picture that is too large for the device
+wait_for_all = functools.partial(sum_over_processes, 0)  # returns when every process has come here
 # Through one reading of the text encoder; their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32.
 PROMPTS_AT_ONCE = 100
 
 
 # ---------------------------------------------------------------- which files
+
+
+@functools.cache
+def folder_identity(folder):
+    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
+    start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(size if size < 2**26 else 2**20)
+        digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + start)
+    return digest.hexdigest()[:32]
+
+
+def model_identity(config, *parts):
+    """folder_identity of several parts of the configured model, as a list."""
+    return [folder_identity(model_folder(config, part)) for part in parts]
 
 
 def latents_file(config, picture):

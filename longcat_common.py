@@ -1,5 +1,4 @@
-"""What the stages share: configuration, files, processes and devices and dtypes, models and quantization, flow
-matching, LoRA files."""
+"""What the stages share: configuration, files, devices, models and quantization, flow matching, LoRA files."""
 
 import collections
 import concurrent.futures
@@ -10,16 +9,15 @@ import errno
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
-import unicodedata
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,17 +33,17 @@ from diffusers import (
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
 from huggingface_hub import snapshot_download
+from optimum import quanto
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torchao.quantization import Float8Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2Tokenizer
 from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm, Qwen2_5_VLRotaryEmbedding,
-)  # fmt: skip
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 # MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a
 # coarser kernel (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
@@ -53,6 +51,7 @@ torch.zeros(1).exp()
 
 VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
+base_model = lambda config: config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
 LORA_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA in a folder, as diffusers and ComfyUI expect it
@@ -73,9 +72,8 @@ class UserError(ValueError):
 
 
 def path_text(text):
-    """A path, `~` expanded. In JSON "E:\\runs" would be E:, a carriage return and "uns", hence the control
-    characters."""
-    if any(unicodedata.category(letter) == "Cc" for letter in text):
+    """A path, `~` expanded. In JSON "E:\\runs" is E:, a carriage return and "uns": hence the control characters."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
         raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
     return os.path.expanduser(text)
 
@@ -210,82 +208,40 @@ class Config(BaseModel):
     compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
 
     @field_validator("resolution", "validation_resolution", "learning_rate")
-    @classmethod
     def fits(cls, value, info):
-        """What takes more than a look at the type; `info.data` has the keys above this one, as far as they are
-        right."""
-        earlier = SimpleNamespace(**({"aspect_bucket_alignment": 64} | info.data | {info.field_name: value}))
-        if info.field_name == "resolution":
-            buckets(earlier)
-        if info.field_name == "validation_resolution":
-            validation_sizes(earlier)
-        if info.field_name == "learning_rate" and info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
+        """What takes more than a look at the type; `info.data` has the keys above this one that are right."""
+        name, above = info.field_name, {"aspect_bucket_alignment": 64} | info.data
+        if name == "resolution":
+            bucket_sets(SimpleNamespace(**above, resolution=value))
+        if name == "validation_resolution":
+            parse_sizes(value, 16)
+        if name == "learning_rate" and above.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
-        if info.field_name == "learning_rate" and info.data.get("optimizer") == "prodigy" and value == 0:
-            raise ValueError("must be more than 0; 1 for prodigy")
         return value
-
-    def __setattr__(self, name, value):
-        with as_user_error():
-            super().__setattr__(name, value)
 
 
 KEYS = Config.model_fields
-GROUPS = {  # the first key of each
-    "model_type": "model", "data_dir": "data", "lora_rank": "LoRA", "train_batch_size": "training",
-    "enable_group_offload": "memory", "output_dir": "output", "validation_prompts": "validation",
-}  # fmt: skip
-# What other trainers' files, and those for the first version, hold besides: the same under another name, or nothing
-# here.
+# What other trainers' files, and those for the first version, name otherwise, or hold besides.
 RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
     "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
 }  # fmt: skip
-IGNORED = set(
-    """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
+IGNORED = """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
     disable_benchmark disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift
     flow_schedule_shift group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
     group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size num_eval_images
-    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type
-    skip_upscaled snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema
-    user_prompt_library vae_batch_size validation_cfg_renorm validation_disable_unconditional
-    validation_guidance_rescale validation_prompt_library validation_torch_compile vram_limit_gb""".split()
-)
-
-
-@contextlib.contextmanager
-def as_user_error():
-    """Turns pydantic's error into a UserError with a line a key: what was found, what it should be. The keys that are
-    unknown share one."""
-    try:
-        yield
-    except ValidationError as error:
-        unknown, lines = [], []
-        for problem in error.errors():
-            place = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
-            if problem["type"] in ("extra_forbidden", "no_such_attribute") and place in problem["loc"]:
-                near = difflib.get_close_matches(place.lower(), KEYS, n=1, cutoff=0.7)
-                unknown.append(repr(place) + (f" (did you mean {near[0]!r}?)" if near else ""))
-            else:
-                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-                message = "must not be empty" if "too_short" in problem["type"] else message
-                lines.append(f"{place}: found {repr(problem['input'])[:100]}, {message}")
-        if unknown:
-            lines.insert(0, f"unknown keys: {', '.join(unknown)}; --help lists all")
-        raise UserError("\n".join(lines)) from None
+    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type skip_upscaled
+    snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema user_prompt_library
+    vae_batch_size validation_cfg_renorm validation_disable_unconditional validation_guidance_rescale
+    validation_prompt_library validation_torch_compile vram_limit_gb""".split()
 
 
 def read_json(path):
-    """The dictionary in a JSON file that may hold `//` comments and trailing commas.
-
-    Raises UserError for a file that cannot be read, bad JSON (with the line) or a key that is there twice.
-    """
+    """The dictionary in a JSON file that may hold `//` comments and trailing commas. Raises UserError."""
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not in UTF-8: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
 
 
 def parse_json(text, where):
@@ -302,54 +258,56 @@ def parse_json(text, where):
 
 
 def unique_keys(pairs):
-    """The dictionary of a JSON object's pairs. Raises ValueError for a key that is there twice, which json would
-    drop."""
+    """The dictionary of a JSON object's pairs. Raises UserError for a key that is there twice: json would drop one."""
     for name, count in collections.Counter(name for name, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"the key {name!r} is there {count} times; keep one")
+            raise UserError(f"the key {name!r} is there {count} times; keep one")
     return dict(pairs)
 
 
-def read_config(path):
-    """{key: value} of a config file, under our names. Some trainers' files hold flags: "--learning_rate": "1e-4"."""
-    given = {}
-    for name, value in read_json(path).items():
-        key = RENAMED.get(name.removeprefix("--"), name.removeprefix("--"))
-        if key in given:
-            raise UserError(f"{path}: the key {key!r} is there 2 times, under two names; keep one")
-        given[key] = flag_value(key, value) if name.startswith("--") else value
-    return given
-
-
 def load_config(path=None, /, **overrides):
-    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`.
-
-    Raises UserError (a ValueError) with all that is wrong, one line a key.
-    """
-    given = read_config(path) if path else {}
-    given |= {RENAMED.get(name, name): value for name, value in overrides.items()}
-    if ignored := sorted(IGNORED & given.keys()):
+    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`. Keys may stand as
+    flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
+    given = {}
+    for values in (read_json(path) if path else {}, overrides):
+        plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
+        given |= unique_keys([(own_name(name), value) for name, value in plain.items()])
+    if ignored := sorted(given.keys() & IGNORED):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
-    readable = lambda name: name.encode("utf-8", "backslashreplace").decode()  # half a character would stop pydantic
-    with as_user_error():
-        return Config(**{readable(name): value for name, value in given.items() if name not in IGNORED})
+    try:
+        return Config(**{name: value for name, value in given.items() if name not in IGNORED})
+    except ValidationError as error:
+        raise UserError("\n".join(mistakes(error))) from None
 
 
-def kinds(annotation):
-    """The plain types in an annotation: {float} for list[float]."""
-    return set().union(*map(kinds, get_args(annotation))) if get_args(annotation) else {annotation}
+def mistakes(error):
+    """A line for each wrong key in pydantic's error: what was found, what it should be. Unknown keys share one."""
+    unknown, lines = [], []
+    for problem in error.errors():
+        name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
+        if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+            near = difflib.get_close_matches(name.lower(), KEYS, n=1, cutoff=0.7)
+            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        else:
+            message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
+            lines.append(f"{name}: found {repr(problem['input'])[:100]}, {message}")
+    return [f"unknown keys: {', '.join(unknown)}; --help lists all"] * bool(unknown) + lines
+
+
+def own_name(name):
+    """Our name of a key or flag. Half a character is written out, which would stop pydantic."""
+    name = name.removeprefix("--").encode("utf-8", "backslashreplace").decode()
+    return RENAMED.get(name, name)
 
 
 def flag_value(name, text):
-    """What a flag's text stands for: a number, several, true, false, null or a list in JSON; for a key of text
-    itself."""
-    if text == "null":
-        return None
-    if not isinstance(text, str) or name not in KEYS:
+    """What a flag's text stands for: null, a list in JSON, for a key of numbers also 4., .5,1 and true; else itself."""
+    if not isinstance(text, str) or own_name(name) not in KEYS:
         return text
-    forms = [text] if text.startswith("[") else []
-    if kinds(KEYS[name].annotation) & {bool, int, float}:
-        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))  # 4. and .5
+    forms = [text] if text == "null" or text.startswith("[") else []
+    if re.search(r"\b(bool|int|float)\b", str(KEYS[own_name(name)].annotation)):
+        # 4. and .5 are no numbers in JSON
+        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))
         forms = [numbers, f"[{numbers}]"]
     for form in forms:
         with contextlib.suppress(ValueError, RecursionError):
@@ -362,11 +320,9 @@ def config_from_flags(description, arguments):
     if {"-h", "--help"} & set(arguments):
         print(description, "Usage: [config.json] [--key value ...]", sep="\n")
         for name, field in KEYS.items():
-            if name in GROUPS:
-                print(f"\n{GROUPS[name]}:")
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            one_of = f"; one of {', '.join(choices)}" if choices else ""
-            print(f"  --{name} {field.description}{one_of} [{json.dumps(field.default)}]")
+            kind = field.annotation
+            choices = f"; one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+            print(f"  --{name} {field.description}{choices} [{json.dumps(field.default)}]")
         sys.exit()
     words, given = [*arguments], {}
     path = words.pop(0) if words and not words[0].startswith("--") else None
@@ -376,31 +332,25 @@ def config_from_flags(description, arguments):
             raise UserError(f"{name!r} is no flag; write [config.json] [--key value ...]")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else True
-        given[name[2:]] = flag_value(RENAMED.get(name[2:], name[2:]), value)
+        given[name] = value
     return load_config(path, **given)
 
 
 def parse_sizes(text, grid):
     """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)]. Raises ValueError for what is no size or not on the grid."""
-    sizes = []
+    sizes = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part)
-        size = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not all(size) or size[0] % grid or size[1] % grid:
+        size = tuple(map(int, match.groups())) if match else (0, 0)
+        if not all(side and side % grid == 0 for side in size):
             raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024")
-        sizes.append(size)
-    return list(dict.fromkeys(sizes))
-
-
-def validation_sizes(config):
-    """The sizes (width, height) in `validation_resolution`."""
-    return parse_sizes(config.validation_resolution, 16)
+        sizes[size] = True
+    return list(sizes)
 
 
 def bucket_sets(config):
-    """The buckets (width, height) that pictures are cut to, as a list for each of the numbers in `resolution`, the
-    smallest first: all on the grid with an aspect ratio from 1:2 to 2:1, and as near to the square's area as the grid
-    allows. Sizes such as "1024x1024,1344x768" are one list."""
+    """The buckets (width, height) that pictures are cut to, a list for each number in `resolution`, the smallest first:
+    all on the grid from 1:2 to 2:1, as near to the square's area as it allows. "1024x1024,1344x768" is one list."""
     grid, parts = config.aspect_bucket_alignment, config.resolution.replace(" ", "").split(",")
     if not all(map(str.isdecimal, parts)):
         return [parse_sizes(config.resolution, grid)]
@@ -414,27 +364,20 @@ def bucket_sets(config):
     return sets
 
 
-def buckets(config):
-    """All buckets of the configuration, see bucket_sets."""
-    return sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
+buckets = lambda config: sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
+validation_sizes = lambda config: parse_sizes(config.validation_resolution, 16)
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: parse, call main(config), turn a UserError into a line a mistake and exit code
-    2, and Ctrl-C or SIGTERM into one line and the shell's 130 or 143."""
+    """What `python stage.py ...` does: main(config) of the flags. Mistakes are a line each and exit code 2, Ctrl-C and
+    SIGTERM one line and 130, or 128 and the signal that training stopped for."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            error = f"{str(error.filename)[:200]}: {error.strerror}" if error.filename else str(error)
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
@@ -459,7 +402,7 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
+            temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except OSError as error:
         advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
@@ -470,46 +413,48 @@ def write_file(path, data):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Writes a safetensors file; `metadata` (a dictionary) goes into one sorted JSON string under the key
-    `longcat_lora`, because safetensors orders several keys at random."""
+    """Writes a safetensors file, `metadata` as one sorted JSON string: safetensors orders several keys at random."""
     header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
     write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
 
 
+@contextlib.contextmanager
+def named_if_damaged(path):
+    """Turns what a library raises about a cut-off or missing file into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, SafetensorError, re.error) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: is missing or damaged; make or download it again ({repr(error)[:200]})") from None
+
+
 def read_tensors(path):
     """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
-    try:
+    with named_if_damaged(path):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is missing or damaged ({error})") from None
 
 
 def read_header(path):
-    """The metadata in a safetensors file's header, as a dictionary. Raises UserError if the file is missing or
-    damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is missing or damaged ({error})") from None
+    """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
+    with named_if_damaged(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def is_readable(path):
     """Whether a safetensors file is there and, by its header, whole."""
     with contextlib.suppress(UserError):
-        read_header(path)
-        return True
+        return read_header(path) is not None
     return False
 
 
 def checkpoint_folders(config):
-    """This run's checkpoints, oldest first. Folders with other names, such as a user's own copies, are left alone."""
+    """This run's checkpoints, oldest first. Folders with other names, such as a user's copies, are passed over."""
     folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
     return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
 
 
 def step_of(folder):
-    """The step in a checkpoint folder's name."""
     return int(folder.name[5:])
 
 
@@ -524,8 +469,8 @@ def generator(*what):
 
 
 def in_parallel(function, items):
-    """Yields function(item) for every item, in order, from as many threads as there are cores; no more than a few
-    results wait to be taken. Pillow and hashing let go of Python's lock, so threads do."""
+    """Yields function(item) for every item, in order, from a thread a core: Pillow and hashing let go of Python's lock.
+    No more than a few results wait to be taken."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -544,9 +489,7 @@ def pick_device():
     """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= count:
-        raise UserError(f"torchrun: process {number + 1} of this machine has no device, there are {count}; start fewer")
+    number = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -569,19 +512,13 @@ def sum_over_processes(*numbers):
     return sums.tolist()
 
 
-def wait_for_all():
-    """Under torchrun: returns when every process has come here."""
-    sum_over_processes(0)
-
-
 def compute_dtype(config, device):
     """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
-    device = torch.device(device)
-    if config.mixed_precision != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.mixed_precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if device.type == "mps" else torch.float32
+    chosen, kind = config.mixed_precision, torch.device(device).type
+    if chosen == "auto":
+        old = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+        chosen = "no" if kind == "cpu" else "fp16" if old else "bf16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[chosen]
 
 
 def text_dtype(config, device):
@@ -590,34 +527,26 @@ def text_dtype(config, device):
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def autocast(config, device):
-    """Mixed precision for the transformer; does nothing in float32."""
-    dtype = compute_dtype(config, device)
-    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 def check_precision(config, device):
     """Raises UserError for a `base_model_precision` that has never been tried on this device."""
     precision = config.base_model_precision
     if torch.device(device).type == "mps" and precision in ("fp8-torchao", "int8-matmul"):
-        known = "choose int8-quanto, int4-quanto or no_change"
-        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {known}")
+        others = "choose int8-quanto, int4-quanto or no_change"
+        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {others}")
 
 
 def peak_memory(device):
-    """The most device memory that this process has used so far, in GiB; on a Mac what it uses now, on the CPU nan."""
-    if device.type == "cpu":
-        return math.nan
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory()
-    return used / 2**30
+    """The most device memory that this process has used, in GiB; on a Mac what it uses now, on the CPU nan."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.mps.driver_allocated_memory() / 2**30 if device.type == "mps" else math.nan
 
 
 def free_memory():
     """Hands memory of deleted models back to the device."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
+    torch.cuda.empty_cache()  # does nothing where it is not used
+    if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
@@ -628,9 +557,8 @@ def is_out_of_memory(error):
 
 
 def stage(memory_advice):
-    """Decorates the `main(config)` of a stage. Running out of memory becomes a UserError with `memory_advice(config)`.
-    And a notebook finds what it had: its configuration as it was, and no model in memory, not even after an error,
-    whose traceback would keep all that the functions held."""
+    """Decorates the `main(config)` of a stage: running out of memory is a UserError with `memory_advice(config)`. And a
+    notebook keeps its configuration as it was and no model in memory, not even in the traceback of an error."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -657,75 +585,36 @@ def stage(memory_advice):
 # ---------------------------------------------------------------- models and quantization
 
 
-def base_model(config):
-    """The base model's hub name or local folder."""
-    return config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
-
-
 def model_folder(config, part):
-    """The local folder of one part (`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), downloaded if need
-    be."""
-    return find_model(base_model(config), part)
+    """The local folder of a part: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError."""
+    name = base_model(config)
+    folder = Path(name if os.path.isdir(name) else download(name, part)) / part
+    if not folder.is_dir():
+        raise UserError(f"pretrained_model_name_or_path: {folder.parent} has no folder {part!r}")
+    return folder
 
 
 @functools.cache
-def find_model(name, part):
-    """The folder of one part of a local model or of one on the hub. Raises UserError if there is none."""
-    folder = Path(name)
+def download(name, part):
+    """Has this part of a model of the hub downloaded, if need be. Returns the model's folder. Raises UserError."""
     try:
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
-    except Exception as error:  # the hub's client raises many kinds
+        return snapshot_download(name, allow_patterns=[f"{part}/*"])
+    except Exception as error:  # of many kinds
         problem = f"is no folder, and cannot be had from the hub, which has {FLAVOURS['final']} ({str(error)[:200]!r})"
         raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}") from None
-    if not (folder / part).is_dir():
-        raise UserError(f"pretrained_model_name_or_path: {folder} has no folder {part!r}")
-    return folder / part
-
-
-@functools.cache
-def folder_identity(folder):
-    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
-    start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(size if size < 2**26 else 2**20)
-        digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + start)
-    return digest.hexdigest()[:32]
-
-
-def model_identity(config, *parts):
-    """folder_identity of several parts of the configured model, as a list."""
-    return [folder_identity(model_folder(config, part)) for part in parts]
-
-
-@contextlib.contextmanager
-def named_if_damaged(folder):
-    """Turns what a library raises about a cut-off or missing model file into one line."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise UserError(f"{folder}: cannot be loaded, download it again ({str(error)[:200]!r})") from None
 
 
 def tensor_files(folder):
-    """{tensor name: safetensors file} of a model's folder, whether it holds one file or an index and many."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()} if index else ()
+    """{tensor name: safetensors file} of a model's folder, which holds one file or many."""
     files = {}
-    for path in sorted(shards or folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as shard:
             files |= dict.fromkeys(shard.keys(), path)
     return files
 
 
 def read_weights(files, names):
-    """{name: tensor} on the host, for some of the names in tensor_files. The files are closed again, so that what was
-    read does not stay in memory."""
+    """{name: tensor} on the host, for some of the names in tensor_files. Closed files do not stay in memory."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
         with safe_open(path, "pt") as shard:
@@ -733,52 +622,37 @@ def read_weights(files, names):
     return tensors
 
 
-def check_weights(folder, files, needed):
-    """Raises UserError if a needed tensor is not among the `files` of a model's folder, see tensor_files."""
-    if missing := [name for name in needed if name not in files]:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
-
-
 def load_transformer(config, device):
-    """The frozen transformer, quantized as configured, on `device` (with `enable_group_offload` its blocks on the
-    host), in eval mode. Raises UserError if a weight is missing."""
-    folder = model_folder(config, "transformer")
-    with named_if_damaged(folder), torch.device("meta"):
-        transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
-        files = tensor_files(folder)
-    check_weights(folder, files, sorted(transformer.state_dict()))
-    with named_if_damaged(folder):
-        return fill_transformer(transformer, functools.partial(read_weights, files), config, device)
+    """The frozen transformer, see fill_transformer, from its files. Raises UserError if a weight is missing."""
+    with named_if_damaged(folder := model_folder(config, "transformer")):
+        with torch.device("meta"):
+            transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
+        return fill_transformer(transformer, functools.partial(read_weights, tensor_files(folder)), config, device)
 
 
 def fill_transformer(transformer, read, config, device):
-    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}, and freezes it.
-
-    Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host: neither host
-    nor device ever holds the whole unquantized model. Returns the transformer.
-    """
+    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}. Returns it frozen, in eval
+    mode. Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host:
+    neither host nor device ever holds the whole unquantized model."""
     check_precision(config, device)
-    if config.base_model_precision == "int8-matmul" and not config.torch_compile and torch.device(device).type != "cpu":
-        say_once("int8-matmul: without torch_compile the rounding costs more than the 8-bit products save")
+    kind, dtype, offload = torch.device(device).type, compute_dtype(config, device), GroupOffload(device)
     transformer.requires_grad_(False).eval()
-    parts = {}
-    for name in transformer.state_dict():
-        block = re.match(r"(single_)?transformer_blocks\.\d+", name)
-        parts.setdefault(block and block[0], []).append(name)
-    dtype, offload, away = compute_dtype(config, device), GroupOffload(device), offloaded(config, len(parts) - 1)
-    for part, names in tqdm(parts.items(), desc="transformer", unit="part", leave=False, disable=RANK > 0):
+    block_of = lambda name: re.match(r"((single_)?transformer_blocks\.\d+)?", name)[0]
+    parts = [(block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)]
+    away = offloaded(config, sum(block != "" for block, _ in parts))
+    for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read(names).items()}
         transformer.load_state_dict(state, strict=False, assign=True)
-        if part:
-            block = quantize(transformer.get_submodule(part), config.base_model_precision)
+        if block:
+            module = quantize(transformer.get_submodule(block), config.base_model_precision)
             if away.pop(0):
-                offload.add(block)
-    transformer.forward = autocast(config, device)(transformer.forward)
+                offload.add(module)
+    # Mixed precision, but for norms: CUDA's autocast would run them in float32 and keep such a copy of each input, and
+    # their kernels sum in float32 anyway.
+    transformer.forward = torch.autocast(kind, dtype, enabled=dtype != torch.float32)(transformer.forward)
     for module in transformer.modules():
-        # CUDA's autocast would run norms in float32 and keep such a copy of each input; their kernels sum in float32
-        # anyway.
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.forward = torch.autocast(torch.device(device).type, enabled=False)(module.forward)
+            module.forward = torch.autocast(kind, enabled=False)(module.forward)
     return transformer
 
 
@@ -790,7 +664,7 @@ def offloaded(config, count):
 
 
 def compile_blocks(transformer):
-    """Compiles the transformer's blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
+    """Compiles the blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
     torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
     torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
@@ -799,13 +673,11 @@ def compile_blocks(transformer):
 
 class GroupOffload:
     """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the
-    one that comes next, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at
-    most.
+    next one, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at most.
 
-    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again in
-    the backward pass; nothing has to happen when it ends, for checkpointing may leave it by an exception. What autograd
-    still needs of a group that has left lives as long as autograd holds it: one block, if all are checkpointed. Only
-    frozen tensors move: LoRA, gradients and optimizer stay on the device.
+    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again; when
+    it ends nothing has to happen, for checkpointing may leave it by an exception. What autograd still needs of a group
+    that has left lives as long as autograd holds it: one block, if all are checkpointed. Only frozen tensors move.
     """
 
     def __init__(self, device):
@@ -853,8 +725,7 @@ class GroupOffload:
             return
         if self.current is not None:
             self.place(self.current, self.groups[self.current].host)
-        buffer = self.coming.pop(number, None)
-        buffer = self.fetch(number) if buffer is None else buffer
+        buffer = self.coming.pop(number) if number in self.coming else self.fetch(number)
         self.place(number, buffer)
         before, self.current, self.coming = self.current, number, {}
         if self.stream:
@@ -873,42 +744,39 @@ class GroupOffload:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [..., in] @ weight.T for a frozen weight [out, in] that is `stored` as `dequantize` takes it. For the backward
-    pass only that is kept, no dequantized copy.
-
-    With `in_8_bits` (int8-matmul) the rows of x, and in the backward pass those of the gradient, are quantized to int8
-    as well, and the matrix products are of int8 with exact int32 sums.
-    """
+    """x [..., in] @ weight.T for a frozen weight [out, in] that is stored as `dequantize` takes it. For the backward
+    pass only that is kept, no dequantized copy. With `in_8_bits` (int8-matmul) both products are int8_product's."""
 
     @staticmethod
-    def forward(ctx, x, shape, in_8_bits, *stored):
-        ctx.save_for_backward(*stored)
+    def forward(ctx, x, shape, in_8_bits, values, scale, shift):
+        ctx.save_for_backward(values, scale, shift)
         ctx.shape, ctx.in_8_bits = shape, in_8_bits
-        if not in_8_bits:
-            return x @ dequantize(x.dtype, shape, *stored).t()
-        values, scale = stored
-        rows, row_scale = quantize_rows(x.flatten(0, -2))
-        return (torch._int_mm(rows, values.t()) * (row_scale * scale.t())).to(x.dtype).unflatten(0, x.shape[:-1])
+        if in_8_bits:
+            return int8_product(x, values.t(), scale.t())
+        return x @ dequantize(x.dtype, shape, values, scale, shift).t()
 
     @staticmethod
     def backward(ctx, gradient):
-        stored = ctx.saved_tensors
-        if not ctx.in_8_bits:
-            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, *stored)
+        values, scale, shift = ctx.saved_tensors
+        if ctx.in_8_bits:  # this product sums over the outputs, so their scales go first
+            x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(gradient.dtype)
         else:
-            values, scale = stored
-            # These products sum over the outputs, so their scales go first. CUDA's int8 kernels want this order in
-            # memory.
-            rows, row_scale = quantize_rows(gradient.flatten(0, -2) * scale.t())
-            product = torch._int_mm(rows, values.t().contiguous().t())
-            x_gradient = (product * row_scale).to(gradient.dtype).unflatten(0, gradient.shape[:-1])
-        return x_gradient, None, None, *(None for _ in stored)
+            x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, values, scale, shift)
+        return x_gradient, None, None, None, None, None
+
+
+def int8_product(x, values, scale=1):
+    """x [..., n] @ values [n, m] * scale [1, m], x rounded to int8 row by row and the sums exact, in int32. CUDA's
+    kernels want the columns of `values` to lie in a row each."""
+    rows = x.flatten(0, -2)
+    row_scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
+    product = torch._int_mm((rows / row_scale).round().to(torch.int8), values)
+    return (product * (row_scale * scale)).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def dequantize(dtype, shape, values, scale, shift=None):
-    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 values or the bytes of float8 ones; with
-    `shift`, of groups of 4-bit values [groups, group size], of which a byte holds two, values * scale - shift [groups,
-    1]."""
+    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 or the bytes of float8; with `shift`, of groups
+    [groups, group size] of 4-bit values, two in a byte, values * scale - shift [groups, 1]."""
     scale = scale.to(dtype)
     if shift is not None:
         halves = torch.cat([values % 16, values // 16])[: len(scale)]  # MPS cannot shift bits
@@ -916,12 +784,6 @@ def dequantize(dtype, shape, values, scale, shift=None):
     if values.dtype == torch.uint8:
         values = values.view(torch.float8_e4m3fn).to(dtype)  # float8 does not promote by itself
     return values * scale
-
-
-def quantize_rows(x):
-    """A matrix in int8 and the scale of each row [rows, 1], float32: x is about int8 * scale."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
-    return (x / scale).round().to(torch.int8), scale
 
 
 class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
@@ -934,23 +796,17 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
         self.in_8_bits, shift = precision == "int8-matmul", None
         weight = linear.weight.detach()
         if precision == "fp8-torchao":
-            from torchao.quantization import Float8Tensor
-
             made = Float8Tensor.from_hp(weight)
             values, scale = made.qdata.view(torch.uint8), made.scale  # PEFT would make a LoRA float8, too
         elif precision == "int4-quanto":
-            from optimum.quanto import MaxOptimizer, qint4, quantize_weight
-
             # quanto's own sizes: groups of 128, or of what divides a row
             group = next((size for size in (128, 96, 64, 32) if self.in_features % size == 0), self.in_features)
-            scale, shift = MaxOptimizer()(weight, qint4, axis=0, group_size=group)
-            made = quantize_weight(weight, qint4, 0, scale, shift, group, optimized=False)
+            scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=group)
+            made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, group, optimized=False)
             values = made._data._data
         else:
-            from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
-
-            scale = AbsmaxOptimizer()(weight, qint8, axis=0)
-            values = quantize_weight(weight, qint8, 0, scale, optimized=False)._data
+            scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, axis=0)
+            values = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)._data
         frozen = lambda tensor: tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
         self.weight, self.scale, self.shift = frozen(values), frozen(scale), frozen(shift)
 
@@ -958,15 +814,14 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        stored = (self.weight, self.scale) if self.shift is None else (self.weight, self.scale, self.shift)
         in_8_bits = self.in_8_bits and x.numel() > 16 * self.in_features  # the kernels want more rows
-        y = QuantizedProduct.apply(x, (self.out_features, self.in_features), in_8_bits, *stored)
+        shape = self.out_features, self.in_features
+        y = QuantizedProduct.apply(x, shape, in_8_bits, self.weight, self.scale, self.shift)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantize(module, precision):
-    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place; "no_change" none.
-    Returns the module. Raises ValueError for another word."""
+    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place. Returns the module."""
     if precision not in get_args(Precision):
         raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
     for parent in list(module.modules()) if precision != "no_change" else []:
@@ -976,40 +831,26 @@ def quantize(module, precision):
     return module
 
 
+def load_part(config, part, kind):
+    """One part of the model, as the class `kind` loads it. Raises UserError if it is missing or damaged."""
+    with named_if_damaged(folder := model_folder(config, part)):
+        return kind.from_pretrained(folder)
+
+
 def load_vae(config, device):
     """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
-    with named_if_damaged(folder := model_folder(config, "vae")):
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval().to(device)
+    return load_part(config, "vae", AutoencoderKL).float().requires_grad_(False).eval().to(device)
 
 
-def load_scheduler(config):
-    """The model's FlowMatchEulerDiscreteScheduler."""
-    with named_if_damaged(folder := model_folder(config, "scheduler")):
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
-
-
-def load_tokenizer(config):
-    """The model's Qwen2 tokenizer."""
-    with named_if_damaged(folder := model_folder(config, "tokenizer")):
-        return Qwen2Tokenizer.from_pretrained(folder)
-
-
-def text_config(config):
-    """transformers' configuration of the language layers."""
-    with named_if_damaged(folder := model_folder(config, "text_encoder")):
-        return AutoConfig.from_pretrained(folder).text_config
-
-
-def load_text_encoder(config, device):
-    """The language layers of Qwen2.5-VL, ready to compute on `device`. Raises UserError if a weight is missing."""
-    return StreamedTextEncoder(config, device)
+load_scheduler = lambda config: load_part(config, "scheduler", FlowMatchEulerDiscreteScheduler)
+load_tokenizer = lambda config: load_part(config, "tokenizer", Qwen2Tokenizer)
+text_config = lambda config: load_part(config, "text_encoder", AutoConfig).text_config  # of the language layers
 
 
 class StreamedTextEncoder:
-    """The text encoder for a device of any size. A call reads each layer from its file once and computes all prompts
-    with it, batch after batch, while the next layer is read: the device holds one layer, the host one more. The
-    embeddings are those of the whole model. (transformers' own device map would read all 13 GB anew for every
-    batch.)"""
+    """The language layers of Qwen2.5-VL, for a device of any size. A call reads each layer from its file once and
+    computes all prompts with it, batch after batch, while the next layer is read: the device holds one layer, the host
+    one more. (transformers' own device map would read all 13 GB anew for every batch.)"""
 
     device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
 
@@ -1020,14 +861,11 @@ class StreamedTextEncoder:
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
         with named_if_damaged(self.folder), torch.device("meta"):
             self.files = tensor_files(self.folder)
-            self.layer = Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
-            self.norm = Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        # Checkpoints begin their names with "model." or with "model.language_model.".
-        embeddings = next((name for name in self.files if name.endswith("embed_tokens.weight")), "model.")
-        self.start, names = embeddings.removesuffix("embed_tokens.weight"), self.layer.state_dict()
-        layers = [f"layers.{i}.{name}" for i in range(self.config.num_hidden_layers) for name in names]
-        needed = [self.start + name for name in ("embed_tokens.weight", "norm.weight", *layers)]
-        check_weights(self.folder, self.files, needed)
+            self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
+            self.norm = qwen.Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+            # Checkpoints begin their names with "model." or with "model.language_model.".
+            (self.embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
+        self.start = self.embeddings.removesuffix("embed_tokens.weight")
 
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
@@ -1048,12 +886,12 @@ class StreamedTextEncoder:
     @torch.no_grad()
     def __call__(self, input_ids, attention_mask, output_hidden_states=True):
         """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden]."""
-        embeddings = read_weights(self.files, [self.start + "embed_tokens.weight"])[self.start + "embed_tokens.weight"]
+        embeddings = read_weights(self.files, [self.embeddings])[self.embeddings]
         hidden = [embeddings[ids].to(self.compute_device, self.dtype) for ids in input_ids.split(self.batch_size)]
         masks = attention_mask.to(self.compute_device).split(self.batch_size)
         masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
         positions = torch.arange(input_ids.shape[1], device=self.compute_device).expand(3, 1, -1)
-        rotary = Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
+        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
         names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read, "layers.0.", names)
@@ -1067,6 +905,9 @@ class StreamedTextEncoder:
         return SimpleNamespace(hidden_states=[torch.cat([self.norm(states).to(self.device) for states in hidden])])
 
 
+load_text_encoder = StreamedTextEncoder
+
+
 # ---------------------------------------------------------------- flow matching
 
 
@@ -1075,8 +916,8 @@ def position_ids(height, width, device="cpu"):
     """Position ids for a latent of height x width: text [512, 3] = (0, i, i), image [height/2 * width/2, 3] =
     (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS). Made once for each size."""
     text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
-    start = (TEXT_TOKENS, TEXT_TOKENS)
-    image_ids = prepare_pos_ids(modality_id=1, type="image", start=start, height=height // 2, width=width // 2)
+    grid = dict(start=(TEXT_TOKENS, TEXT_TOKENS), height=height // 2, width=width // 2)
+    image_ids = prepare_pos_ids(modality_id=1, type="image", **grid)
     return text_ids.to(device), image_ids.to(device)
 
 
@@ -1086,33 +927,24 @@ def pack_latents(latents):
 
 
 def sample_sigmas(normal, token_count, scheduler):
-    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)).
-
-    mu grows linearly with the picture's `token_count`, as in the model authors' training.
-    """
+    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)), mu linear in the
+    picture's `token_count`, as in the model authors' training."""
     c = scheduler.config
     mu = calculate_shift(token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     return scheduler.time_shift(mu, 1.0, torch.sigmoid(normal))
 
 
 def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights=None):
-    """The training loss: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with x_t = (1 - sigma) x0 + sigma noise.
-
-    latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden], weights [B] of the samples or None.
-    Returns a float32 scalar.
-    """
+    """The training loss, a float32 scalar: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with
+    x_t = (1 - sigma) x0 + sigma noise. latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden],
+    weights [B] of the samples or None."""
     dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
     text_ids, image_ids = position_ids(*latents.shape[2:], latents.device)
     x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
     s = sigmas.float()[:, None, None]
-    prediction = transformer(
-        hidden_states=((1 - s) * x0 + s * noise).to(dtype),
-        timestep=sigmas,
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        txt_ids=text_ids,
-        img_ids=image_ids,
-        return_dict=False,
-    )[0]
+    x_t = ((1 - s) * x0 + s * noise).to(dtype)
+    rest = dict(timestep=sigmas, txt_ids=text_ids, img_ids=image_ids, return_dict=False)
+    prediction = transformer(hidden_states=x_t, encoder_hidden_states=prompt_embeds.to(dtype), **rest)[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
     return (losses if weights is None else losses * weights).mean()
 
@@ -1135,44 +967,28 @@ def save_lora(transformer, folder, metadata=None):
 
 
 def lora_file(path):
-    """The file of a LoRA: the path itself, or what a folder holds of ours and diffusers' or of PEFT's. Raises
-    UserError."""
-    path = Path(path)
-    if path.is_dir():
-        names = (LORA_NAME, "adapter_model.safetensors")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}; name the LoRA's file")
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such LoRA file")
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(
-            f"{path}: is no .safetensors file; others are not opened, for a pickled one (.pt) could run code"
-        )
-    return path
+    """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
+    path, names = Path(path), (LORA_NAME, "adapter_model.safetensors")
+    found = [file for file in ([path / name for name in names] if path.is_dir() else [path]) if file.is_file()]
+    if not found:
+        raise UserError(f"{path}: there is no such LoRA file, or the folder holds neither {names[0]} nor {names[1]}")
+    if found[0].suffix.lower() != ".safetensors":
+        raise UserError(f"{path}: is no .safetensors file; others are not opened, for a pickled one could run code")
+    return found[0]
 
 
-# Keys that name another kind of LoRA, or another layout, and what to say of it.
-OTHER_KINDS = {
-    "lokr_": "is a LoKr", "hada_": "is a LoHa", "dora_scale": "is a DoRA", "lora_magnitude_vector": "is a DoRA",
-    "double_blocks": "has the model's original layout, with q, k and v in one layer", "oft_": "is an OFT",
-}  # fmt: skip
-LAYER_ENDS = TARGET_MODULES + "proj_mlp proj_out norm.linear norm1.linear norm1_context.linear norm_out.linear".split()
+# What others put before a layer's name, and how they name the rest. Kohya's scripts have underscores for dots.
+LORA_PREFIXES = r"^(transformer\.|base_model\.model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
+WITH_DOTS = [*TARGET_MODULES, "norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear"]
+LORA_NAMES = {name.replace(".", "_"): name for name in WITH_DOTS}
+LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
 
 
 def lora_name(name):
     """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
-    name = re.sub(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+", "", name)
-    name = (
-        name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".default.weight", ".weight")
-    )
-    # Kohya's names have underscores for dots: lora_unet_transformer_blocks_0_attn_to_q
-    block = r"(?:((?:single_)?transformer_blocks)_(\d+)_)?"
-    if kohya := re.fullmatch(rf"lora_(?:unet|transformer)_{block}(\w+)(\..+)", name):
-        *where, end, part = kohya.groups()
-        ends = {own.replace(".", "_"): own for own in LAYER_ENDS}
-        name = ".".join(filter(None, [*where, ends.get(end, end)])) + part
+    name = re.sub(r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", re.sub(LORA_PREFIXES, "", name))
+    for theirs, ours in LORA_NAMES.items():
+        name = name.replace(theirs, ours)
     return name
 
 
@@ -1180,49 +996,44 @@ def read_lora(path):
     """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
 
     Opens what other trainers write, too, see lora_name. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA),
-    is folded into B; alpha is taken from `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or
-    SimpleTuner's simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
+    is folded into B; alpha is in `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or SimpleTuner's
+    simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
     """
-    path = lora_file(path)
-    tensors, header, settings = read_tensors(path), read_header(path), {}
-    pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
-    if any(name.startswith("base_model.model.") for name in tensors):
-        settings = read_json(pefts) if pefts.is_file() else {}
-        if "lora_alpha" not in settings:
-            raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
-    elif "lora_adapter_metadata" in header:
-        with contextlib.suppress(ValueError, AttributeError):  # else its tensors have to do
-            named = json.loads(header["lora_adapter_metadata"]).items()
-            settings = {name.removeprefix("transformer."): value for name, value in named}
-    elif simpletuners.is_file():
-        settings = {name.removeprefix("--"): value for name, value in read_json(simpletuners).items()}
-    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{path}: is no plain LoRA: {'DoRA' if settings.get('use_dora') else settings['peft_type']}")
-    state = {lora_name(name): tensor.float() for name, tensor in tensors.items()}
-    for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
-        say_once(f"{path}: its text encoder's part is left out, for only the transformer's is trained and drawn here")
-        del state[name]
-    alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
-    modules = {name.rsplit(".lora_", 1)[0] for name in state}
-    sound = state.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-    if not state or not sound or any(tensor.ndim != 2 or not tensor.numel() for tensor in state.values()):
-        foreign = [name for name in state if not re.search(r"\.lora_[AB]\.weight$", name)]
-        kinds = [kind for key, kind in OTHER_KINDS.items() if any(key in name for name in state)]
-        what = kinds[0] if kinds else f"has keys such as {foreign[0]!r}" if foreign else "is incomplete"
-        raise UserError(f"{path}: is no LoRA that can be opened here: it {what}")
-    if not alphas and not settings and "longcat_lora" not in header:
-        say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
-    try:
+    with named_if_damaged(path := lora_file(path)):
+        state, header, settings = load_file(path), read_header(path), {}
+        pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
+        if any(name.startswith("base_model.model.") for name in state):
+            if not pefts.is_file():
+                raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
+            settings = read_json(pefts)
+        elif "lora_adapter_metadata" in header:
+            settings = json.loads(header["lora_adapter_metadata"])
+        elif simpletuners.is_file():
+            settings = read_json(simpletuners)
+        settings = {re.sub(r"^(transformer\.|--)", "", name): value for name, value in settings.items()}
+
+        state = {lora_name(name): tensor.float() for name, tensor in state.items()}
+        for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
+            say_once(f"{path}: its text encoder's part is left out, for only the transformer's is used here")
+            del state[name]
+        alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
+        modules = {name.rsplit(".lora_", 1)[0] for name in state}
+        odd = sorted(state.keys() ^ {f"{module}.lora_{part}.weight" for module in modules for part in "AB"})
+        odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
+        if odd or not state:
+            what = f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"
+            others = "LoKr, LoHa, OFT, DoRA and the model's original layout (double_blocks, q, k and v in one)"
+            raise UserError(f"{path}: is no LoRA that can be opened here: {what}; not opened are {others}")
+
+        if not alphas and not settings and "longcat_lora" not in header:
+            say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
         patterns = settings.get("alpha_pattern") or {}
         for module in modules:
             rank = state[f"{module}.lora_B.weight"].shape[1]
-            of_all = settings.get("lora_alpha", rank)
-            alpha = float(alphas.get(module, patterns.get(get_pattern_key(patterns, module), of_all)))
-            state[f"{module}.lora_B.weight"] *= alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (TypeError, ValueError, re.error) as error:
-        raise UserError(f"{path}: its alpha cannot be read ({error})") from None
-    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if bad:
+            alpha = patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha") or rank)
+            strength = float(alphas.get(module, alpha)) / (rank**0.5 if settings.get("use_rslora") else rank)
+            state[f"{module}.lora_B.weight"] *= strength
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path}: holds values that are not finite, in {bad[0]}; it is damaged, or its training failed")
     return state
 
@@ -1232,26 +1043,20 @@ def read_fitting_lora(transformer, path):
     state, layers = read_lora(path), dict(transformer.named_modules())
     for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
         layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
-        if not hasattr(layer, "in_features"):
-            raise UserError(f"{path}: this transformer has no layer {module!r}; it was made for another model")
-        if (A.shape[1], B.shape[0], A.shape[0]) != (layer.in_features, layer.out_features, B.shape[1]):
-            shapes = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}"
-            raise UserError(f"{path}: was made for another model, or is damaged: {shapes}")
+        own = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        if (B.shape[0], A.shape[1]) != own or A.shape[0] != B.shape[1]:
+            here = f"takes {own[1]} numbers and gives {own[0]}" if own[0] else "is missing"
+            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here it {here}"
+            raise UserError(f"{path}: was made for another model, has another layout or is damaged: {what}")
     return state
 
 
 def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA (see read_lora) on the transformer, ready to draw, in the place of any other. Raises UserError if it
-    does not fit."""
+    """Puts a LoRA, see read_lora, on the transformer, ready to draw, in the place of any other. Raises UserError."""
     state = read_fitting_lora(transformer, path)
-    remove_lora(transformer)
+    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
     transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
     transformer.set_adapters(next(iter(transformer.peft_config)), strength)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(transformer.device)  # an offloaded block is not there
-
-
-def remove_lora(transformer):
-    """Takes a loaded LoRA off the transformer, which is the base again."""
-    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))

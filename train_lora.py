@@ -32,12 +32,12 @@ import numpy as np
 import torch
 
 import cache_latents
-from cache_latents import latents_file
+from cache_latents import latents_file, model_identity
 from longcat_common import (
     FLAVOURS, LORA_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
     LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
     compile_blocks, compute_dtype, content_key, fill_transformer, flow_matching_loss, free_memory, generator,
-    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, model_identity, offloaded, peak_memory,
+    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, offloaded, peak_memory,
     pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, stage, step_of,
     sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip

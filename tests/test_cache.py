@@ -162,7 +162,7 @@ def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
     shutil.copytree(MODEL, model)
     file = model / part / name
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{part}: cannot be loaded, download it again"):
+    with pytest.raises(ValueError, match=f"{part}: is missing or damaged; make or download it again"):
         cache_latents.main(tiny_config(pretrained_model_name_or_path=str(model)))
 
 

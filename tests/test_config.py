@@ -114,15 +114,15 @@ def test_numbers_in_flags_are_numbers():
         ({"data_dir": [{"repeats": 2}]}, ["data_dir[0].path: ", "Field required"]),
         ({"data_dir": [{"path": "x"}, {"path": "x", "repeats": 0}]}, ["data_dir[1].repeats: found 0"]),
         ({"data_dir": 3}, ["data_dir[0]: found 3, must be a valid dictionary"]),
-        ({"data_dir": ""}, ["data_dir[0].path: found '', must not be empty"]),
+        ({"data_dir": ""}, ["data_dir[0].path: found '', must have at least 1"]),
         ({"lora_target_modules": [1]}, ["lora_target_modules[0]: found 1, must be a valid string"]),
-        ({"lora_target_modules": []}, ["lora_target_modules: found [], must not be empty"]),
-        ({"instance_prompt": ""}, ["instance_prompt: found '', must not be empty"]),
+        ({"lora_target_modules": []}, ["lora_target_modules: found [], must have at least 1"]),
+        ({"instance_prompt": ""}, ["instance_prompt: found '', must have at least 1"]),
         ({"instance_prompt": "half \ud83d"}, ["instance_prompt: found 'half", "unicode"]),
         ({"trigger_words": ["a", "\ud800"]}, ["trigger_words[1]: found", "unicode"]),
         ({"output_dir": "E:\runs\neon"}, ["output_dir: found 'E:", "control character", "backslash"]),
         ({"data_dir": [{"path": "a\tb"}]}, ["data_dir[0].path", "control character"]),
-        ({"validation_seed": []}, ["validation_seed: found [], must not be empty"]),
+        ({"validation_seed": []}, ["validation_seed: found [], must have at least 1"]),
         ({"validation_seed": [1, "2"]}, ["validation_seed[1]: found '2', must be a valid integer"]),
         ({"validation_seed": [1, -2]}, ["validation_seed[1]: found -2, must be greater than or equal to 0"]),
         ({"validation_seed": 2**64}, ["validation_seed[0]: found 18446744073709551616, must be less"]),
@@ -159,8 +159,8 @@ def test_a_key_that_is_set_later_is_checked_too():
     config = load_config()
     config.validation_seed, config.data_dir = 7, "pictures"
     assert config.validation_seed == [7] and config.data_dir[0].path == "pictures"
-    for name, value, words in (("lora_rank", 0, "lora_rank: found 0"), ("lora_rnk", 8, "did you mean 'lora_rank'")):
-        with pytest.raises(UserError, match=words):
+    for name, value in (("lora_rank", 0), ("lora_rnk", 8)):
+        with pytest.raises(ValueError, match=name):
             setattr(config, name, value)
     assert config.lora_rank == 16
 

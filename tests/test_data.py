@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cache_latents
-import longcat_common
 import prepare_data
 from cache_latents import encode_prompts, prompt_file
 from longcat_common import load_text_encoder, load_tokenizer, load_transformer
@@ -77,7 +76,7 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     del newer["model.language_model.layers.1.mlp.up_proj.weight"]
     save_file(newer, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
-        load_text_encoder(config, "cpu")
+        encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), PROMPTS[1:3])
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     del weights["single_transformer_blocks.1.proj_out.bias"]
@@ -85,7 +84,7 @@ def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_conf
     with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
         load_transformer(config, "cpu")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be loaded, download it again"):
+    with pytest.raises(ValueError, match="is missing or damaged; make or download it again"):
         load_transformer(config, "cpu")
 
 
@@ -118,11 +117,11 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     file = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({**weights, "extra": torch.zeros(1)}, file)
-    longcat_common.folder_identity.cache_clear()
+    cache_latents.folder_identity.cache_clear()
     assert cache_latents.latents_file(same, entry) != cache_latents.latents_file(other, entry)
     assert prompt_file(same, "a", "cpu") == prompt_file(other, "a", "cpu")
     assert prompt_file(same, "a", "cpu") != prompt_file(tiny_config(mixed_precision="bf16"), "a", "cpu")
     file = model / "text_encoder" / "model.safetensors"
     save_file({**load_file(file), "extra": torch.zeros(1)}, file)
-    longcat_common.folder_identity.cache_clear()
+    cache_latents.folder_identity.cache_clear()
     assert prompt_file(same, "a", "cpu") != prompt_file(other, "a", "cpu")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from test_survival import checkpoints
 
 import train_lora
-from longcat_common import load_lora, load_transformer, position_ids, read_lora, remove_lora, save_lora
+from longcat_common import load_lora, load_transformer, position_ids, read_lora, save_lora
 from train_lora import add_lora
 
 TARGETS = ["attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
@@ -115,7 +115,7 @@ def test_strengths_and_the_way_back_to_the_base(tiny_config, tmp_path):
         theirs.set_adapters("a", strength)
         load_lora(transformer, tmp_path / "a", strength)
         assert distance(predict(transformer), predict(theirs)) < 1e-5
-    remove_lora(transformer)
+    transformer.delete_adapters([*transformer.peft_config])
     assert distance(predict(transformer), predict(plain())) < 1e-6
 
 
@@ -235,18 +235,30 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
         (
             "dora",
             {**state, "transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight": torch.ones(3)},
-            "is a DoRA",
+            "to_q.lora_magnitude_vector.weight is unknown.*DoRA",
         ),
-        ("lokr", {"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.ones(3, 3)}, "is a LoKr"),
-        ("loha", {"lora_unet_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(3, 3)}, "is a LoHa"),
+        (
+            "lokr",
+            {"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.ones(3, 3)},
+            "to_q.lokr_w1 is unknown.*LoKr",
+        ),
+        (
+            "loha",
+            {"lora_unet_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(3, 3)},
+            "to_q.hada_w1_a is unknown.*LoHa",
+        ),
         (
             "original",
             {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 3)},
-            "original layout, with q, k and v",
+            "img_attn.qkv.lora_B.weight is unknown, missing.*original layout",
         ),
-        ("half", {name: tensor for name, tensor in state.items() if "lora_A" in name}, "incomplete"),
-        ("model", {"x_embedder.weight": torch.ones(2)}, "x_embedder.weight"),
-        ("none", {}, "incomplete"),
+        (
+            "half",
+            {name: tensor for name, tensor in state.items() if "lora_A" in name},
+            "lora_B.weight is unknown, missing",
+        ),
+        ("model", {"x_embedder.weight": torch.ones(2)}, "x_embedder.weight is unknown"),
+        ("none", {}, "it is empty"),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=f"{name}.safetensors: is no LoRA that can be opened here.*{words}"):
@@ -263,7 +275,7 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
     }
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(
-        ValueError, match="has no layer 'transformer_blocks.99.attn.to_q'; it was made for another model"
+        ValueError, match="made for another model.* transformer_blocks.99.attn.to_q has .*here it is missing"
     ):
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     name = "transformer_blocks.0.attn.to_q.lora_"
@@ -276,10 +288,8 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path):
             load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
     config = json.loads((tmp_path / "ok/adapter_config.json").read_text())
     for change, words in (
-        ({"lora_alpha": None}, "alpha cannot be read"),
-        ({"alpha_pattern": {"*[": 1}}, "alpha cannot be read"),
-        ({"peft_type": "LOHA"}, "no plain LoRA: LOHA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"lora_alpha": "much"}, "is missing or damaged.*much"),
+        ({"alpha_pattern": {"*[": 1}}, "is missing or damaged.*repeat"),
     ):
         (tmp_path / "ok/adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=words):
