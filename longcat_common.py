@@ -219,6 +219,12 @@ class Config(BaseModel):
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
         return value
 
+    def __setattr__(self, name, value):
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise UserError("\n".join(mistakes(error))) from None
+
 
 KEYS = Config.model_fields
 # What other trainers' files, and those for the first version, name otherwise, or hold besides.
@@ -370,9 +376,13 @@ validation_sizes = lambda config: parse_sizes(config.validation_resolution, 16)
 
 def run_stage(main, description):
     """What `python stage.py ...` does: main(config) of the flags. Mistakes are a line each and exit code 2, Ctrl-C and
-    SIGTERM one line and 130, or 128 and the signal that training stopped for."""
+    SIGTERM one line and 128 and the signal's number."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
     try:
@@ -983,6 +993,11 @@ WITH_DOTS = [*TARGET_MODULES, "norm.linear", "norm1.linear", "norm1_context.line
 LORA_NAMES = {name.replace(".", "_"): name for name in WITH_DOTS}
 LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
 
+OTHER_KINDS = {
+    "lokr_": "it is a LoKr", "hada_": "it is a LoHa", "oft_": "it is an OFT", "dora_scale": "it is a DoRA",
+    "magnitude_vector": "it is a DoRA", "double_blocks": "it has the model's original layout, with q, k and v in one",
+}  # fmt: skip
+
 
 def lora_name(name):
     """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
@@ -1022,8 +1037,8 @@ def read_lora(path):
         odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
         if odd or not state:
             what = f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"
-            others = "LoKr, LoHa, OFT, DoRA and the model's original layout (double_blocks, q, k and v in one)"
-            raise UserError(f"{path}: is no LoRA that can be opened here: {what}; not opened are {others}")
+            what = next((kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in state)), what)
+            raise UserError(f"{path}: is no LoRA that can be opened here: {what}")
 
         if not alphas and not settings and "longcat_lora" not in header:
             say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
