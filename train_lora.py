@@ -269,7 +269,7 @@ def train_step(config, run, batches):
         group["lr"] = config.learning_rate * run.lr_of(run.step)
     losses, scale = [], run.scaler.get_scale()
     for batch in batches:
-        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())  # of dropout
+        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())  # for dropout
         sigmas = sample_sigmas(batch.normal, batch.latents[0, 0].numel() // 4, run.scheduler)
         tensors = (batch.latents, batch.noise, sigmas, batch.prompt_embeds, batch.weights)
         loss = flow_matching_loss(run.transformer, *(tensor.to(run.device) for tensor in tensors)) / len(batches)
@@ -305,7 +305,8 @@ def fixed_settings(config):
 
 def write_lora(config, run, folder):
     """Writes the LoRA as it is now, ready to use; its header says how it was made."""
-    made = {"base_model": base_model(config), "steps": run.step, "trained_with": f"longcat-image scripts {VERSION}"}
+    scripts = f"longcat-image LoRA scripts {VERSION}"
+    made = {"base_model": base_model(config), "steps": run.step, "trained_with": scripts}
     made |= {name: getattr(config, name) for name in ("lora_rank", "resolution", "trigger_words", "license")}
     save_lora(run.transformer, folder, made)
 
@@ -456,7 +457,7 @@ class Metrics:
     """`metrics.jsonl` and TensorBoard, written by the first process. `scores`: the held-out scores, {step: values}."""
 
     def __init__(self, config, step):
-        """Drops what was written after `step`, which a resumed run does again."""
+        """`step`: with which this start begins. What was written of later ones, which are done again, is dropped."""
         output, kept, self.begun, self.scores, self.board = Path(config.output_dir), [], step, {}, None
         self.path = output / "metrics.jsonl"
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
