@@ -36,7 +36,7 @@ from cache_latents import latents_file, model_identity
 from longcat_common import (
     FLAVOURS, LORA_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
     LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
-    compile_blocks, compute_dtype, content_key, fill_transformer, flow_matching_loss, free_memory, generator,
+    compile_blocks, compute_dtype, fill_transformer, flow_matching_loss, free_memory, generator,
     is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, offloaded, peak_memory,
     pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, stage, step_of,
     sum_over_processes, validation_sizes, write_file, write_tensors,
@@ -46,10 +46,11 @@ from validate import generate, make_pipeline, picture_grid, picture_settings, sa
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from filelock import FileLock, Timeout
+from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
+from prodigyopt import Prodigy
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,11 +59,6 @@ SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring take
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # the noise levels at which they are scored, as normal draws
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 PROGRESS_COLUMNS = 6
-CARD_MARK = "<!-- written by train_lora.py; delete this line to keep your changes -->"
-# What only says where and how it is run; the rest that a resumed run has changed is said.
-SILENT_KEYS = (
-    """pretrained_model_name_or_path data_dir output_dir cache_dir resume_from_checkpoint init_lora lora""".split()
-)
 
 
 # ---------------------------------------------------------------- data
@@ -88,20 +84,38 @@ class Data(NamedTuple):
     trained: list  # as many that are trained on, of the same sources: scored beside them
     held_out_keys: list  # of the first start, some pictures may have gone since
     per_epoch: int  # batches
-    key: str  # changes with anything that is trained on
 
 
 def hold_out(config, pictures):
     """The content keys of the pictures that are never trained on: `validation_split` of every source, SCORED_PICTURES
     at most, one of each source at least."""
-    keys = {}
-    for picture in pictures:
-        keys.setdefault(picture.source, set()).add(picture.key)
-    share = lambda count: max(1, min(count - 1, round(config.validation_split * count)))
-    counts = {source: share(len(own)) for source, own in keys.items() if len(own) > 1}
+    keys = collections.defaultdict(set)
+    for picture in pictures if config.validation_split else ():
+        keys[picture.source].add(picture.key)
+    share = lambda count: min(count - 1, max(1, round(config.validation_split * count)))
+    counts = {source: share(len(own)) for source, own in keys.items()}
     while sum(counts.values()) > max(SCORED_PICTURES, len(counts)):
         counts[max(counts, key=counts.get)] -= 1
-    return [key for source, n in counts.items() for key in sorted(keys[source])[:n]] if config.validation_split else []
+    return [key for source, count in counts.items() for key in sorted(keys[source])[:count]]
+
+
+def read_data(config, state):
+    """The data of this run, `state` being the checkpoint's that it goes on from, or None."""
+    pictures, prompt_files = cache_latents.main(config)
+    keys = state["held_out"] if state else hold_out(config, pictures)
+    held_out = [*{picture.key: picture for picture in pictures if picture.key in keys}.values()]  # each once
+    pictures = [picture for picture in pictures if picture.key not in keys]
+    if not pictures:
+        raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
+    trained, counts = [], collections.Counter(picture.source for picture in held_out)
+    for source, count in counts.items():
+        own = [picture for picture in pictures if picture.source == source]
+        trained += own[:: max(1, len(own) // count)][:count]
+    if config.validation_split or keys:
+        of = ", ".join(f"{n} of {source}" for source, n in counts.items()) or "none, a source needs two pictures"
+        say(f"held out, only scored and never trained on: {of} ({len(keys)} chosen when the run began)")
+    per_epoch = len(epoch_batches(pictures, config.train_batch_size, config.seed, 0))  # the same for every epoch
+    return Data(pictures, prompt_files, held_out, trained, keys, per_epoch)
 
 
 def epoch_batches(pictures, batch_size, seed, epoch):
@@ -121,7 +135,7 @@ def epoch_batches(pictures, batch_size, seed, epoch):
 
 def load_batch(config, samples, prompt_files, epoch, number):
     """The Batch of these (sample name, picture), the `number`-th of the run, with its draws."""
-    columns = []
+    drawn = []
     for name, picture in samples:
         draw = lambda purpose, *shape: torch.randn(shape, generator=generator(config.seed, purpose, number, name))
         pick = lambda purpose: torch.rand((), generator=generator(config.seed, purpose, epoch, name)).item()
@@ -132,19 +146,17 @@ def load_batch(config, samples, prompt_files, epoch, number):
             caption = ""
         latents = posterior["mean"] + posterior["std"] * draw("posterior", *shape)
         prompt_embeds = read_tensors(prompt_files[caption])["prompt_embeds"]
-        columns.append(
-            (latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight))
-        )
-    return Batch(number, *map(torch.stack, zip(*columns)))
+        sample = (latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight))
+        drawn.append(sample)
+    return Batch(number, *map(torch.stack, zip(*drawn)))
 
 
 def step_batches(config, data, taken):
     """Yields for step after step (this process's batches, how many the whole run has taken by then, the epoch).
     `taken`: how many it has taken before. A thread loads the next step's while one computes."""
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
-    order = functools.lru_cache(2)(
-        lambda epoch: epoch_batches(data.pictures, config.train_batch_size, config.seed, epoch)
-    )
+    of_epoch = functools.partial(epoch_batches, data.pictures, config.train_batch_size, config.seed)
+    order = functools.lru_cache(2)(of_epoch)
 
     def load(first):
         places = [(n, *divmod(n, data.per_epoch)) for n in range(first, first + per_step)[RANK::WORLD_SIZE]]
@@ -166,7 +178,6 @@ class Run:
     """What training works on, and how far it is."""
 
     transformer: torch.nn.Module  # the frozen base with its LoRA
-    model: torch.nn.Module  # the same, under torchrun within DistributedDataParallel
     parameters: dict  # {name: LoRA tensor}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does something in fp16 only
@@ -182,9 +193,9 @@ def add_lora(transformer, config):
     """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
     as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
     alpha = config.lora_alpha or config.lora_rank
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in config.lora_target_modules:
-        if not any(name.endswith(f".{target}") for name in names):
+        if not any(name.endswith(f".{target}") for name in linears):
             raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
     targets = sorted(config.lora_target_modules)
     settings = dict(r=config.lora_rank, lora_alpha=alpha, lora_dropout=config.lora_dropout, target_modules=targets)
@@ -200,10 +211,10 @@ def add_lora(transformer, config):
             torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
             parameter.data.copy_(start)
     if config.init_lora:
-        state, own = read_init_lora(config), get_peft_model_state_dict(transformer)
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [*(state.keys() - own.keys())]
-        if wrong:
-            what = f"it has not one rank and the same layers in every block (first: {wrong[0]})"
+        state = read_init_lora(config)
+        shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
+        if wrong := shapes(state) ^ shapes(get_peft_model_state_dict(transformer)):
+            what = f"it has not one rank and the same layers in every block (first: {min(wrong)[0]})"
             raise UserError(f"init_lora: {config.init_lora} cannot be trained on: {what}")
         scale = config.lora_rank / alpha
         set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
@@ -239,25 +250,15 @@ def set_up(config, transformer, scheduler, device, steps):
     checkpoint_blocks(config, transformer)
     settings = dict(lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.adam_weight_decay)
     if config.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        with contextlib.redirect_stdout(None):  # it prints what nobody asked
-            optimizer = Prodigy(parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True)
+        optimizer = Prodigy(parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(parameters.values(), **settings, fused=device.type != "mps")
     warmup = dict(num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)
     lr_of = get_scheduler(config.lr_scheduler, optimizer, **warmup).lr_lambdas[0]  # of the step: no state to save
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
-    model = transformer
-    if WORLD_SIZE > 1:
-        frozen = {
-            name for name, _ in [*transformer.named_parameters(), *transformer.named_buffers()]
-        } - parameters.keys()
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-        model = DistributedDataParallel(transformer)
     if config.torch_compile:
         compile_blocks(transformer)
-    return Run(transformer, model, parameters, optimizer, scaler, scheduler, lr_of, device)
+    return Run(transformer, parameters, optimizer, scaler, scheduler, lr_of, device)
 
 
 def train_step(config, run, batches):
@@ -267,17 +268,17 @@ def train_step(config, run, batches):
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.lr_of(run.step)
     losses, scale = [], run.scaler.get_scale()
-    for i, batch in enumerate(batches):
-        # Dropout alone is drawn on the device.
-        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())
+    for batch in batches:
+        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())  # for dropout
         sigmas = sample_sigmas(batch.normal, batch.latents[0, 0].numel() // 4, run.scheduler)
         tensors = (batch.latents, batch.noise, sigmas, batch.prompt_embeds, batch.weights)
-        # The processes' gradients are averaged once a step, with the last batch.
-        alone = contextlib.nullcontext() if WORLD_SIZE == 1 or i + 1 == len(batches) else run.model.no_sync()
-        with alone:
-            loss = flow_matching_loss(run.model, *(tensor.to(run.device) for tensor in tensors)) / len(batches)
-            run.scaler.scale(loss).backward()
+        loss = flow_matching_loss(run.transformer, *(tensor.to(run.device) for tensor in tensors)) / len(batches)
+        run.scaler.scale(loss).backward()
         losses.append(loss.detach())
+    if WORLD_SIZE > 1:  # all processes learn from the mean of their gradients
+        gradients = [parameter.grad.div_(WORLD_SIZE) for parameter in run.parameters.values()]
+        for coming in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            coming.wait()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), grad_norm]).tolist()  # waits for the device
@@ -302,10 +303,12 @@ def fixed_settings(config):
     return own | {"pretrained_model_name_or_path": model_identity(config, "transformer")}
 
 
-def lora_metadata(config, step):
-    """What the LoRA file's header says about its making."""
-    named = {"base_model": base_model(config), "steps": step, "trained_with": f"longcat-image LoRA scripts {VERSION}"}
-    return named | {name: getattr(config, name) for name in ("lora_rank", "resolution", "trigger_words", "license")}
+def write_lora(config, run, folder):
+    """Writes the LoRA as it is now, ready to use; its header says how it was made."""
+    scripts = f"longcat-image LoRA scripts {VERSION}"
+    made = {"base_model": base_model(config), "steps": run.step, "trained_with": scripts}
+    made |= {name: getattr(config, name) for name in ("lora_rank", "resolution", "trigger_words", "license")}
+    save_lora(run.transformer, folder, made)
 
 
 def save_checkpoint(config, run, data):
@@ -318,19 +321,17 @@ def save_checkpoint(config, run, data):
     for left in folder.parent.glob(".step-*.tmp"):  # of a killed run; a whole one could only not be renamed
         if left == temporary or not (left / "state.json").exists():
             shutil.rmtree(left, ignore_errors=True)
-    save_lora(run.transformer, temporary, lora_metadata(config, run.step))
+    write_lora(config, run, temporary)
     tensors = {f"lora.{name}": parameter for name, parameter in run.parameters.items()}
     for i, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{part}": torch.as_tensor(value) for part, value in state.items()}
     write_tensors(temporary / "state.safetensors", tensors)
     group, start = run.optimizer.param_groups[0], run.optimizer.defaults
-    found = {
-        n: value for n, value in group.items() if n not in ("params", "lr", "initial_lr") and value != start.get(n)
-    }
+    found = {n: v for n, v in group.items() if n not in ("params", "lr", "initial_lr") and v != start.get(n)}
     values = {
-        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "data": data.key,
-        "scaler": run.scaler.state_dict(), "optimizer": found, "fixed": fixed_settings(config),
-        "config": config.model_dump(),
+        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "scaler": run.scaler.state_dict(),
+        "optimizer": found,  # by Prodigy
+        "fixed": fixed_settings(config), "config": config.model_dump(),
     }  # fmt: skip
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     try:
@@ -339,43 +340,8 @@ def save_checkpoint(config, run, data):
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{temporary}: is whole, but cannot be renamed to {folder.name} ({error.strerror})") from None
-    whole = [other for other in checkpoint_folders(config) if read_state(other)]
-    for old in whole[: -config.checkpoints_total_limit]:
+    for old in [*whole_checkpoints(config)][: -config.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def find_checkpoint(config):
-    """The checkpoint to go on from, as (folder, its state.json); (None, None) to start anew. Raises UserError if there
-    is none of that name, it does not fit, or `output_dir` holds later ones, which this run would come to overwrite."""
-    own, wanted = Path(config.output_dir) / "checkpoints", config.resume_from_checkpoint
-    states, folder, state = {other: read_state(other) for other in checkpoint_folders(config)}, None, None
-    if wanted == "latest":
-        for folder in [*states][::-1]:
-            if state := states[folder]:
-                break
-            say(f"{folder}: is no whole checkpoint, and passed over")
-    elif wanted != "none":
-        folder = Path(wanted) if Path(wanted).exists() else own / wanted
-        state = read_state(folder)
-        if not state:
-            advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
-            raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
-    later = [other for other, whole in states.items() if whole and (not state or step_of(other) > state["step"])]
-    if later:
-        advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
-        raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1].name}; {advice}")
-    if not state:
-        return None, None
-    now, was = fixed_settings(config), SimpleNamespace(**state["config"])
-    for name, value in state["fixed"].items():
-        if now[name] != value:
-            ours, theirs = now[name], value
-            if name == "pretrained_model_name_or_path":
-                ours, theirs = base_model(config), base_model(was)
-            files = "; its files are not the same" if ours == theirs else ""
-            what = f"found {ours!r}, but {folder} was trained with {theirs!r}{files}"
-            raise UserError(f"{name}: {what}; choose another output_dir")
-    return folder, state
 
 
 def read_state(folder):
@@ -384,6 +350,41 @@ def read_state(folder):
         state = read_json(folder / "state.json")
         if "fixed" in state and is_readable(folder / "state.safetensors") and is_readable(folder / LORA_NAME):
             return state
+
+
+def whole_checkpoints(config):
+    """{folder: its state.json} of this run's checkpoints that are whole, oldest first."""
+    return {folder: state for folder in checkpoint_folders(config) if (state := read_state(folder))}
+
+
+def find_checkpoint(config):
+    """The checkpoint to go on from, as (folder, its state.json); (None, None) to start anew. Raises UserError if there
+    is none of that name, it does not fit, or `output_dir` holds later ones, which this run would come to overwrite."""
+    whole, wanted, folder, state = whole_checkpoints(config), config.resume_from_checkpoint, None, None
+    for damaged in [folder for folder in checkpoint_folders(config) if folder not in whole]:
+        say(f"{damaged}: is no whole checkpoint, and passed over")
+    if wanted == "latest" and whole:
+        folder, state = [*whole.items()][-1]
+    elif wanted not in ("latest", "none"):
+        own = Path(config.output_dir) / "checkpoints"
+        folder = Path(wanted) if Path(wanted).exists() else own / wanted
+        state = read_state(folder)
+        if not state:
+            advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
+            raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
+    later = [other.name for other in whole if not state or step_of(other) > state["step"]]
+    if later:
+        advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
+        raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1]}; {advice}")
+    for name, now in (config.model_dump() | fixed_settings(config)).items() if state else ():
+        was = (state["config"] | state["fixed"]).get(name)
+        if now != was and name in state["fixed"]:
+            if name == "pretrained_model_name_or_path":  # these are hashes
+                now, was = base_model(config), "a model of other files"
+            raise UserError(f"{name}: found {now!r}, but {folder} was trained with {was!r}; choose another output_dir")
+        if now != was:
+            say(f"{name}: {json.dumps(was, ensure_ascii=False)} -> {json.dumps(now, ensure_ascii=False)}")
+    return folder, state
 
 
 def load_checkpoint(folder, state, run):
@@ -402,31 +403,27 @@ def load_checkpoint(folder, state, run):
     run.step, run.taken = state["step"], state["taken"]
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Within it no other run can use this folder. Raises UserError, naming the run that does."""
-    lock, owner = FileLock(folder / ".lock"), folder / ".lock.owner"
+def lock(folder):
+    """Keeps other runs out of this folder within `with lock(folder):`. Raises UserError, naming the run that is in."""
+    owner = folder / ".lock.owner"
     try:
-        lock.acquire(timeout=0)
-        write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+        locked = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         whose = owner.read_text() if owner.exists() else "another run"
         raise UserError(f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder") from None
     except (OSError, NotImplementedError) as error:
         say(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
-    try:
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+        return contextlib.nullcontext()
+    write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+    return locked
 
 
 def prepare_folder(config, checkpoint):
     """Tries all that the training will do in `output_dir`. Refuses another run's finished LoRA, and sets aside the
     metrics and previews of a run that came to no checkpoint. Raises UserError."""
     output = Path(config.output_dir)
-    checkpoint = checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve()  # one of this folder
-    trial, renamed = (output / "checkpoints" / f".trial-{os.getpid()}{end}" for end in ("", "-renamed"))
+    trial = output / "checkpoints" / f".trial-{os.getpid()}"
+    renamed = trial.with_suffix(".renamed")
     try:
         write_file(trial / "file", "")
         write_file(trial / "file", "replaced")
@@ -438,13 +435,14 @@ def prepare_folder(config, checkpoint):
         shutil.rmtree(trial, ignore_errors=True)
         why = f"folders there cannot be renamed or removed ({error.strerror})"
         raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
-    if not checkpoint and (output / LORA_NAME).exists():
+    if checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve():
+        return  # it goes on here
+    if (output / LORA_NAME).exists():
         advice = "move it away, or choose another output_dir"
         raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
     metrics = output / "metrics.jsonl"
-    same = (output / "config.json").exists() and (output / "config.json").read_text() == config_text(config)
-    if not checkpoint and not same and metrics.exists() and metrics.stat().st_size:
-        aside = next(path for n in range(1, 10**6) if not (path := output / f"before-{n:03d}").exists())
+    if metrics.exists() and metrics.stat().st_size:
+        aside = output / time.strftime("before-%Y-%m-%d-%H%M%S")
         aside.mkdir()
         for path in (metrics, output / "logs", output / "validation"):
             if path.exists():
@@ -456,209 +454,162 @@ def prepare_folder(config, checkpoint):
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard, written by the first process. Lines of steps that a resumed run does again are
-    dropped; `scores` are the held-out scores of all steps before, {step: values}."""
+    """`metrics.jsonl` and TensorBoard, written by the first process. `scores`: the held-out scores, {step: values}."""
 
     def __init__(self, config, step):
-        self.path, self.board, self.scores = Path(config.output_dir) / "metrics.jsonl", None, {}
-        kept = []
+        """`step`: with which this start begins. What was written of later ones, which are done again, is dropped."""
+        output, kept, self.begun, self.scores, self.board = Path(config.output_dir), [], step, {}, None
+        self.path = output / "metrics.jsonl"
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
                 values = json.loads(line)
-                if 0 < step >= values["step"]:  # without a checkpoint all begins anew
+                if values["step"] <= step:
                     kept.append(line + "\n")
                     self.scores |= {values["step"]: values} if "held_out_loss" in values else {}
         if RANK == 0:
             write_file(self.path, "".join(kept))
-            for number, path in previews_in(self.path.parent / "validation"):
-                if number > step:
-                    with contextlib.suppress(OSError), Image.open(path) as image:
-                        if image.info.get("longcat") == GRID:  # ours, of a step that is done again
-                            path.unlink()
-        if RANK == 0 and config.report_to == "tensorboard":
-            self.board = SummaryWriter(Path(config.output_dir) / "logs", purge_step=step + 1)
-            self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
+            if config.report_to == "tensorboard":
+                self.board = SummaryWriter(output / "logs", purge_step=step + 1)
+                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
         if group == "validation":
-            self.scores[step] = {"step": step, **values}
+            self.scores[step] = values
         if RANK == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(f"{group}/{name}", value, step)
 
-    def held_out(self):
-        """{"held_out": the last held-out loss beside the base's}, or nothing."""
-        last = self.scores[max(self.scores)] if self.scores else None
-        return {"held_out": f"{last['held_out_loss']:.4f} of {last['held_out_base']:.4f}"} if last else {}
-
     def best(self):
         """The step with the lowest held-out loss, or None. Steps that scored other pictures, as the base's loss tells,
         do not count."""
         base = self.scores[max(self.scores)]["held_out_base"] if self.scores else None
-        same = [
-            step for step, values in self.scores.items() if math.isclose(values["held_out_base"], base, rel_tol=1e-3)
-        ]
+        same = [step for step in self.scores if math.isclose(self.scores[step]["held_out_base"], base, rel_tol=1e-3)]
         return min(same, key=lambda step: self.scores[step]["held_out_loss"], default=None)
 
 
 @torch.no_grad()
-def mean_loss(config, run, pictures, prompt_files, stopped):
-    """The mean loss over pictures in a form that tells learning from chance: every picture (the posterior's mean, its
-    first caption) at the same four noise levels, with the same noise whenever this is called. Under torchrun the
-    processes share the work. Returns a float; nan as soon as `stopped()`, asked by all processes together, is true."""
-    total = 0.0
-    run.transformer.eval()
-    for first in range(0, len(pictures), WORLD_SIZE):
-        if stopped():
-            total = math.nan
-            break
-        for picture in pictures[first : first + WORLD_SIZE][RANK : RANK + 1]:
+def score(config, run, data, stop):
+    """The mean losses of the pictures held out and of as many that are trained on, with the LoRA and without it, in a
+    form that tells learning from chance: every picture (the posterior's mean, its first caption) at the same four noise
+    levels, with the same noise whenever this is called. Under torchrun the processes share the work. None if a signal
+    to stop comes first, or a loss is not finite."""
+    sets = {"held_out": data.held_out, "trained": data.trained}
+    work = [(name, picture) for name, pictures in sets.items() for picture in pictures]
+    sums = {(name, ending): 0.0 for ending in ("base", "loss") for name in sets if sets[name]}
+    for first in range(0, len(work), WORLD_SIZE):
+        if stop.wanted():
+            return None
+        for name, picture in work[first : first + WORLD_SIZE][RANK : RANK + 1]:
             latents = read_tensors(latents_file(config, picture))["mean"][None]
-            prompt_embeds = read_tensors(prompt_files[picture.captions[0]])["prompt_embeds"][None]
+            prompt_embeds = read_tensors(data.prompt_files[picture.captions[0]])["prompt_embeds"][None]
             for normal in SCORED_NORMALS:
                 noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
                 sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
-                tensors = (tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds))
-                total += flow_matching_loss(run.transformer, *tensors).item()
-    run.transformer.train()
-    return sum_over_processes(total)[0] / (len(pictures) * len(SCORED_NORMALS))
+                tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
+                run.transformer.disable_adapters()
+                sums[name, "base"] += flow_matching_loss(run.transformer, *tensors).item()
+                run.transformer.enable_adapters()
+                sums[name, "loss"] += flow_matching_loss(run.transformer, *tensors).item()
+    totals = sum_over_processes(*sums.values())
+    means = [total / len(sets[name]) / len(SCORED_NORMALS) for (name, _), total in zip(sums, totals)]
+    return dict(zip(map("_".join, sums), means)) if all(map(math.isfinite, means)) else None
 
 
-def score(config, run, data, stopped):
-    """The losses of the pictures held out and of as many that are trained on, with the LoRA and without it."""
-    scores = {}
-    for ending, switch in (("base", run.transformer.disable_adapters), ("loss", run.transformer.enable_adapters)):
-        switch()
-        for name, pictures in (("held_out", data.held_out), ("trained", data.trained)):
-            if pictures:
-                scores[f"{name}_{ending}"] = mean_loss(config, run, pictures, data.prompt_files, stopped)
-    return scores
+def previews_in(folder, wanted):
+    """{(step, number): path} of the previews in a folder that are drawn of `wanted`, {number: (prompt, settings)}."""
+    found = {}
+    for path in folder.glob("step-*.png"):
+        with contextlib.suppress(Exception), Image.open(path) as image:  # it is not ours; Pillow raises many kinds
+            step, number = map(int, re.fullmatch(r"step-(\d+)-(\d+)", path.stem).groups())
+            image.load()
+            if (image.text["prompt"], image.text["settings"]) == wanted[number]:
+                found[step, number] = path
+    return found
 
 
 def preview(config, run, metrics):
     """Draws the validation prompts, each to `validation/step-N-nn.png`, and renews `progress.png`, which shows the
-    previews so far. What is there is not drawn again. A preview that fails is reported, and never ends the training."""
-    folder, settings = Path(config.output_dir) / "validation", picture_settings(config, "validation_prompts")
-    settings = json.dumps(settings | {"base_model": base_model(config)}, ensure_ascii=False)
-    path_of = lambda step, i: folder / f"step-{step:06d}-{i:02d}.png"
-    rows, pipe = range(len(config.validation_prompts)), None
-    is_drawn = lambda step, i: has_settings(path_of(step, i), config.validation_prompts[i], settings)
+    previews so far. Those that a resumed run begins with are not drawn again. A preview that fails is reported, and
+    never ends the training."""
+    folder, prompts = Path(config.output_dir) / "validation", config.validation_prompts
+    settings = picture_settings(config, "validation_prompts") | {"base_model": base_model(config)}
+    settings = json.dumps(settings, ensure_ascii=False)
+    wanted = {i: (prompt, settings) for i, prompt in enumerate(prompts)}
     try:
-        missing = [i for i in rows if not is_drawn(run.step, i)]
-        if missing:
-            run.transformer.eval()
-            pipe = make_pipeline(config, run.transformer, load_vae(config, run.device))
+        there = previews_in(folder, wanted) if run.step == metrics.begun else {}
+        missing = [i for i in wanted if (run.step, i) not in there]
+        pipe = make_pipeline(config, run.transformer, load_vae(config, run.device)) if missing else None
         for i in missing:
-            (image,) = generate(pipe, config, [config.validation_prompts[i]])
-            save_picture(
-                image, path_of(run.step, i), longcat=GRID, prompt=config.validation_prompts[i], settings=settings
-            )
+            (image,) = generate(pipe, config, [prompts[i]])
+            path = folder / f"step-{run.step:06d}-{i:02d}.png"
+            save_picture(image, path, longcat=GRID, prompt=prompts[i], settings=settings)
             if metrics.board:
                 metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
-        drawn = functools.cache(is_drawn)  # a look at one decodes it
-        steps = sorted({step for step, _ in previews_in(folder) if any(drawn(step, i) for i in rows)})
-        best = metrics.best()
+        there, best = previews_in(folder, wanted), metrics.best()
+        steps = sorted({step for step, _ in there if step <= run.step})
         shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
         shown = sorted(shown | ({best} & {*steps}))
-        labels = [
-            (f"step {s}" if s else "before (step 0)") + (", lowest held-out loss" if s == best else "") for s in shown
-        ]
+        label = lambda step: f"step {step}" if step else "before (step 0)"
+        labels = [label(step) + ", lowest held-out loss" * (step == best) for step in shown]
         empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
-        open_or = lambda step, i: Image.open(path_of(step, i)) if drawn(step, i) else empty
-        pictures = [[open_or(step, i) for step in shown] for i in rows]
-        save_picture(picture_grid(pictures, config.validation_prompts, labels), folder / "progress.png", longcat=GRID)
+        rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in shown] for i in wanted]
+        save_picture(picture_grid(rows, prompts, labels), folder / "progress.png", longcat=GRID)
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if is_out_of_memory(error) else ""
         say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
-    finally:
-        run.transformer.train()
-        pipe = None  # with the VAE
-        free_memory()
 
 
-def previews_in(folder):
-    """[(step, path)] of the previews in a folder, by their names."""
-    named = [(re.fullmatch(r"step-(\d+)-\d\d\.png", path.name), path) for path in folder.glob("step-*.png")]
-    return [(int(match[1]), path) for match, path in named if match]
-
-
-def has_settings(path, prompt, settings):
-    """Whether a preview is there, whole, and drawn of this prompt with these settings."""
-    with contextlib.suppress(OSError, AttributeError, SyntaxError), Image.open(path) as image:  # Pillow raises them all
-        image.load()
-        return (image.text.get("prompt"), image.text.get("settings")) == (prompt, settings)
-    return False
-
-
-def model_card(config, step):
-    """The text of the hub's model card, with the last preview's pictures."""
+def model_card(config):
+    """The text of the hub's model card."""
     base, words = base_model(config), ", ".join(config.trigger_words)
     hub = FLAVOURS[config.model_flavour] if Path(base).exists() else base
-    front = {"base_model": hub, "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": config.license}
-    front |= {"tags": ["lora", "text-to-image", "longcat-image", "diffusers"], "instance_prompt": words, "widget": []}
-    for i, prompt in enumerate(config.validation_prompts):
-        url = f"validation/step-{step:06d}-{i:02d}.png"
-        if (Path(config.output_dir) / url).exists():
-            front["widget"].append({"text": prompt, "output": {"url": url}})
-    text = {name: json.dumps(value, ensure_ascii=False) for name, value in front.items() if value}  # JSON is YAML
-    lines = [f"{name}: {value}" for name, value in text.items()]
-    return (
-        "\n".join(["---", *lines, "---"])
-        + f"""
+    tags = ["lora", "text-to-image", "longcat-image", "diffusers"]
+    about = dict(base_model=hub, library_name="diffusers", pipeline_tag="text-to-image", license=config.license)
+    return f"""---
+{ModelCardData(**about, tags=tags, instance_prompt=words or None).to_yaml()}
+---
 
 # A LoRA for {hub}
 
-Rank {config.lora_rank}, {step} steps at {config.resolution} px.{f" Trigger words: **{words}**." if words else ""}
+Rank {config.lora_rank}, trained at {config.resolution} px.{f" Trigger words: **{words}**." * bool(words)}
+With diffusers, in the `LongCatImagePipeline` of its base: `pipe.transformer.load_lora_adapter("{LORA_NAME}")`, then
+`pipe("a prompt", enable_prompt_rewrite=False)`. In ComfyUI: in `models/loras`, by the LoraLoader node.
 
-With diffusers:
-
-```python
-import torch
-from diffusers import LongCatImagePipeline
-
-pipe = LongCatImagePipeline.from_pretrained("{hub}", torch_dtype=torch.bfloat16)
-pipe.transformer.load_lora_adapter("{LORA_NAME}")
-pipe.enable_model_cpu_offload()
-pipe("a prompt", enable_prompt_rewrite=False).images[0].save("picture.png")
-```
-
-In ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with the LoraLoader node.
-
-{CARD_MARK}
+{"![before, while and after it was trained](validation/progress.png)" * bool(config.validation_prompts)}
 """
-    )
 
 
 @contextlib.contextmanager
 def stop_signals():
     """Within it a signal to stop is noted in `.numbers`; a second one, or the first while `.at_once` is true, raises
-    KeyboardInterrupt. One that was ignored before (nohup) stays so. In a thread, which gets no signals, it does
-    nothing."""
-    stop = SimpleNamespace(numbers=[], at_once=False, since=0.0)
+    KeyboardInterrupt. `.wanted()`, asked by all processes together: whether one of them has got one. What was ignored
+    before (nohup) stays so. In a thread, which gets no signals, it does nothing."""
+    stop = SimpleNamespace(numbers=[], at_once=False, since=-math.inf)
+    stop.wanted = lambda: sum_over_processes(bool(stop.numbers))[0] > 0
 
     def note(number, frame):
-        if stop.numbers and time.monotonic() - stop.since < 1:
+        if time.monotonic() - stop.since < 1:
             return  # one event, sent twice: by a closed terminal, a scheduler
         stop.numbers.append(number)
         stop.since = time.monotonic()
-        if len(stop.numbers) == 1:  # print() may be at work
-            try:
-                os.write(2, b"\nstopping, as soon as this step is finished and saved; a second signal leaves at once\n")
-            except OSError:  # the terminal is gone: nothing that is printed from here on must fail
-                for descriptor in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        if len(stop.numbers) > 1 or stop.at_once:
+        if len(stop.numbers) > 1:
+            raise KeyboardInterrupt(number)
+        try:  # not print(), which may be at work
+            os.write(2, b"\nstopping, as soon as this step is finished and saved; a second signal leaves at once\n")
+        except OSError:  # the terminal is gone: nothing that is printed from here on must fail
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if stop.at_once:
             raise KeyboardInterrupt(number)
 
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Windows has not all of them
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = numbers if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if in_main and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, note)
     try:
@@ -671,9 +622,8 @@ def stop_signals():
 def memory_advice(config):
     """What to change when memory runs out, of what is not set already, in the order that costs least."""
     batch, offload, mac = config.train_batch_size, config.enable_group_offload, torch.backends.mps.is_available()
-    accumulation = batch * config.gradient_accumulation_steps
     advice = {
-        f"train_batch_size 1 with gradient_accumulation_steps {accumulation}": batch > 1,
+        f"train_batch_size 1 with gradient_accumulation_steps {batch * config.gradient_accumulation_steps}": batch > 1,
         "base_model_precision int8-quanto": config.base_model_precision == "no_change",
         "gradient_checkpointing true": config.gradient_checkpointing is not True and not offload,
         "enable_group_offload true": not offload and not mac,  # a Mac has but one memory
@@ -693,8 +643,8 @@ def benchmark(config, device):
     sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
-        say("there is no GPU here: this is a model of 3 small blocks at 256x256, and says nothing about the real one;")
-        say("for the memory that the real one needs: python tests/simulate_memory.py, with the same config and flags")
+        say("there is no GPU here: a model of 3 small blocks at 256x256 says nothing about the real one, whose memory")
+        say("python tests/simulate_memory.py tells, with the same config and flags")
     transformer = random_transformer(config, device, sizes)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     run = set_up(config, transformer, scheduler, device, config.max_train_steps)
@@ -705,25 +655,21 @@ def benchmark(config, device):
         start = time.perf_counter()
         train_step(config, run, [batch] * config.gradient_accumulation_steps)
         seconds.append(time.perf_counter() - start)
-    found = {"seconds_per_step": statistics.median(seconds[1:] or seconds), "peak_memory_gib": peak_memory(device)}
-    a_step, hours = found["seconds_per_step"], found["seconds_per_step"] * config.max_train_steps / 3600
+    a_step, peak = statistics.median(seconds[1:] or seconds), peak_memory(device)
     say(
         f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; "
-        f"{config.max_train_steps} steps take {hours:.3g} hours, without caching and previews; "
-        f"peak device memory {found['peak_memory_gib']:.1f} GiB"
+        f"{config.max_train_steps} steps take {a_step * config.max_train_steps / 3600:.3g} hours, without caching and "
+        f"previews; peak device memory {peak:.1f} GiB"
     )
-    return found
+    return {"seconds_per_step": a_step, "peak_memory_gib": peak}
 
 
 def random_transformer(config, device, sizes):
     """A transformer of these sizes with random weights, as load_transformer gives it."""
     with torch.device("meta"):
         transformer = LongCatImageTransformer2DModel(**sizes)
-    shapes, dtype = (
-        {name: weight.shape for name, weight in transformer.state_dict().items()},
-        compute_dtype(config, device),
-    )
-    read = lambda names: {name: torch.randn(shapes[name], device=device, dtype=dtype) * 0.02 for name in names}
+    empty, dtype = transformer.state_dict(), compute_dtype(config, device)
+    read = lambda names: {name: torch.randn(empty[name].shape, device=device, dtype=dtype) * 0.02 for name in names}
     return fill_transformer(transformer, read, config, device)
 
 
@@ -733,21 +679,20 @@ def random_transformer(config, device, sizes):
 def train(config, run, data, steps):
     """The loop, from step `run.step` to `steps`, with checkpoints, scores and previews. What is learned is saved before
     anything is raised."""
-    metrics, recent, saved, overdue, bad, skipped = Metrics(config, run.step), [], run.step, False, 0, 0
+    metrics, recent, saved, bad, skipped = Metrics(config, run.step), [], run.step, 0, 0
     bar = tqdm(initial=run.step, total=steps, desc="training", unit="step", disable=RANK > 0)
     due = lambda every: every and (run.step % every == 0 or run.step == steps)
     batches_of_steps = step_batches(config, data, run.taken)
     with stop_signals() as stop, bar, contextlib.closing(batches_of_steps):
-        stopped = lambda: sum_over_processes(bool(stop.numbers))[0] > 0
         try:
             while True:
-                overdue = run.step > saved and (overdue or due(config.checkpoint_step_interval))
-                if overdue and not bad:  # else after the next good step
-                    saved, overdue = run.step, False
+                passed = run.step // config.checkpoint_step_interval > saved // config.checkpoint_step_interval
+                if not bad and (passed or run.step == steps > saved):  # after a bad step not before the next good one
+                    saved = run.step
                     save_checkpoint(config, run, data)
                 if due(config.validation_step_interval):
-                    show(config, run, data, metrics, stop, stopped)
-                if run.step >= steps or stopped():
+                    show(config, run, data, metrics, stop)
+                if run.step >= steps or stop.wanted():
                     break
 
                 start = time.perf_counter()
@@ -762,17 +707,13 @@ def train(config, run, data, steps):
                     finite = (list(filter(math.isfinite, values)) or [math.nan] for values in zip(*recent))
                     loss, grad_norm, seconds = map(statistics.fmean, finite)
                     lr, memory = run.optimizer.param_groups[0]["lr"], peak_memory(run.device)
-                    metrics.write(
-                        run.step, "train", loss=loss, lr=lr, grad_norm=grad_norm, epoch=epoch, seconds_per_step=seconds,
-                        skipped_steps=skipped, peak_memory_gib=memory,
-                    )  # fmt: skip
+                    numbers = dict(loss=loss, grad_norm=grad_norm, lr=lr, epoch=epoch, skipped_steps=skipped)
+                    metrics.write(run.step, "train", **numbers, seconds_per_step=seconds, peak_memory_gib=memory)
                     recent.clear()
-                    in_gib = {"memory": f"{memory:.1f} GiB"} if memory > 0 else {}  # nan on a CPU
-                    bar.set_postfix({"loss": f"{loss:.4f}", **metrics.held_out(), **in_gib}, refresh=False)
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 if bad == BAD_STEPS:
-                    newest = ([folder.name for folder in checkpoint_folders(config)] or ["none"])[-1]
-                    what = f"loss or gradients were not finite {bad} times in a row; the newest checkpoint is {newest}"
-                    raise UserError(f"step {run.step}: {what}; lower learning_rate or max_grad_norm")
+                    what = f"were not finite {bad} times in a row; the newest checkpoint is step {saved}"
+                    raise UserError(f"step {run.step}: loss or gradients {what}; lower learning_rate or max_grad_norm")
                 bar.update()
         finally:  # whatever came: the last complete step is saved, but not after a second signal
             if run.step > saved and not run.torn and bad < BAD_STEPS and len(stop.numbers) < 2:
@@ -784,61 +725,35 @@ def train(config, run, data, steps):
     return metrics.best()
 
 
-def show(config, run, data, metrics, stop, stopped):
+def show(config, run, data, metrics, stop):
     """Scores the pictures held out and draws a preview, which the first signal to stop ends at once."""
-    if data.held_out and run.step not in metrics.scores:
-        scores = score(config, run, data, stopped)
-        if all(map(math.isfinite, scores.values())):
-            metrics.write(run.step, "validation", **scores)
+    run.transformer.eval()
+    if data.held_out and run.step not in metrics.scores and (scores := score(config, run, data, stop)):
+        metrics.write(run.step, "validation", **scores)
+        loss, base = scores["held_out_loss"], scores["held_out_base"]
+        say(f"step {run.step}: held-out loss {loss:.4f}, the base's {base:.4f}")
     if config.validation_prompts and RANK == 0:
         with contextlib.suppress(KeyboardInterrupt):
             stop.at_once = True
             if not stop.numbers:
                 preview(config, run, metrics)
         stop.at_once = False
-
-
-def read_data(config, state):
-    """The data of this run, `state` being the checkpoint's that it goes on from, or None."""
-    pictures, prompt_files = cache_latents.main(config)
-    keys = state["held_out"] if state else hold_out(config, pictures)
-    held_out = [*{picture.key: picture for picture in pictures if picture.key in keys}.values()]  # each once
-    pictures = [picture for picture in pictures if picture.key not in keys]
-    if not pictures:
-        raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
-    trained, counts = [], collections.Counter(picture.source for picture in held_out)
-    for source, count in counts.items():
-        own = [picture for picture in pictures if picture.source == source]
-        trained += own[:: max(1, len(own) // count)][:count]
-    if config.validation_split and not keys:
-        say(
-            "validation_split: no picture is held out: "
-            + ("the run was begun without" if state else "a source needs two")
-        )
-    elif config.validation_split:
-        of = ", ".join(f"{count} of {source}" for source, count in counts.items())
-        away = f" ({len(keys)} at first)" if len(held_out) < len(keys) else ""
-        say(f"{len(held_out)} pictures are held out{away}, only scored and never trained on{': ' * bool(of)}{of}")
-    per_epoch = len(epoch_batches(pictures, config.train_batch_size, config.seed, 0))  # the same for every epoch
-    what = [[p.key, p.bucket, p.captions, p.repeats, p.loss_weight] for p in pictures]
-    return Data(pictures, prompt_files, held_out, trained, keys, per_epoch, content_key(what, config.train_batch_size))
+    run.transformer.train()
+    free_memory()  # of the VAE
 
 
 @stage(memory_advice)
 def main(config):
     """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its
-    figures.
-
-    Raises UserError for anything in the configuration or the data that the user has to mend; KeyboardInterrupt with the
-    signal's number after a signal to stop, when the step is finished and saved.
-    """
+    figures. Raises UserError for what the user has to mend, and KeyboardInterrupt with the number of a signal to stop
+    when the step is finished and saved."""
     device, output = pick_device(), Path(config.output_dir)
     check_precision(config, device)
     if config.benchmark:
         return benchmark(config, device)
     if base_model(config) == FLAVOURS["final"]:
         say("model_flavour: final; its authors advise dev to train on, and the LoRA works on final, too")
-    with locked(output) if RANK == 0 else contextlib.nullcontext():
+    with lock(output) if RANK == 0 else contextlib.nullcontext():
         checkpoint, state = find_checkpoint(config)
         if config.init_lora and not checkpoint:
             read_init_lora(config)  # a wrong one is said now, not after an hour of caching
@@ -846,13 +761,13 @@ def main(config):
             prepare_folder(config, checkpoint)
         data = read_data(config, state)
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
-        if config.num_train_epochs:
-            # The steps that are done may have been taken by another number of processes.
+        if config.num_train_epochs:  # the steps that are done may have been taken by another number of processes
             done, taken = (state["step"], state["taken"]) if state else (0, 0)
             steps = done + max(0, math.ceil((config.num_train_epochs * data.per_epoch - taken) / per_step))
-        processes = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-        seen = f"each picture will be seen about {steps * per_step / data.per_epoch:.1f} times its repeats"
-        say(f"{steps} steps of {config.train_batch_size} x {config.gradient_accumulation_steps}{processes}: {seen}")
+        a_step = f"{config.train_batch_size} x {config.gradient_accumulation_steps}"
+        a_step += f" x {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+        seen = steps * per_step / data.per_epoch
+        say(f"{steps} steps of {a_step}: each picture will be seen about {seen:.1f} times its repeats")
         if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
             say(f"lr_warmup_steps: {config.lr_warmup_steps}, so the full learning rate is never reached; lower it")
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:
@@ -862,46 +777,24 @@ def main(config):
         run = set_up(begun, load_transformer(config, device), load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
-            say(f"resumed from {checkpoint}")
-            say_what_changed(config, state, data)
+            say(f"resumed from {checkpoint}, in epoch {run.taken // data.per_epoch}, of {data.per_epoch} batches")
         if run.step >= steps:
-            more = "num_train_epochs" if config.num_train_epochs else "max_train_steps"
-            say(f"nothing to train: {checkpoint} has {run.step} steps; raise {more}, or choose another output_dir")
+            more = "raise max_train_steps or num_train_epochs"
+            say(f"nothing to train: {checkpoint} has {run.step} steps; {more}, or choose another output_dir")
         elif RANK == 0:
-            write_file(output / "config.json", config_text(config))
+            write_file(output / "config.json", config.model_dump_json(indent=2) + "\n")
         best = train(config, run, data, steps)
 
         if RANK == 0:
-            save_lora(run.transformer, output, lora_metadata(config, run.step))
-            card = output / "README.md"
-            if not card.exists() or CARD_MARK in card.read_text(errors="replace"):  # else it is the user's
-                write_file(card, model_card(config, run.step))
+            write_lora(config, run, output)
+            if not (output / "README.md").exists():  # the user may have changed it
+                write_file(output / "README.md", model_card(config))
             print(f"LoRA: {output / LORA_NAME}")
             if config.validation_step_interval and config.validation_prompts:
                 print(f"before and after: {output / 'validation' / 'progress.png'}")
             if best is not None:
-                folder = output / "checkpoints" / f"step-{best:06d}"
-                print(f"lowest held-out loss: step {best}" + (f", {folder}" if folder.exists() else ""))
+                print(f"lowest held-out loss: step {best}")
     return output / LORA_NAME
-
-
-def config_text(config):
-    """What config.json holds."""
-    return config.model_dump_json(indent=2) + "\n"
-
-
-def say_what_changed(config, state, data):
-    """A line for each key that a resumed run has changed, and one for its data."""
-    stays = {"validation_split": "; the pictures that are held out stay"}
-    for name, now in config.model_dump().items():
-        before = state["config"].get(name)
-        if name not in SILENT_KEYS and name not in state["fixed"] and before != now:
-            values = " -> ".join(json.dumps(value, ensure_ascii=False) for value in (before, now))
-            say(f"{name}: {values}{stays.get(name, '')}")
-    if data.key != state["data"]:
-        epoch = state["taken"] // data.per_epoch
-        now = f"{data.per_epoch} batches an epoch now, and this is epoch {epoch}"
-        say(f"data: has changed, from the next step on; {now}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run_way(name, steps, limit):
                 tensor.to(device)
                 for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)
             ]
-            flow_matching_loss(run.model, *tensors).backward()
+            flow_matching_loss(run.transformer, *tensors).backward()
             run.optimizer.zero_grad()
 
     for n in range(1, steps + 4):
@@ -201,9 +201,7 @@ def losses(steps):
             if "lora_A" in name:  # as in ours
                 torch.nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator(config.seed, "lora", name))
         optimizer.param_groups[0]["lr"], found = 1e-3, []
-        data = train_lora.Data(
-            entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0)), ""
-        )
+        data = train_lora.Data(entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0)))
         for _, ((batch,), _, _) in zip(range(steps), train_lora.step_batches(config, data, 0)):
             _, latents, noise, normal, prompt_embeds, _ = batch
             found.append(
