@@ -676,7 +676,6 @@ def offloaded(config, count):
 def compile_blocks(transformer):
     """Compiles the blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
     torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
-    torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
 

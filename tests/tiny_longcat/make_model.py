@@ -5,8 +5,8 @@
 It learns to draw 40 things on five grounds from English and Chinese captions. The text encoder is random and frozen.
 Stopped, it goes on where it was; in `model/` nothing changes before the end. Needs the font that make_pictures.py
 names. The committed model: an earlier form of this script gave the VAE 16 minutes and the transformer 44; the command
-above went on from these with the captions and places of today, 57 minutes on two cores with bf16 instructions, to a loss
-of 0.069.
+above went on from these with the captions and places of today, 57 minutes on two cores with bf16 instructions, to a
+loss of 0.069.
 """
 
 import argparse
