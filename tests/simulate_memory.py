@@ -18,9 +18,10 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import longcat_common  # first: it quiets what the others import
+
 import bench_cache
 import bench_step
-import longcat_common
 import validate
 from cache_latents import PROMPTS_AT_ONCE, encode_picture
 from longcat_common import TEXT_TOKENS, GroupOffload, buckets, load_text_encoder, run_stage, validation_sizes
