@@ -554,7 +554,7 @@ def preview(config, run, metrics):
         shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
         shown = sorted(shown | ({best} & {*steps}))
         label = lambda step: f"step {step}" if step else "before (step 0)"
-        labels = [label(step) + ", lowest held-out loss" * (step == best) for step in shown]
+        labels = [label(step) + ", lowest held-out loss" * (step == best and len(shown) > 1) for step in shown]
         empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
         rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in shown] for i in wanted]
         save_picture(picture_grid(rows, prompts, labels), folder / "progress.png", longcat=GRID)
