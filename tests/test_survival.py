@@ -65,6 +65,8 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(quick_config, referen
     states = [json.loads((folder / "state.json").read_text()) for folder in train_lora.checkpoint_folders(config)]
     assert [(state["step"], state["taken"]) for state in states] == [(1, 3), (2, 6), (3, 9)]
     assert len(states[0]["held_out"]) == 1
+    bases = [line["held_out_base"] for line in metrics(config) if "held_out_base" in line]
+    assert len(bases) == 3 and len(set(bases)) == 1  # the same noise at every scoring
     for done in (0, 2):
         other = quick_config(**settings, output_dir=str(tmp_path / f"resumed-{done}"))
         shutil.copytree(config.output_dir, other.output_dir)
