@@ -276,8 +276,7 @@ def load_config(path=None, /, **overrides):
     flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
     given = {}
     for values in (read_json(path) if path else {}, overrides):
-        plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
-        given |= unique_keys([(own_name(name), value) for name, value in plain.items()])
+        given |= own_keys(values)
     if ignored := sorted(given.keys() & IGNORED):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
     try:
@@ -298,6 +297,12 @@ def mistakes(error):
             message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
             lines.append(f"{name}: found {repr(problem['input'])[:100]}, {message}")
     return [f"unknown keys: {', '.join(unknown)}; --help lists all"] * bool(unknown) + lines
+
+
+def own_keys(values):
+    """{key: value} under our names, a flag's text read. Raises UserError for a key that is there under two names."""
+    plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
+    return unique_keys([(own_name(name), value) for name, value in plain.items()])
 
 
 def own_name(name):

@@ -44,8 +44,8 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    KEYS, LORA_NAME, RENAMED, UserError, checkpoint_folders, flag_value, in_parallel, load_config, parse_json,
-    read_json, sources, write_file,
+    KEYS, LORA_NAME, UserError, checkpoint_folders, flag_value, in_parallel, load_config, own_keys, own_name,
+    parse_json, read_json, sources, write_file,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -106,24 +106,26 @@ def read_form(place, names, texts, others):
     nothing for the default; `others`: the keys without a field, as a dictionary or in JSON."""
     try:
         others = parse_json(others, "JSON") if isinstance(others, str) else others
+        own = own_keys(others)
     except UserError as error:
         return None, {"JSON": str(error)}
-    given = {RENAMED.get(name, name): value for name, value in others.items()}
-    problems = {name: f"{name}: has a field of its own" for name in names if name in given}
+    typed, problems = {}, {name: f"{name}: has a field of its own" for name in names if name in own}
     for name, text in zip(names, texts):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if lines:
             is_list = name in LISTS and not (len(lines) == 1 and lines[0].lower().endswith(".txt"))
-            given[name] = lines if is_list else flag_value(name, text.strip())
-    for name in {"output_dir", "cache_dir", *given}:
+            typed[name] = lines if is_list else flag_value(name, text.strip())
+    defaults = {name: KEYS[name].default for name in ("output_dir", "cache_dir")}
+    for name, value in (defaults | own | typed).items():
         try:
-            confine(name, given[name] if name in given else KEYS[name].default, place)
+            confine(name, value, place)
         except UserError as error:
             problems[name] = str(error)
         except ValueError:
             continue  # no path at all: load_config says so
     try:
-        config = load_config(**{name: value for name, value in given.items() if name not in problems})
+        given = {name: value for name, value in (others | typed).items() if own_name(name) not in problems}
+        config = load_config(**given)
         return (None if problems else config), problems
     except UserError as error:
         return None, problems | {re.split(r"[:.\[]", line)[0]: line for line in str(error).splitlines()}

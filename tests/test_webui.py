@@ -96,11 +96,13 @@ def test_a_path_cannot_leave_the_folders(name, place, tmp_path, monkeypatch):
     outside = ["/etc", "data/../private", str(tmp_path / "private"), "data/link", "data2", "..", "~", "output/.webui/x"]
     for path in outside:
         path += ".txt" * (name == "validation_prompts")
-        for key in (name, *(other for other, ours in RENAMED.items() if ours == name)):
-            config, problems = webui.read_form(place, [], [], {**good, key: path})
+        for key in (name, f"--{name}", *(other for other, ours in RENAMED.items() if ours == name)):
+            others = {other: value for other, value in good.items() if other != name}
+            config, problems = webui.read_form(place, [], [], {**others, key: path})
             assert config is None and "outside this page's folders" in problems[name], path
     inside = {"output_dir": "output/other", "validation_prompts": "data/prompts.txt"}.get(name, "data")
     assert webui.read_form(place, [], [], {**good, name: inside})[1] == {}
+    assert webui.read_form(place, [], [], {**good, f"----{name}": "/etc"})[0] is None
 
 
 def test_sources_and_files_of_prompts(place, tmp_path, monkeypatch):
