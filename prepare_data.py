@@ -51,7 +51,7 @@ LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
 
 Findings = functools.partial(collections.defaultdict, list)  # {title: lines} of what the user should know
 is_chinese = re.compile("[\u2e80-\U0010ffff]").search  # what only Chinese, Japanese and Korean fonts have
-parse_json = functools.partial(json.loads, object_pairs_hook=unique_keys)  # a key that is there twice is an error
+read_strictly = functools.partial(json.loads, object_pairs_hook=unique_keys)  # a key that is there twice is an error
 
 
 @dataclass
@@ -126,7 +126,7 @@ def caption_rows(path, own, findings):
     if own:
         if kind == ".txt" and len(text.strip().splitlines()) > 1:
             findings["Several lines in a .txt, joined to one caption"].append(path)
-        return [("", {"file_name": path.stem, "text": text if kind == ".txt" else parse_json(text)})]
+        return [("", {"file_name": path.stem, "text": text if kind == ".txt" else read_strictly(text)})]
     if kind == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         for names in (PATH_NAMES, CAPTION_NAMES):
@@ -135,7 +135,7 @@ def caption_rows(path, own, findings):
         return ((f", line {table.line_num}", row) for row in table)
     if path.name != "captions.json":
         return ((f", line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    table = parse_json(text)
+    table = read_strictly(text)
     if not isinstance(table, dict):
         raise ValueError("is no object of file names and captions")
     return ((f", {name}", {"file_name": name, "text": captions}) for name, captions in table.items())
@@ -148,7 +148,7 @@ def read_captions(path, find, findings, own=False):
     try:
         for where, row in caption_rows(path, own, findings):
             try:
-                row = parse_json(row) if isinstance(row, str) else row
+                row = read_strictly(row) if isinstance(row, str) else row
                 name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
                 if not isinstance(name, str):
                     raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
@@ -234,7 +234,7 @@ def save_captions(picture, captions):
         write_file(os.path.realpath(text), captions[0] + "\n")
         return text
     try:
-        old = parse_json(read_text(several, Findings())) if several.exists() else {}
+        old = read_strictly(read_text(several, Findings())) if several.exists() else {}
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{several}: {reason(error)}") from None
     kept = old if isinstance(old, dict) and set(old) & set(CAPTION_NAMES) else {}
