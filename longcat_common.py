@@ -274,9 +274,7 @@ def unique_keys(pairs):
 def load_config(path=None, /, **overrides):
     """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`. Keys may stand as
     flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
-    given = {}
-    for values in (read_json(path) if path else {}, overrides):
-        given |= own_keys(values)
+    given = own_keys(read_json(path) if path else {}) | own_keys(overrides)
     if ignored := sorted(given.keys() & IGNORED):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
     try:
@@ -301,8 +299,7 @@ def mistakes(error):
 
 def own_keys(values):
     """{key: value} under our names, a flag's text read. Raises UserError for a key that is there under two names."""
-    plain = {name: flag_value(name, value) if name.startswith("--") else value for name, value in values.items()}
-    return unique_keys([(own_name(name), value) for name, value in plain.items()])
+    return unique_keys([(own_name(n), flag_value(n, v) if n.startswith("--") else v) for n, v in values.items()])
 
 
 def own_name(name):
@@ -317,7 +314,6 @@ def flag_value(name, text):
         return text
     forms = [text] if text == "null" or text.startswith("[") else []
     if re.search(r"\b(bool|int|float)\b", str(KEYS[own_name(name)].annotation)):
-        # 4. and .5 are no numbers in JSON
         numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))
         forms = [numbers, f"[{numbers}]"]
     for form in forms:

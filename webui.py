@@ -288,10 +288,11 @@ def stamps(*files):
 
 def changed(before, updates):
     """The updates whose key is not as it was, the rest skipped, and last all keys, for the next time. `updates`: pairs
-    of (key, update), `before`: the keys of the last time, or []."""
+    of (key, update or a function that makes it), `before`: the keys of the last time, or []."""
     keys = [str(key) for key, _ in updates]
-    kept = [gr.skip() if before and key == was else new for key, was, (_, new) in zip(keys, before or keys, updates)]
-    return [*kept, keys]
+    same = [bool(before) and key == was for key, was in zip(keys, before or keys)]
+    made = [gr.skip() if skip else new() if callable(new) else new for skip, (_, new) in zip(same, updates)]
+    return [*made, keys]
 
 
 # ---------------------------------------------------------------- the page
@@ -481,7 +482,7 @@ def train_tab(place, settings):
         files = [Path(run) / "validation" / "progress.png", Path(run) / LORA_NAME] if run else [None, None]
         files = [str(file) if any(stamps(file)) and is_inside(file, [place.output]) else None for file in files]
         shown = [((file, stamps(file)), gr.update(value=file, visible=bool(file))) for file in files]
-        curve = (run, stamps(run and Path(run) / "metrics.jsonl")), curves(run)
+        curve = (run, stamps(run and Path(run) / "metrics.jsonl")), lambda: curves(run)
         choice = (runs, run), gr.update(choices=runs, value=run)
         return changed(before, [choice, (state, state), curve, (text, text), *shown])
 
@@ -535,15 +536,8 @@ def try_tab(place):
         shown = sorted(Path(grid[-1]).parent.glob("*.png")) if grid and is_inside(grid[-1], [place.output]) else []
         shown = [(path, path.stem) for path in sorted(shown, key=lambda path: path.stem != "comparison")]
         choice = [*loras], gr.update(choices=[*loras], value=lora if lora in loras else None)
-        return changed(
-            before,
-            [
-                choice,
-                (state, state),
-                (shown, gr.update(value=shown, selected_index=0 if shown else None)),
-                (text, text),
-            ],
-        )
+        opened = gr.update(value=shown, selected_index=0 if shown else None)
+        return changed(before, [choice, (state, state), (shown, opened), (text, text)])
 
     sheet.click(lambda: (HERE / "configs" / "text_prompts.txt").read_text(encoding="utf-8"), None, form[0])
     draw.click(begin, [lora, *form], [message, *form])

@@ -370,8 +370,7 @@ def test_from_an_empty_browser_to_a_lora(clone, tmp_path, language, steps, width
     say = lambda name: TEXTS[name][0 if language == "en" else 2]
     with playwright.sync_playwright() as driver, Server(clone) as server:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        size = {"width": width, "height": 900}
-        context = browser.new_context(locale=language, viewport=size, accept_downloads=True)
+        context = browser.new_context(locale=language, viewport={"width": width, "height": 900}, accept_downloads=True)
         asked, errors = [], []
         context.on("request", lambda request: asked.append(request.url))
         context.on("weberror", lambda error: errors.append(str(error.error)))
@@ -474,8 +473,7 @@ def test_from_an_empty_browser_to_a_lora(clone, tmp_path, language, steps, width
         shot("3-running")
         until(lambda: say("finished") in text("state"), 300)
         assert "LoRA: output/page" in log()
-        metrics = (clone / "output" / "page" / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(metrics[-1])["step"] == steps
+        assert json.loads((clone / "output/page/metrics.jsonl").read_text().splitlines()[-1])["step"] == steps
         until(
             lambda: (
                 page.locator("#preview img, #previews img").count() and page.locator("#plot canvas, #plot svg").count()
