@@ -205,7 +205,7 @@ def read_pictures(config):
         raise UserError(f"{manifest}: is damaged; set data_dir, and it is made again") from None
 
 
-@stage(lambda config: "text_encoder_batch_size 1; another program that uses the device")
+@stage({"text_encoder_batch_size": 1})
 def main(config):
     """Fills the cache. Returns (pictures, {prompt: file of its embedding})."""
     device, pictures = pick_device(), read_pictures(config)

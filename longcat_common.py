@@ -568,8 +568,9 @@ def is_out_of_memory(error):
 
 
 def stage(memory_advice):
-    """Decorates the `main(config)` of a stage: running out of memory is a UserError with `memory_advice(config)`. And a
-    notebook keeps its configuration as it was and no model in memory, not even in the traceback of an error."""
+    """Decorates the `main(config)` of a stage: running out of memory is a UserError that names what of `memory_advice`,
+    {key: value}, is not set so already. And a notebook keeps its configuration as it was and no model in memory, not
+    even in the traceback of an error."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -582,7 +583,8 @@ def stage(memory_advice):
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
                 if is_out_of_memory(error):
-                    advice = memory_advice(config)
+                    advice = [f"{n} {json.dumps(v)}" for n, v in memory_advice.items() if getattr(config, n) != v]
+                    advice = "; ".join([*advice, "a smaller resolution; no other program on the device"])
                     raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
                 raise
             finally:

@@ -12,6 +12,7 @@ resumed run ends with the same bytes as an uninterrupted one.
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from longcat_common import (
     sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
-from validate import generate, make_pipeline, picture_grid, picture_settings, save_picture
+from validate import generate, make_pipeline, picture_grid, picture_settings, read_metrics, save_picture
 
 from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
 from filelock import FileLock, Timeout
@@ -59,6 +60,10 @@ SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring take
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # the noise levels at which they are scored, as normal draws
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 PROGRESS_COLUMNS = 6
+MEMORY_ADVICE = {  # the cheapest first
+    "train_batch_size": 1, "gradient_checkpointing": True, "enable_group_offload": True, "offloaded_blocks": None,
+    "base_model_precision": "int4-quanto",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- data
@@ -190,8 +195,8 @@ class Run:
 
 
 def add_lora(transformer, config):
-    """Adds a trainable LoRA in float32, initialised from `seed` (or from `init_lora`), and returns its parameters
-    as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
+    """Adds a trainable LoRA in float32, drawn from `seed` or taken from `init_lora`. Returns its parameters as
+    {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
     alpha = config.lora_alpha or config.lora_rank
     linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in config.lora_target_modules:
@@ -199,20 +204,19 @@ def add_lora(transformer, config):
             raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
     targets = sorted(config.lora_target_modules)
     settings = dict(r=config.lora_rank, lora_alpha=alpha, lora_dropout=config.lora_dropout, target_modules=targets)
+    torch.manual_seed(generator(config.seed, "lora").initial_seed())  # PEFT draws on the CPU: the same for all devices
     transformer.add_adapter(LoraConfig(**settings))
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the LoRA gets its input as the base does: no float32 copy a layer
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
-    for name, parameter in parameters.items():
+    for parameter in parameters.values():
         parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there
-        if "lora_A" in name:  # PEFT's own choice, drawn on the CPU so that it is the same on every device
-            start = torch.empty(parameter.shape)
-            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(config.seed, "lora", name))
-            parameter.data.copy_(start)
     if config.init_lora:
-        state = read_init_lora(config)
-        shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
+        state, shapes = (
+            read_init_lora(config),
+            lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()},
+        )
         if wrong := shapes(state) ^ shapes(get_peft_model_state_dict(transformer)):
             what = f"it has not one rank and the same layers in every block (first: {min(wrong)[0]})"
             raise UserError(f"init_lora: {config.init_lora} cannot be trained on: {what}")
@@ -225,7 +229,7 @@ def read_init_lora(config):
     """The state of `init_lora`. Raises UserError if its rank and layers are not those that are to be trained."""
     state = read_lora(config.init_lora)
     ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
-    ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.", "", name.rsplit(".lora_", 1)[0]) for name in state})
+    ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.|\.lora_.*$", "", name) for name in state})
     if ranks != [config.lora_rank] or ends != sorted(config.lora_target_modules):
         has = f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
         raise UserError(f"init_lora: {config.init_lora} has {has}; set these to train on from it")
@@ -423,14 +427,10 @@ def prepare_folder(config, checkpoint):
     metrics and previews of a run that came to no checkpoint. Raises UserError."""
     output = Path(config.output_dir)
     trial = output / "checkpoints" / f".trial-{os.getpid()}"
-    renamed = trial.with_suffix(".renamed")
     try:
-        write_file(trial / "file", "")
-        write_file(trial / "file", "replaced")
-        with open(trial / "file", "a") as file:
-            file.write("and added to")
-        trial.rename(renamed)
-        shutil.rmtree(renamed)
+        for text in ("written", "replaced"):
+            write_file(trial / "file", text)
+        shutil.rmtree(trial.rename(f"{trial}-renamed"))
     except OSError as error:
         shutil.rmtree(trial, ignore_errors=True)
         why = f"folders there cannot be renamed or removed ({error.strerror})"
@@ -458,19 +458,14 @@ class Metrics:
 
     def __init__(self, config, step):
         """`step`: with which this start begins. What was written of later ones, which are done again, is dropped."""
-        output, kept, self.begun, self.scores, self.board = Path(config.output_dir), [], step, {}, None
+        output, self.begun, self.board = Path(config.output_dir), step, None
         self.path = output / "metrics.jsonl"
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
-                values = json.loads(line)
-                if values["step"] <= step:
-                    kept.append(line + "\n")
-                    self.scores |= {values["step"]: values} if "held_out_loss" in values else {}
+        kept = [values for values in read_metrics(self.path) if values["step"] <= step]
+        self.scores = {values["step"]: values for values in kept if "held_out_loss" in values}
         if RANK == 0:
-            write_file(self.path, "".join(kept))
+            write_file(self.path, "".join(json.dumps(values) + "\n" for values in kept))
             if config.report_to == "tensorboard":
                 self.board = SummaryWriter(output / "logs", purge_step=step + 1)
-                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
@@ -495,28 +490,23 @@ class Metrics:
 def score(config, run, data, stop):
     """The mean losses of the pictures held out and of as many that are trained on, with the LoRA and without it, in a
     form that tells learning from chance: every picture (the posterior's mean, its first caption) at the same four noise
-    levels, with the same noise whenever this is called. Under torchrun the processes share the work. None if a signal
-    to stop comes first, or a loss is not finite."""
-    sets = {"held_out": data.held_out, "trained": data.trained}
-    work = [(name, picture) for name, pictures in sets.items() for picture in pictures]
-    sums = {(name, ending): 0.0 for ending in ("base", "loss") for name in sets if sets[name]}
-    for first in range(0, len(work), WORLD_SIZE):
-        if stop.wanted():
-            return None
-        for name, picture in work[first : first + WORLD_SIZE][RANK : RANK + 1]:
+    levels, with the same noise whenever this is called. None if a signal to stop comes first, or one is not finite."""
+    losses = collections.defaultdict(list)
+    for name, pictures in {"held_out": data.held_out, "trained": data.trained}.items():
+        for picture, normal in itertools.product(pictures, SCORED_NORMALS):
+            if stop.wanted():
+                return None
             latents = read_tensors(latents_file(config, picture))["mean"][None]
             prompt_embeds = read_tensors(data.prompt_files[picture.captions[0]])["prompt_embeds"][None]
-            for normal in SCORED_NORMALS:
-                noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
-                sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
-                tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
-                run.transformer.disable_adapters()
-                sums[name, "base"] += flow_matching_loss(run.transformer, *tensors).item()
-                run.transformer.enable_adapters()
-                sums[name, "loss"] += flow_matching_loss(run.transformer, *tensors).item()
-    totals = sum_over_processes(*sums.values())
-    means = [total / len(sets[name]) / len(SCORED_NORMALS) for (name, _), total in zip(sums, totals)]
-    return dict(zip(map("_".join, sums), means)) if all(map(math.isfinite, means)) else None
+            noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
+            sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
+            tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
+            run.transformer.disable_adapters()
+            losses[f"{name}_base"].append(flow_matching_loss(run.transformer, *tensors).item())
+            run.transformer.enable_adapters()
+            losses[f"{name}_loss"].append(flow_matching_loss(run.transformer, *tensors).item())
+    means = {name: statistics.fmean(values) for name, values in losses.items()}
+    return means if all(map(math.isfinite, means.values())) else None
 
 
 def previews_in(folder, wanted):
@@ -549,15 +539,13 @@ def preview(config, run, metrics):
             save_picture(image, path, longcat=GRID, prompt=prompts[i], settings=settings)
             if metrics.board:
                 metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
-        there, best = previews_in(folder, wanted), metrics.best()
+        there = previews_in(folder, wanted)
         steps = sorted({step for step, _ in there if step <= run.step})
-        shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
-        shown = sorted(shown | ({best} & {*steps}))
-        label = lambda step: f"step {step}" if step else "before (step 0)"
-        labels = [label(step) + ", lowest held-out loss" * (step == best and len(shown) > 1) for step in shown]
+        shown = [steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)]
+        labels = {step: f"step {step}" if step else "before (step 0)" for step in shown}  # each once
         empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
-        rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in shown] for i in wanted]
-        save_picture(picture_grid(rows, prompts, labels), folder / "progress.png", longcat=GRID)
+        rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in labels] for i in wanted]
+        save_picture(picture_grid(rows, prompts, labels.values()), folder / "progress.png", longcat=GRID)
     except Exception as error:
         smaller = "; a smaller validation_resolution needs less memory" if is_out_of_memory(error) else ""
         say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
@@ -575,9 +563,8 @@ def model_card(config):
 
 # A LoRA for {hub}
 
-Rank {config.lora_rank}, trained at {config.resolution} px.{f" Trigger words: **{words}**." * bool(words)}
-With diffusers, in the `LongCatImagePipeline` of its base: `pipe.transformer.load_lora_adapter("{LORA_NAME}")`, then
-`pipe("a prompt", enable_prompt_rewrite=False)`. In ComfyUI: in `models/loras`, by the LoraLoader node.
+Rank {config.lora_rank}, trained at {config.resolution} px. In ComfyUI: in `models/loras`, by the LoraLoader node.
+With diffusers: `pipe.transformer.load_lora_adapter("{LORA_NAME}")`, then `pipe(..., enable_prompt_rewrite=False)`.
 
 {"![before, while and after it was trained](validation/progress.png)" * bool(config.validation_prompts)}
 """
@@ -619,21 +606,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def memory_advice(config):
-    """What to change when memory runs out, of what is not set already, in the order that costs least."""
-    batch, offload, mac = config.train_batch_size, config.enable_group_offload, torch.backends.mps.is_available()
-    advice = {
-        f"train_batch_size 1 with gradient_accumulation_steps {batch * config.gradient_accumulation_steps}": batch > 1,
-        "base_model_precision int8-quanto": config.base_model_precision == "no_change",
-        "gradient_checkpointing true": config.gradient_checkpointing is not True and not offload,
-        "enable_group_offload true": not offload and not mac,  # a Mac has but one memory
-        "offloaded_blocks null": offload and config.offloaded_blocks is not None,
-        "base_model_precision int4-quanto": config.base_model_precision != "int4-quanto",
-        f"a resolution under {config.resolution}": True,
-    }
-    return "; ".join(text for text, helps in advice.items() if helps)
-
-
 # ---------------------------------------------------------------- will it fit?
 
 
@@ -643,10 +615,8 @@ def benchmark(config, device):
     sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
     if device.type == "cpu":
         sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
-        say("there is no GPU here: a model of 3 small blocks at 256x256 says nothing about the real one, whose memory")
-        say("python tests/simulate_memory.py tells, with the same config and flags")
-    transformer = random_transformer(config, device, sizes)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        say("no GPU, so only a model of 3 small blocks; tests/simulate_memory.py tells the real one's memory")
+    transformer, scheduler = random_transformer(config, device, sizes), FlowMatchEulerDiscreteScheduler()
     run = set_up(config, transformer, scheduler, device, config.max_train_steps)
     count, hidden, seconds = config.train_batch_size, transformer.config.joint_attention_dim, []
     latents, noise = torch.randn(2, count, 16, height // 8, width // 8)
@@ -656,11 +626,9 @@ def benchmark(config, device):
         train_step(config, run, [batch] * config.gradient_accumulation_steps)
         seconds.append(time.perf_counter() - start)
     a_step, peak = statistics.median(seconds[1:] or seconds), peak_memory(device)
-    say(
-        f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; "
-        f"{config.max_train_steps} steps take {a_step * config.max_train_steps / 3600:.3g} hours, without caching and "
-        f"previews; peak device memory {peak:.1f} GiB"
-    )
+    hours = f"{config.max_train_steps} steps take {a_step * config.max_train_steps / 3600:.3g} hours"
+    say(f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; {hours}")
+    say(f"without caching and previews; peak device memory {peak:.1f} GiB")
     return {"seconds_per_step": a_step, "peak_memory_gib": peak}
 
 
@@ -742,7 +710,7 @@ def show(config, run, data, metrics, stop):
     free_memory()  # of the VAE
 
 
-@stage(memory_advice)
+@stage(MEMORY_ADVICE)
 def main(config):
     """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its
     figures. Raises UserError for what the user has to mend, and KeyboardInterrupt with the number of a signal to stop

@@ -12,7 +12,6 @@ import contextlib
 import io
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from longcat_common import (
     pick_device, prepare_pos_ids, read_fitting_lora, read_header, read_lora, read_tensors, run_stage, stage, step_of,
     validation_sizes, write_file,
 )  # fmt: skip
-from prepare_data import CHINESE_FONTS, GRID, is_chinese, label, system_font
+from prepare_data import GRID, label
 
 PROMPTS = ["a cat on a window sill in the morning sun, photograph", "一只猫坐在洒满晨光的窗台上，摄影"]
 
@@ -184,15 +183,22 @@ def find_loras(config):
     return [newest_lora(Path(config.lora)) or lora_file(config.lora)]
 
 
+def read_metrics(path):
+    """Yields the dictionaries in the lines of a `metrics.jsonl`, each with its "step". What is none, such as the
+    cut-off last line of a killed run, is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield values
+
+
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
-    step = steps_of(lora)
-    for metrics in (lora.parent / "metrics.jsonl", lora.parent.parent.parent / "metrics.jsonl"):  # or a checkpoint's
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of other values, or cut off
-                values = json.loads(line)
-                if values["step"] == step:
-                    return float(values["held_out_loss"]), float(values["held_out_base"])
+    for folder in (lora.parent, lora.parent.parent.parent):  # of a run, or of a run's checkpoint
+        for values in read_metrics(folder / "metrics.jsonl"):
+            if values["step"] == steps_of(lora) and {"held_out_loss", "held_out_base"} <= values.keys():
+                return values["held_out_loss"], values["held_out_base"]
 
 
 def columns_of(config, loras):
@@ -228,7 +234,7 @@ def new_folder(output):
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from None
 
 
-@stage(lambda config: "validation_resolution 768x768; enable_group_offload true")
+@stage({"enable_group_offload": True})
 def main(config):
     """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the
     grid's path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
@@ -244,8 +250,6 @@ def main(config):
     if not loras:
         where = f", in {config.output_dir} neither" if config.lora is None else ""
         print(f"lora: none{where}; the base is drawn alone")
-    if any(map(is_chinese, prompts)) and not system_font(CHINESE_FONTS, 16):
-        print(f"labels in Chinese: no font found; install one of {', '.join(CHINESE_FONTS)}")
 
     folder = new_folder(Path(config.output_dir))  # what cannot be written is said before the work
     try:
@@ -255,9 +259,6 @@ def main(config):
         for lora in loras:
             read_fitting_lora(pipe.transformer, lora)  # what does not fit is said now, not after the base's pictures
         return draw(config, pipe, prompts, loras, columns, folder, device)
-    except KeyboardInterrupt:
-        print(f"\nwhat was drawn so far is in {folder}", file=sys.stderr)
-        raise
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing was drawn

@@ -346,8 +346,7 @@ def test_out_of_memory_says_what_to_change_and_the_last_step_is_saved(quick_conf
     with pytest.raises(ValueError, match="out of memory; what to change, the cheapest first: ") as error:
         train_lora.main(config)
     words = [
-        "train_batch_size 1 with gradient_accumulation_steps 3",
-        "int8-quanto",
+        "train_batch_size 1",
         "gradient_checkpointing true",
         "enable_group_offload true",
         "int4-quanto",
@@ -356,12 +355,6 @@ def test_out_of_memory_says_what_to_change_and_the_last_step_is_saved(quick_conf
     places = [str(error.value).index(word) for word in words]
     assert places == sorted(places)
     assert checkpoints(config) == ["step-000002"]
-    frugal = load_config(enable_group_offload=True, base_model_precision="int4-quanto", resolution=512)
-    some = load_config(enable_group_offload=True, offloaded_blocks=9)
-    assert "; offloaded_blocks null; " in "; " + train_lora.memory_advice(some)
-    assert train_lora.memory_advice(frugal) == "a resolution under 512"
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert "offload" not in train_lora.memory_advice(load_config())
 
 
 def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch):
@@ -370,6 +363,6 @@ def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch)
     config.base_model_precision = "no_change"
     figures = train_lora.main(config)
     printed = capsys.readouterr().out
-    assert "says nothing about the real one" in printed
+    assert "only a model of 3 small blocks" in printed
     assert "s a step of 1 x 1 at 256x256; 1000 steps take" in printed and figures["seconds_per_step"] > 0
     assert not list(tmp_path.iterdir())
