@@ -466,6 +466,7 @@ class Metrics:
             write_file(self.path, "".join(json.dumps(values) + "\n" for values in kept))
             if config.report_to == "tensorboard":
                 self.board = SummaryWriter(output / "logs", purge_step=step + 1)
+                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
@@ -539,10 +540,12 @@ def preview(config, run, metrics):
             save_picture(image, path, longcat=GRID, prompt=prompts[i], settings=settings)
             if metrics.board:
                 metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
-        there = previews_in(folder, wanted)
+        there, best = previews_in(folder, wanted), metrics.best()
         steps = sorted({step for step, _ in there if step <= run.step})
-        shown = [steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)]
-        labels = {step: f"step {step}" if step else "before (step 0)" for step in shown}  # each once
+        shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
+        labels = {step: f"step {step}" if step else "before (step 0)" for step in sorted(shown | ({best} & {*steps}))}
+        if best in labels and len(labels) > 1:
+            labels[best] += ", lowest held-out loss"
         empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
         rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in labels] for i in wanted]
         save_picture(picture_grid(rows, prompts, labels.values()), folder / "progress.png", longcat=GRID)
