@@ -18,23 +18,21 @@ from prepare_data import load_picture
 
 
 def test_camera_pictures(tmp_path, tiny_config):
-    """What the model sees is close to the whole picture resized, and its latents are the VAE's own."""
+    """A large JPEG is decoded at reduced size, within 45 dB of the whole one; its latents are the VAE's own."""
     exif, noise = Image.Exif(), np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    exif[0x0112] = 6
-    camera = Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC)
-    for name, options in (("landscape.jpg", {}), ("turned.jpg", {"exif": exif})):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        camera.save(tmp_path / "photos" / name, **options)
-    (tmp_path / "photos" / "landscape.txt").write_text("\ufeffa landscape\n", encoding="utf-8")
-    config = tiny_config(data_dir=str(tmp_path / "photos"), instance_prompt="一张照片", validation_prompts=[])
-    (entry, turned), prompts = cache_latents.main(config)
-    assert (entry.bucket, turned.bucket, turned.size) == ((192, 128), (128, 192), (1500, 2000))
-    assert {*prompts} == {"", "一张照片", "a landscape"}
+    exif[0x0112], camera = 6, Image.fromarray(noise).resize((2001, 1501), Image.Resampling.BICUBIC)
+    (tmp_path / "photos").mkdir()
+    camera.save(tmp_path / "photos" / "landscape.jpg")
+    camera.save(tmp_path / "photos" / "turned.jpg", exif=exif)
+    config = tiny_config(data_dir=str(tmp_path / "photos"), instance_prompt="a photo", validation_prompts=[])
+    (entry, turned), _ = cache_latents.main(config)
+    assert (entry.bucket, turned.bucket, turned.size) == ((192, 128), (128, 192), (1501, 2001))
     seen = np.array(load_picture(entry.path, entry.bucket))
-    upright = load_picture(turned.path, turned.bucket).transpose(Image.Transpose.ROTATE_90)
-    assert np.abs(np.subtract(seen, upright, dtype=int)).max() < 16
-    whole = camera.resize((192, 144), Image.Resampling.BICUBIC).crop((0, 8, 192, 136))
-    assert 10 * np.log10(255**2 / np.square(np.subtract(seen, whole, dtype=float)).mean()) > 32
+    assert np.array_equal(load_picture(turned.path, turned.bucket).transpose(Image.Transpose.ROTATE_90), seen)
+    with Image.open(entry.path) as image:
+        image.convert("RGB").save(tmp_path / "whole.bmp")
+    error = np.square(np.subtract(seen, load_picture(tmp_path / "whole.bmp", entry.bucket), dtype=float)).mean()
+    assert 45 < 10 * np.log10(255**2 / error) < 99
     vae = AutoencoderKL.from_pretrained(f"{MODEL}/vae")
     with torch.no_grad():
         posterior = vae.encode(torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
@@ -47,27 +45,18 @@ def test_camera_pictures(tmp_path, tiny_config):
 
 def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_config):
     model = shutil.copytree(MODEL, tmp_path / "model")
-    config = tiny_config(pretrained_model_name_or_path=str(model))
+    config, file = tiny_config(pretrained_model_name_or_path=str(model)), model / "text_encoder" / "model.safetensors"
     encode = lambda: encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), ["a cat", "一只猫"])
     newer = lambda name: f"model.{name}" if "visual." in name else name.replace("model.", "model.language_model.")
-    embeds, file = encode(), model / "text_encoder" / "model.safetensors"
-    weights = load_file(file)
-    assert "model.layers.1.mlp.up_proj.weight" in weights and "lm_head.weight" in weights
-    weights = {newer(name): tensor for name, tensor in weights.items()}
+    embeds, weights = encode(), {newer(name): tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
     assert torch.equal(encode(), embeds)
-    del weights["model.language_model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, file, {"format": "pt"})
+    save_file({n: t for n, t in weights.items() if "layers.1.mlp.up_proj" not in n}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
         encode()
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    del weights["single_transformer_blocks.1.proj_out.bias"]
-    save_file(weights, file, {"format": "pt"})
+    save_file({n: t for n, t in load_file(file).items() if "blocks.1.proj_out.bias" not in n}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
-        load_transformer(config, "cpu")
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is missing or damaged; make or download it again"):
         load_transformer(config, "cpu")
 
 
