@@ -44,7 +44,7 @@ FORMS = [
     ("metadata.csv", f"file_name,text\na.jpg,{CHINESE}\n".encode("gb18030"), [CHINESE]),
     ("captions.json", '{"a.jpg": {"caption": {"en": "a red field", "zh": "一片红色"}}}', BOTH),
     ("a.txt", "\u200b \u2060\u200d", ": holds no caption"),
-    ("a.txt", "café señor".encode("latin-1"), ": its text or its name is not UTF-8"),
+    ("a.txt", "一隻紅色的貓在屋頂上".encode("big5"), ": its text or its name is not UTF-8"),
     ("a.txt", "a cat".encode("utf-16-le"), ": is no text"),
     ("a.json", '{"title": "a"}', ": is no object with one of caption, text, prompt"),
     ("a.json", '{"caption": 5}', ": holds '5' where a caption"),
@@ -85,8 +85,8 @@ def test_the_first_that_there_is_counts(folder):
     table = lambda rows: "file_name,text\n" + "".join(rows)
     tables = {"metadata.jsonl": "\n".join(rows), "metadata.csv": table(f"{name},by csv\n" for name in names[:4])}
     tables["captions.json"] = json.dumps(dict.fromkeys(names[:5], "by map"))
-    own = {"txt.txt": "by txt", "txt.json": '"less"', "json.json": '"by json"'}
-    write(folder / "sub", dict.fromkeys(names, "") | tables | own)
+    tables |= {"txt.txt": "by txt", "txt.json": '"less"', "json.json": '"by json"', **dict.fromkeys(names, "")}
+    write(folder / "sub", tables)
     write(folder, {"metadata.csv": table(f"sub/{name},from above\n" for name in names[:6])})
     texts = [["by txt"], ["by json"], ["by jsonl"], ["by csv"], ["by map"], ["from above"], []]
     write(folder, {"cafe\u0301.jpg": "", "caf\u00e9.txt": "coffee", "a.png": "", "a.txt": "both"})  # as from a Mac

@@ -94,10 +94,9 @@ def test_every_kind_of_pixel(tmp_path):
 
 
 def test_nothing_is_distorted_and_the_centre_is_kept(tmp_path):
-    rng, sets = random.Random(0), bucket_sets(load_config())
-    cuts = [((450, 900), (448, 448)), ((1785, 2924), (832, 1280)), ((1676, 2714), (104, 160))]  # rounding: just outside
-    for size in [(rng.randrange(64, 900), rng.randrange(64, 900)) for _ in range(40)]:
-        cuts.append((size, tuple(side // 8 for side in buckets_of(size, sets)[0])))
+    rng, sets = random.Random(0), bucket_sets(load_config(resolution="128"))
+    cuts = [((450, 900), (448, 448)), ((239, 862), (224, 192)), ((414, 232), (192, 224))]  # rounding: just outside
+    cuts += [(size, buckets_of(size, sets)[0]) for size in zip(*(rng.sample(range(64, 900), 40) for _ in "xy"))]
     for size, bucket in cuts:
         (image := gradient(size)).save(tmp_path / "a.bmp")
         fit = ImageOps.fit(image, bucket, Image.Resampling.BICUBIC)
@@ -182,7 +181,7 @@ def test_what_the_scripts_draw_of_several_pictures_is_not_trained_on(quick_confi
 
 
 def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path):
-    for n, name in enumerate("abc"):
+    for n, name in enumerate("ab"):
         picture(data / f"{name}.bmp", colour=(n, 0, 0))
     first, _ = prepare()
     preview, manifest = (tmp_path / "output" / name for name in ("preview.jpg", "manifest.jsonl"))
@@ -192,10 +191,9 @@ def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path
     os.utime(picture(data / "b.bmp", colour=(98, 0, 0)), ns=(1, time + 10**9))
     with pytest.raises(ValueError, match="b.bmp: .* has changed since"):
         cache_latents.main(tiny_config(data_dir=None))
-    (data / "c.bmp").unlink()
     second, _ = prepare()
-    assert second.keys() == {"a.bmp", "b.bmp"} and second["a.bmp"] == first["a.bmp"]
-    assert second["b.bmp"].key != first["b.bmp"].key and preview.stat().st_mtime_ns > drawn
+    assert second["a.bmp"] == first["a.bmp"] and second["b.bmp"].key != first["b.bmp"].key
+    assert preview.stat().st_mtime_ns > drawn
     manifest.write_bytes(manifest.read_bytes()[:-40])
     assert prepare()[0]["a.bmp"].key != first["a.bmp"].key, "everything is read"
 
@@ -208,19 +206,13 @@ def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, t
     raw = picture(data / "damaged.jpg", (1300, 140)).read_bytes()  # its end is there, so that it is not decoded
     (data / "damaged.jpg").write_bytes(raw.replace(b"\xff\xc4\0\x1f", b"\xff\xc4\0\x1f" + b"\xff" * 20, 1))
     prepare(instance_prompt="红色 field", resolution="128x128,256x128,128x256,1280x128")
-    with Image.open(tmp_path / "output" / "preview.jpg") as sheet:
-        cells = [
-            sheet.crop((x + 4, y + 4, x + 196, y + 260))
-            for y in range(0, sheet.height, 260)
-            for x in range(0, 1600, 200)
-        ]
-    for part in (
-        load_picture(data / "wide.png", (192, 96)),
-        load_picture(data / "tall.png", (96, 192)),
-        Image.new("RGB", (192, 20), "#cc0000"),
-    ):
-        found = [np.abs(np.subtract(cell.crop((0, 0, *part.size)), part, dtype=int)).mean() for cell in cells]
-        assert min(found) < 8 < np.median(found)
-    assert len({cell.getpixel((50, 50))[0] // 8 for cell in cells}) > 20 and len(cells) < 72, "an even choice"
+    sheet = Image.open(tmp_path / "output" / "preview.jpg")
+    corners = [(x, y) for y in range(4, sheet.height, 260) for x in range(4, 1600, 200)]
+    seen = [load_picture(data / "wide.png", (192, 96)), load_picture(data / "tall.png", (96, 192))]
+    for part in [*seen, Image.new("RGB", (192, 20), "#cc0000")]:
+        cells = [sheet.crop((x, y, x + part.width, y + part.height)) for x, y in corners]
+        errors = [np.abs(np.subtract(cell, part, dtype=int)).mean() for cell in cells]
+        assert min(errors) < 8 < np.median(errors)
+    assert len(corners) < 72 and len({sheet.getpixel((x + 50, y + 50))[0] // 8 for x, y in corners}) > 20, "from all"
     with pytest.raises(ValueError, match="damaged.jpg: cannot be used"):
         cache_latents.main(tiny_config(data_dir=None))
