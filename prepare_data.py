@@ -4,11 +4,9 @@
 
 Captions, the first that is there counts: `picture.txt`; `picture.json`; a row of `metadata.jsonl`, `metadata.csv` or
 `captions.json` in the picture's folder or one above it (the nearest counts); `instance_prompt`. Every picture goes to
-the bucket with the nearest aspect ratio, of each resolution that it reaches; training sees it resized to cover the
-bucket, centre cropped. What is left out, and why, is said. A picture that has not changed is not read again.
+the bucket with the nearest aspect ratio, of each resolution that it reaches, resized to cover it and centre cropped.
 """
 
-import collections
 import contextlib
 import csv
 import functools
@@ -22,6 +20,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,26 +30,25 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, run_stage, unique_keys, write_file,
+    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage, unique_keys, write_file,
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation  # quieted by longcat_common
 
 PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split())
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
-CAPTION_NAMES, PATH_NAMES = ("caption", "text", "prompt"), ("file_name", "img_path")
+CAPTION_NAMES = ("caption", "text", "prompt")
 GRID = "longcat grid"  # marks what these scripts draw of several pictures, which is not to be trained on
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
 SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: the Image.Transpose that turns it upright}
 SHEET_PICTURES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
-CHINESE_FONTS = (
-    "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "STHeiti Light.ttc", "msyh.ttc",
-)  # fmt: skip
+CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "STHeiti Light.ttc", "msyh.ttc")
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
 LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
 
-Findings = functools.partial(collections.defaultdict, list)  # {title: lines} of what the user should know
+Findings = functools.partial(defaultdict, list)  # {title: lines} of what the user should know
 is_chinese = re.compile("[\u2e80-\U0010ffff]").search  # what only Chinese, Japanese and Korean fonts have
+file_stamp = lambda status: [status.st_size, status.st_mtime_ns]  # of os.stat: what tells that a file has not changed
 read_strictly = functools.partial(json.loads, object_pairs_hook=unique_keys)  # a key that is there twice is an error
 
 
@@ -71,8 +69,7 @@ class Picture:
 
 def read_manifest(path):
     """The pictures in a manifest. Raises OSError, or ValueError for one that is damaged or of another kind."""
-    read = TypeAdapter(Picture).validate_json
-    return [read(line) for line in Path(path).read_bytes().splitlines()]
+    return list(map(TypeAdapter(Picture).validate_json, Path(path).read_bytes().splitlines()))
 
 
 def reason(error):
@@ -124,14 +121,9 @@ def caption_rows(path, own, findings):
     file. Lines of JSON are not parsed yet, so that a bad one does not end its file."""
     text, kind = read_text(path, findings), path.suffix.lower()
     if own:
-        if kind == ".txt" and len(text.strip().splitlines()) > 1:
-            findings["Several lines in a .txt, joined to one caption"].append(path)
         return [("", {"file_name": path.stem, "text": text if kind == ".txt" else read_strictly(text)})]
     if kind == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-        for names in (PATH_NAMES, CAPTION_NAMES):
-            if not {*names} & {*(table.fieldnames or [])}:
-                raise ValueError(f"has no column {' or '.join(names)}; its columns: {table.fieldnames}")
         return ((f", line {table.line_num}", row) for row in table)
     if path.name != "captions.json":
         return ((f", line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
@@ -144,18 +136,19 @@ def caption_rows(path, own, findings):
 def read_captions(path, find, findings, own=False):
     """{picture: captions} of a caption file. `find(file, name)` gives the pictures of that name. What is wrong with a
     row is said, and the next one read."""
-    found = collections.defaultdict(list)
+    found = defaultdict(list)
     try:
         for where, row in caption_rows(path, own, findings):
             try:
                 row = read_strictly(row) if isinstance(row, str) else row
-                name = next((row[n] for n in PATH_NAMES if row.get(n)), None) if isinstance(row, dict) else None
-                if not isinstance(name, str):
-                    raise ValueError(f"names no picture: {PATH_NAMES[0]!r} is missing")
+                if not isinstance(row, dict) or not isinstance(
+                    name := row.get("file_name") or row.get("img_path"), str
+                ):
+                    raise ValueError("names no picture: 'file_name' is missing")
                 if None in row:
                     raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
                 captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row})
-                pictures = find(path, name if own else os.path.normpath(name.replace("\\", "/")))
+                pictures = find(path, os.path.normpath(name.replace("\\", "/")))
                 for picture in pictures:
                     found[picture] += captions
                 if not pictures or not captions:
@@ -172,20 +165,14 @@ def walk(folder, skipped, findings):
     seen = {os.path.realpath(path) for path in skipped}
     failed = lambda error: findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
-        real = os.path.realpath(root)
-        another_run = real not in seen and {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}
-        if another_run:
-            findings["Output of another run, not read"].append(root)
-        if another_run or real in seen:
+        another_run = {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}
+        if another_run or os.path.realpath(root) in seen:
+            findings["Output of a run, not read"] += [root] * another_run
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(root) / name for name in sorted(names) if not name.startswith(".")):
-            if os.path.isfile(path):
-                yield path
-            else:
-                findings[LEFT_OUT].append(f"{path}: is no file, or a link to none")
+        yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
 
 
 def read_source(source, config, findings):
@@ -203,26 +190,16 @@ def read_source(source, config, findings):
     files = [path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES]
     findings["Other files, not read"] += sorted({*paths} - {*pictures} - {*files})
     plain_name = lambda path: unicodedata.normalize("NFC", str(path))  # accents and Korean may come composed or not
-    named, used, found = collections.defaultdict(list), {}, {picture: [] for picture in pictures}
+    named, found = defaultdict(list), {picture: [] for picture in pictures}
     for picture in pictures:
         named[plain_name(picture.with_suffix(""))].append(picture)
     named |= {plain_name(picture): [picture] for picture in pictures}  # a whole name counts before a stem
-
-    def find(file, name):
-        if os.path.isabs(name) or name.startswith(".."):
-            raise ValueError(f"{name!r} is outside the folder")
-        return named.get(plain_name(file.parent / name), [])
-
+    find = lambda file, name: named.get(plain_name(file.parent / name), [])
     forms = [".txt", ".jsonl", ".csv", ".json"]  # a picture's own file counts first, then the nearest table
     files.sort(key=lambda file: (file.name in TABLES, -len(file.parts), forms.index(file.suffix.lower())))
     for file in tqdm(files, desc=f"captions of {folder}", unit="file", leave=False):
         for picture, captions in read_captions(file, find, findings, own=file.name not in TABLES).items():
-            first = used.setdefault(picture, file) if captions else None
-            if first == file:
-                found[picture] = captions
-            elif first and captions != found[picture] and (first.name in TABLES) == (file.name in TABLES):
-                # Beside a file of the picture's own a table may say what it likes.
-                findings[CAPTIONS].append(f"{picture}: {file} says something else than {first}, which is used")
+            found[picture] = found[picture] or captions
     return found.items()
 
 
@@ -233,13 +210,8 @@ def save_captions(picture, captions):
     if len(captions) == 1 and not several.exists():
         write_file(os.path.realpath(text), captions[0] + "\n")
         return text
-    try:
-        old = read_strictly(read_text(several, Findings())) if several.exists() else {}
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{several}: {reason(error)}") from None
-    kept = old if isinstance(old, dict) and set(old) & set(CAPTION_NAMES) else {}
-    new = {"caption": captions} | {name: value for name, value in kept.items() if name not in CAPTION_NAMES}
-    write_file(os.path.realpath(several), json.dumps(new, ensure_ascii=False, indent=2) + "\n")
+    old = read_json(several) if several.exists() else {}
+    write_file(os.path.realpath(several), json.dumps({**old, "caption": captions}, ensure_ascii=False, indent=2) + "\n")
     text.unlink(missing_ok=True)  # it would count before
     return several
 
@@ -264,11 +236,6 @@ def orientation_of(image):
     return 1
 
 
-def file_stamp(status):
-    """What tells that a file has not changed, from os.stat: its size in bytes and its time."""
-    return [status.st_size, status.st_mtime_ns]
-
-
 def inspect_picture(path, known):
     """{"file", "key", "size"} of a picture, as in Picture; from `known`, {(path, *file): facts}, if it has not
     changed. Raises an exception for what cannot be used."""
@@ -278,7 +245,7 @@ def inspect_picture(path, known):
         return known[(str(path), *file)]
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        if GRID in (image.info.get("longcat"), image.info.get("comment", b"").decode("ascii", "ignore")):
+        if image.info.get("longcat") == GRID or image.info.get("comment") == GRID.encode():
             raise ValueError("is a grid or a preview that these scripts have drawn")
         if image.mode in ("F", "I"):
             raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
@@ -296,14 +263,11 @@ def inspect_picture(path, known):
 def srgb_transform(profile, mode):
     """The transform of pixels of `mode` from a colour profile to sRGB; None if it cannot be used, or if it changes next
     to nothing: many profiles are sRGB under some name."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None
     colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
-    change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
-    return transform if np.abs(change).max() > 3 else None
+    with contextlib.suppress(ImageCms.PyCMSError):
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+        change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
+        return transform if np.abs(change).max() > 3 else None
 
 
 def load_picture(path, bucket):
@@ -338,76 +302,51 @@ def load_picture(path, bucket):
 
 def token_counts(tokenizer, prompts):
     """{prompt: tokens}, counted as the pipeline does: text in quotes letter by letter, the rest in one piece."""
-    pieces = lambda prompt: [
-        piece for part, quoted in split_quotation(prompt) for piece in (part if quoted else [part])
-    ]
+    pieces = lambda prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
     tokens = lambda prompt: tokenizer(pieces(prompt) or [""], add_special_tokens=False)["input_ids"]
     return {prompt: sum(map(len, tokens(prompt))) for prompt in prompts}
 
 
-def describe_pictures(pictures, findings):
-    """Adds what is worth knowing of the pictures to `findings`."""
-    copies = collections.defaultdict(set)
+def describe(pictures, config, findings):
+    """Adds what is worth knowing of the pictures and captions to `findings`. Returns a summary."""
+    copies = defaultdict(set)
     for picture in pictures:
-        path, (width, height), bucket = Path(picture.path), picture.size, picture.bucket
+        path, (width, height), bucket = picture.path, picture.size, picture.bucket
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        copies[picture.key].add(picture.path)
+        copies[picture.key].add(path)
         if scale > 1:
             findings["Smaller than their bucket"].append(f"{path}: {width}x{height}, enlarged {scale:.2f} times")
         if kept < 0.5:
             findings["More than half is cut away"].append(f"{path}: {width}x{height}, {kept:.0%} is kept")
-        if any(re.fullmatch("(.*[_-])?mask(s|label)?", name, re.IGNORECASE) for name in (path.stem, path.parent.name)):
-            findings["Named like masks, and trained on as pictures"].append(path)
-        if kohya := re.fullmatch(r"(\d+)_.+", path.parent.name):
-            line = f'{path.parent}: a source {{"path": "{path.parent}", "repeats": {kohya[1]}}} does what the name says'
-            findings["Folders named as for Kohya's scripts"].append(line)
     findings["Exact duplicates"] = [" = ".join(sorted(paths)) for paths in copies.values() if len(paths) > 1]
 
-
-def describe_captions(pictures, config, findings):
-    """Adds what is worth knowing of the captions to `findings`. Returns a sentence on them all."""
     captions = dict.fromkeys((picture.path, text) for picture in pictures for text in picture.captions)
-    chinese = sum(bool(re.search("[\u3400-\u9fff]", text)) for _, text in captions)
-    summary, tokens = f"{len(captions)} captions: {chinese} with Chinese, {len(captions) - chinese} without", {}
-    try:
-        tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
-    except (UserError, OSError, ValueError) as error:
-        summary += f"; tokens were not counted ({error})"
-    if tokens:
-        average = sum(tokens.values()) / len(tokens)
-        summary += f"; {average:.0f} tokens on average, {max(tokens.values())} at most"
-    if short := sum(count < SHORT_CAPTION for count in tokens.values()):
-        summary += f"; {short} of under {SHORT_CAPTION} tokens, and the model draws best from long descriptions"
     for word in config.trigger_words:
         count = sum(word in text for _, text in captions)
         findings["Trigger words"].append(f"{word!r}: {count} captions have it, {len(captions) - count} have not")
-    for path, text in captions:
-        quoted = " ".join(part for part, is_quoted in split_quotation(text) if is_quoted)
-        start = text if len(text) <= 60 else text[:60].rstrip() + "…"
-        if quoted:
-            findings["Quoted text, drawn letter by letter"].append(f"{path}: {quoted}")
-        elif re.search(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", text, re.IGNORECASE):
-            findings["Text in the picture? Only quoted text is drawn letter by letter"].append(f"{path}: {start}")
-        if re.search(r"\[(trigger|name|token)\]|[{<]trigger[}>]", text):
-            findings["Placeholders, trained on as they stand"].append(f"{path}: {start}")
-        if tokens and tokens[text] > TEXT_TOKENS:
-            findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"].append(f"{path}: {tokens[text]}: {start}")
-    return summary
+    where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
+    placeholders = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
+    findings["Placeholders, trained on as they stand"] = where(placeholders.search)
+    summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out; "
+    summary += f"{sum(p.repeats for p in pictures)} samples an epoch; {len(captions)} captions"
+    try:
+        tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
+    except UserError as error:
+        return f"{summary}; tokens were not counted ({error})."
+    findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(lambda text: tokens[text] > TEXT_TOKENS)
+    longest, short = max(tokens.values(), default=0), sum(tokens[text] < SHORT_CAPTION for _, text in captions)
+    summary += f" of at most {longest} tokens, {short} of them under {SHORT_CAPTION}"
+    return f"{summary}; the model draws best from long descriptions."
 
 
-def report_text(summary, pictures, findings, short=False):
-    """The report, in Markdown: the summary, the buckets, and every finding, problems first; `short` for a terminal."""
-    lines = ["# Data report", "", summary, "", "| bucket | pictures | samples an epoch |", "| --- | ---: | ---: |"]
-    for width, height in sorted({picture.bucket for picture in pictures}):
-        repeats = [picture.repeats for picture in pictures if picture.bucket == (width, height)]
-        lines.append(f"| {width}x{height} | {len(repeats)} | {sum(repeats)} |")
+def report_text(summary, pictures, findings):
+    """The report, in Markdown: the summary, the buckets, and every finding, problems first."""
+    lines = ["# Data report", "", summary, "", "| bucket | pictures |", "| --- | ---: |"]
+    lines += [f"| {w}x{h} | {count} |" for (w, h), count in sorted(Counter(p.bucket for p in pictures).items())]
     for title in sorted(filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
-        found = list(dict.fromkeys(findings[title]))  # a picture may be there in several buckets
-        shown = found[: 20 if title in (LEFT_OUT, CAPTIONS) else 3] if short else found
-        lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in shown)]
-        if len(shown) < len(found):
-            lines.append(f"- … and {len(found) - len(shown)} more, in report.md")
+        found = dict.fromkeys(findings[title])  # a picture may be there in several buckets
+        lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in found)]
     plain = (re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines)  # file names may hold anything
     return "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
 
@@ -494,23 +433,16 @@ def main(config):
         pictures += result
         if not captions:
             findings["Without a caption of their own, instance_prompt is used"].append(path)
-
-    describe_pictures(pictures, findings)
-    summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out"
-    summary += f"; {describe_captions(pictures, config, findings)}."
-    text = report_text(summary, pictures, findings)
-    as_before = report.is_file() and report.read_bytes() == text.encode()
-    print(f"{summary} As before: {report}" if as_before else report_text(summary, pictures, findings, short=True))
+    summary = describe(pictures, config, findings)
     if pictures and pictures != before:
         write_file(manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures))
-    write_file(report, text)
+    write_file(report, report_text(summary, pictures, findings))
     if not pictures:
         raise UserError(f"data_dir: no picture to train on; what was left out, and why, is in {report}")
     if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
-        data = io.BytesIO()
-        contact_sheet(pictures).save(data, "JPEG", quality=88, comment=GRID)
+        contact_sheet(pictures).save(data := io.BytesIO(), "JPEG", quality=88, comment=GRID)
         write_file(preview, data.getvalue())
-    print(f"what the model will see: {preview}")
+    print(f"{summary} See {report}, and in {preview} what the model will see.")
     return pictures
 
 
