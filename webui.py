@@ -97,10 +97,10 @@ def read_form(place, fields, others):
         if lines:
             several = name in LISTS and len(lines) > 1
             others = {**others, f"--{name}": lines if several else text.strip()}
-    given = own_keys(others)
-    if str(given.get("validation_prompts")).lower().endswith(".txt"):  # load_config would read it
-        confine(place, "validation_prompts", given["validation_prompts"])
-    config = load_config(**given)
+    prompts = own_keys(others).get("validation_prompts")
+    if str(prompts).lower().endswith(".txt"):  # load_config reads it
+        confine(place, "validation_prompts", prompts)
+    config = load_config(**others)
     for name in PATHS:
         confine(place, name, getattr(config, name))
     for source in config.data_dir:
@@ -208,7 +208,7 @@ def state_of(place, name, run):
     if not run or not path.is_file():
         return None, ""
     job = at_work(place, name, run)
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", path.read_text(encoding="utf-8", errors="replace", newline=""))
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", path.read_bytes().decode("utf-8", "replace"))
     lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
     log = "\n".join([line for line in lines if line][-LOG_LINES:])
     if job:
@@ -233,10 +233,10 @@ def find_loras(place):
 
 
 def curves(metrics):
-    """The losses in a run's metrics.jsonl as the plot's table."""
-    text = Path(metrics).read_text(encoding="utf-8").rpartition("\n")[0] if metrics else ""  # all whole lines
+    """The losses in a run's metrics.jsonl as the plot's table. Every curve has a row, or it could not come later."""
+    text = Path(metrics).read_text(encoding="utf-8").rpartition("\n")[0]  # all whole lines
     table = pd.read_json(io.StringIO(text), lines=True).reindex(columns=["step", *CURVES])
-    return table.melt("step", var_name="curve").dropna()
+    return pd.concat([pd.DataFrame({"curve": [*CURVES]}), table.melt("step", var_name="curve").dropna()])
 
 
 newest = lambda found: next(iter(found), "")  # of find_runs or find_loras
@@ -351,11 +351,8 @@ def train_tab(place, settings):
         stop = gr.Button(t("stop"), variant="stop", elem_id="stop")
     state = gr.Markdown(elem_id="state")
     with gr.Row():
-        with gr.Column():
-            look = dict(color="curve", color_map=CURVES, colors_in_legend=[], y_title=" ", height=310)
-            plot = gr.LinePlot(curves(None), "step", "value", label=t("curves"), elem_id="plot", **look)
-            legend = [f'<span style="color: {colour}">●</span> {name}' for name, colour in CURVES.items()]
-            gr.HTML(" ".join(legend))  # the plot's own is cut off
+        look = dict(color="curve", color_map=CURVES, color_title=" ", y_title=" ", visible=False)
+        plot = gr.LinePlot(None, "step", "value", label=t("curves"), elem_id="plot", **look)
         log = gr.Textbox(label=t("log"), elem_id="log", **LOG)
     preview = gr.Image(visible=False, elem_id="previews", **PICTURE)
     lora = gr.DownloadButton(t("download"), visible=False, elem_id="download")
@@ -374,13 +371,14 @@ def train_tab(place, settings):
 
     def show(made):
         metrics, *files = [file if there else None for file, there in made]
-        return curves(metrics), *(gr.update(value=file, visible=bool(file)) for file in files)
+        values = [metrics and curves(metrics), *files]
+        return [gr.update(value=value, visible=value is not None) for value in values]
 
     start.click(begin, settings, message).then(lambda: None, None, chosen)  # the newest
     stop.click(lambda run: stop_job(place, "train_lora", run or newest(find_runs(place))), chosen)
     chosen.focus(lambda: gr.update(choices=[*find_runs(place)]), None, chosen, show_progress="hidden")
     made.change(show, made, [plot, preview, lora], show_progress="hidden")
-    gr.Timer(REFRESH_SECONDS).tick(refresh, chosen, [state, log, made], show_progress="hidden", queue=False)
+    gr.Timer(REFRESH_SECONDS).tick(refresh, chosen, [state, log, made], show_progress="hidden")
 
 
 def try_tab(place):
@@ -422,7 +420,7 @@ def try_tab(place):
     draw.click(begin, [lora, *form], message)
     lora.focus(lambda: gr.update(choices=[*find_loras(place)]), None, lora, show_progress="hidden")
     drawn.change(show, drawn, pictures, show_progress="hidden")
-    gr.Timer(REFRESH_SECONDS).tick(refresh, lora, [state, log, drawn], show_progress="hidden", queue=False)
+    gr.Timer(REFRESH_SECONDS).tick(refresh, lora, [state, log, drawn], show_progress="hidden")
 
 
 def make_page(place, start):
