@@ -138,8 +138,8 @@ def field(name, text, form):
 
 def said(error):
     """What is wrong as Markdown, a paragraph a line; before a key that has a field stands the field's label."""
-    label = lambda line: f"**{t(line.split(':')[0])}** – " if line.split(":")[0] in (*FRONT, *TRY) else ""
-    return "\n\n".join(f"⚠ {label(line)}{plain(line)}" for line in str(error).splitlines())
+    lines = [(re.split(r"[:.\[]", line)[0], plain(line)) for line in str(error).splitlines()]
+    return "\n\n".join(f"⚠ **{t(key)}** – {line}" if key in FRONT + TRY else f"⚠ {line}" for key, line in lines)
 
 
 def told(action):
@@ -210,7 +210,9 @@ def state_of(place, name, run):
     job = at_work(place, name, run)
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", path.read_bytes().decode("utf-8", "replace"))
     lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
-    log = "\n".join([line for line in lines if line][-LOG_LINES:])
+    bar = lambda line: re.sub(r": +\d+%\|.*", "", line)  # a progress bar's name, of another line all
+    last = sorted({bar(line): i for i, line in enumerate(lines) if line}.values())
+    log = "\n".join(lines[i] for i in last[-LOG_LINES:])
     if job:
         return ("running" if job["pid"] else "stopping"), log
     finished = re.search(r"^(LoRA|base beside LoRA): ", log, re.MULTILINE)
@@ -281,8 +283,7 @@ def data_tab(place, settings):
         report = gr.Textbox(label=t("report"), elem_id="report", **LOG)
         gr.Markdown(t("choose_picture"))
         with gr.Row():
-            options = dict(columns=6, height=560, interactive=False, buttons=[], scale=2)
-            gallery = gr.Gallery(show_label=False, elem_id="pictures", **options)
+            gallery = gr.Gallery(columns=6, height=560, scale=2, elem_id="pictures", **PICTURE)
             with gr.Column():
                 caption = gr.Textbox(label=t("caption"), lines=4, elem_id="caption", interactive=True)
                 save = gr.Button(t("save_caption"), elem_id="save-caption")
@@ -391,8 +392,7 @@ def try_tab(place):
             message = gr.Markdown(elem_id="try-message")
         with gr.Column(scale=2):
             state = gr.Markdown(elem_id="try-state")
-            options = dict(columns=4, height=640, preview=True, interactive=False, buttons=["download", "fullscreen"])
-            pictures = gr.Gallery(show_label=False, elem_id="grid", **options)
+            pictures = gr.Gallery(columns=4, height=640, preview=True, elem_id="grid", **PICTURE)
             log = gr.Textbox(label=t("log"), **LOG)
     drawn = gr.State()  # the newest grid
 

@@ -4,12 +4,10 @@ import json
 import os
 import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,10 +26,9 @@ GOOD = {"output_dir": "output/run", "cache_dir": "output/cache"}
 AT_WORK = """import json, pathlib, signal, sys, time
 told = []
 signal.signal(signal.SIGTERM, lambda *_: (print('stopping, told so', flush=True), told.append(1)))
-folder = pathlib.Path(json.load(open(sys.argv[1]))['output_dir'])
 print('at work', flush=True)
-while not (folder / 'end').exists(): time.sleep(0.01)
-print('told', len(told)) if told else print('LoRA: here')"""
+while not pathlib.Path(json.load(open(sys.argv[1]))['output_dir'], 'end').exists(): time.sleep(0.01)
+print('told', len(told))"""
 
 
 @pytest.fixture
@@ -108,28 +105,18 @@ def state(place, name="run"):
     return webui.state_of(place, "train_lora", f"output/{name}")
 
 
-def test_one_job_at_a_time_whatever_it_is_named(place):
+def test_one_job_at_a_time_outlives_the_server_and_is_told_once_to_stop(place):
     other = "$(touch hacked); `touch hacked` && touch hacked --x"  # a value, no command
     assert state(place) == (None, "")
-    start(place)
-    with pytest.raises(UserError, match="at work in output/run; stop that, or wait"):
-        start(place, other)
-    wait_for(lambda: state(place) == ("running", "at work"))
-    Path("output/run/end").touch()
-    wait_for(lambda: state(place)[0] == "finished")
-    start(place, other, "1 / 0")
-    wait_for(lambda: state(place, other)[0] == "failed" and state(place)[0] == "finished")
-    assert [*webui.find_runs(place)] == [f"output/{other}", "output/run"] and not [*Path().rglob("hacked")]
-
-
-def test_a_job_outlives_the_server_and_stop_is_one_signal(place):
     server = os.fork()
     if not server:
         os.setsid()
         start(place)
-        os.killpg(0, signal.SIGKILL)
-    assert os.waitpid(server, 0)[1] == signal.SIGKILL
+        os.killpg(0, 9)
+    assert os.waitpid(server, 0)[1] == 9
     wait_for(lambda: state(place) == ("running", "at work"))
+    with pytest.raises(UserError, match="at work in output/run; stop that, or wait"):
+        start(place, other)
     for run in ("output/other", "output/run", "output/run"):
         webui.stop_job(place, "train_lora", run)
         time.sleep(0.1)  # a signal that waits for another of its kind is lost
@@ -137,168 +124,147 @@ def test_a_job_outlives_the_server_and_stop_is_one_signal(place):
     Path("output/run/end").touch()
     wait_for(lambda: state(place)[0] == "stopped")
     assert state(place)[1].splitlines()[-1] == "told 1"
+    for code, ending in (("print('LoRA: here')", "finished"), ("1 / 0", "failed")):
+        start(place, other, code)
+        wait_for(lambda: state(place, other)[0] == ending)
+    assert [*webui.find_runs(place)] == [f"output/{other}", "output/run"] and not [*Path().rglob("hacked")]
 
 
 def test_runs_with_what_is_half_written_or_not_ours(place):
+    made, step = "output/made", "checkpoints/step-000005"
+    log = "begun\n\rn:  0%| |\n\rn:  2%| |\rn:  9%|█|\n\x1b[A\r  \rLoRA: x"  # with a progress bar
+    metrics = '{"step": 5, "loss": 0.5}\n{"step": 6, "held_out_loss": 1}\n{"step": 6, "lo'
     for name, text in {
-        "made/config.json": "{}", "deep/er/config.json": "no JSON", "no/run.txt": "", f"made/{LORA_NAME}": "",
-        f"made/checkpoints/step-000005/{LORA_NAME}": "", f"made/checkpoints/.step-000006.tmp/{LORA_NAME}": "",
-        "made/metrics.jsonl": '{"step": 5, "loss": 0.5}\n{"step": 6, "held_out_loss": 1}\n{"step": 6, "lo',
-        "made/.webui/train_lora.log": "begun\n\rsteps:   0%|  |\rsteps:  22%|█ |\n\x1b[A\r        \rLoRA: x\r\n",
+        "config.json": "{}", "deep/config.json": "no JSON", "deep/er/config.json": "", "metrics.jsonl": metrics,
+        LORA_NAME: "", f"{step}/{LORA_NAME}": "", f"checkpoints/.x.tmp/{LORA_NAME}": "", ".webui/train_lora.log": log,
     }.items():  # fmt: skip
-        (place.output / name).parent.mkdir(parents=True, exist_ok=True)
-        (place.output / name).write_text(text, newline="")
-    (place.output / "link").symlink_to(Path.cwd())
-    assert {*webui.find_runs(place)} == {"output/made", "output/deep/er"}
-    loras = [file.removesuffix(LORA_NAME) for file in webui.find_loras(place)]
-    assert loras == ["output/made/", "output/made/checkpoints/step-000005/"]
-    assert state(place, "made") == ("finished", "begun\nsteps:  22%|█ |\nLoRA: x")
-    curves = webui.curves("output/made/metrics.jsonl").dropna().values.tolist()
-    assert curves == [["loss", 5, 0.5], ["held_out_loss", 6, 1]]
-
-
-@pytest.fixture
-def serve(place):
-    """Runs `python webui.py` with these flags in a clone here; gives a function for the status of a request."""
-    for path in [*ROOT.glob("*.py"), ROOT / "webui_texts.json", ROOT / "configs", TINY]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, path.relative_to(ROOT))
-    opener, servers = urllib.request.build_opener(urllib.request.HTTPCookieProcessor()), []
-
-    def status(path, data=None, **headers):
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        try:
-            return opener.open(urllib.request.Request(PAGE + path, data, headers), timeout=20).status
-        except urllib.error.URLError as error:
-            return getattr(error, "code", 0)
-
-    def start(*flags):
-        servers.append(subprocess.Popen([sys.executable, "webui.py", "--port", PAGE[-4:], *flags]))
-        wait_for(lambda: status("/"), 90)
-        return status
-
-    yield start
-    servers[0].terminate()
-    servers[0].wait()
-
-
-@pytest.mark.slow
-def test_the_server_serves_nothing_else_and_nobody_else(serve):
-    status = serve("--host", "0.0.0.0", "--password", "right and long")
-    Path("output/a.txt").write_text("a text")
-    Path("output/link").symlink_to("/etc/passwd")
-    kind, order = {"Content_Type": "application/json"}, b'{"data": [], "fn_index": 0, "session_hash": "x"}'
-    join, file = "/gradio_api/queue/join", f"/gradio_api/file={Path.cwd()}/"
-    assert [status(path) for path in ("/config", f"{file}output/a.txt", "/gradio_api/info")] == [401] * 3
-    assert status(join, order, **kind) == 401
-    assert [status("/login", b"username=me&password=" + word) for word in (b"wrong", b"right+and+long")] == [400, 200]
-    assert status(f"{file}output/a.txt") == 200
-    for path in ("webui.py", "output/../webui.py", "output/link", "private/prompts.txt", "../../../../../etc/passwd"):
-        assert {status(file + name) for name in (path, path.replace("/", "%2f"))} <= {403, 404}, path
-    for origin, site, right in (
-        ("http://evil.example", {"Sec_Fetch_Site": "cross-site"}, 403), ("http://evil.example", {}, 403),
-        ("null", {}, 403), (PAGE, {}, 200), ("https://a.proxy", {"Sec_Fetch_Site": "same-origin"}, 200),
-    ):  # fmt: skip
-        assert status(join, order, Origin=origin, **kind, **site) == status("/config", Origin=origin, **site) == right
+        Path(made, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(made, name).write_text(text, newline="")
+    Path("output/link").symlink_to(Path.cwd())
+    assert {*webui.find_runs(place)} == {made, f"{made}/deep"}
+    assert [*webui.find_loras(place)] == [f"{made}/{LORA_NAME}", f"{made}/{step}/{LORA_NAME}"]
+    assert state(place, "made") == ("finished", "begun\nn:  9%|█|\nLoRA: x")
+    curves = webui.curves(f"{made}/metrics.jsonl").dropna()
+    assert curves.values.tolist() == [["loss", 5, 0.5], ["held_out_loss", 6, 1]]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
-def test_from_an_empty_browser_to_a_lora(serve):
+def test_from_an_empty_browser_to_a_lora(place, request):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     playwright.expect.set_options(timeout=240_000)
-    asked, errors = [], []
-    assert serve()("/", Host="evil.example") == 400
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    driver = playwright.sync_playwright().start()
+    request.addfinalizer(driver.stop)
+    browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    for path in [*ROOT.glob("*.py"), ROOT / "webui_texts.json", ROOT / "configs", TINY]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, path.relative_to(ROOT))
+    server = subprocess.Popen([sys.executable, "webui.py", *"--host 0.0.0.0 --port 8071 --password a-long-one".split()])
+    request.addfinalizer(server.terminate)
+    page = browser.new_page(base_url=PAGE, locale="en", viewport={"width": 1280, "height": 900})
+    asked, errors, join = [], [], dict(data={"data": [], "fn_index": 0, "session_hash": "x"})
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    status = lambda path, **options: page.request.fetch(path, **options).status
 
-        def open_page(language, width):
-            page = browser.new_page(locale=language, viewport={"width": width, "height": 900})
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            page.goto(PAGE)
-            return page
+    # Nothing without the password, nothing but what is in output, and nothing for another site's page.
+    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 8071)) == 0, 120)
+    Path("output/a.txt").write_text("a text")
+    Path("output/link").symlink_to("/etc/passwd")
+    file, order = f"/gradio_api/file={Path.cwd()}/", "/gradio_api/queue/join"
+    assert [status(path) for path in ("/config", f"{file}output/a.txt", "/gradio_api/info")] == [401] * 3
+    assert status(order, method="POST", **join) == 401
+    for password, right in (("wrong", 400), ("a-long-one", 200)):
+        assert status("/login", method="POST", form={"username": "me", "password": password}) == right
+    assert status(f"{file}output/a.txt") == 200
+    for path in ("webui.py", "output/../webui.py", "output/link", "private/prompts.txt", "../../../../../etc/passwd"):
+        assert {status(file + name) for name in (path, path.replace("/", "%2f"))} <= {403, 404}, path
+    evil = "http://evil.example"
+    for origin, site, right in ((evil, "", 403), ("null", "", 403), (PAGE, "", 200), (evil, "same-origin", 200)):
+        headers = {"Origin": origin, "Sec-Fetch-Site": site}
+        assert status("/config", headers=headers) == status(order, method="POST", headers=headers, **join) == right
 
-        def fill(form, **texts):
-            for name, text in texts.items():
-                field(form + name).fill(text)
-            field(form + name).blur()
+    def fill(form, **texts):
+        for name, text in texts.items():
+            field(form + name).fill(text)
+        field(form + name).blur()
 
-        page = open_page("en", 1280)
-        field = lambda name: page.locator(f"#{name} textarea, #{name} input").first
-        see = lambda name, text: playwright.expect(page.locator(f"#{name}")).to_contain_text(TEXTS.get(text, [text])[0])
-        holds = lambda name, text: playwright.expect(field(name)).to_have_value(re.compile(text))
-        tab = lambda name, language=0: page.get_by_role("tab", name=TEXTS[name][language]).click()
-        shot = lambda name: page.screenshot(path=Path(os.environ.get("SCREENSHOTS", ".")) / name, full_page=True)
+    field = lambda name: page.locator(f"#{name} textarea, #{name} input").first
+    see = lambda name, text: playwright.expect(page.locator(f"#{name}")).to_contain_text(TEXTS.get(text, [text])[0])
+    holds = lambda name, text: playwright.expect(field(name)).to_have_value(re.compile(text))
+    tab = lambda name: (
+        page.locator("button[role=tab]:visible").nth(["set_up", "data", "train", "try_it"].index(name)).click()
+    )
+    shot = lambda name: page.screenshot(path=Path(os.environ.get("SCREENSHOTS", ".")) / name, full_page=True)
 
-        # Set up: what is wrong is told with its field's label.
-        holds("key-output_dir", "output/tiny")
-        page.locator("#more-box button").first.click()
-        page.locator("#more .cm-content").click()
-        page.keyboard.press("Control+A")
-        more = dict(cache_dir="output/cache", validation_resolution="128x128", checkpoint_step_interval=20)
-        page.keyboard.insert_text(json.dumps(more | dict(validation_num_inference_steps=4, validation_split=0.1)))
-        fill("key-", output_dir="output/page", validation_step_interval="20", max_train_steps="many")
-        see("set-up-message", "Steps – max_train_steps: found 'many', must be a valid integer")
-        fill("key-", max_train_steps="40")
+    # Set up: what is wrong is told with its field's label.
+    page.goto("/")
+    holds("key-output_dir", "output/tiny")
+    page.locator("#more-box button").first.click()
+    page.locator("#more .cm-content").click()
+    page.keyboard.press("Control+A")
+    more = dict(cache_dir="output/cache", validation_resolution="128x128", checkpoint_step_interval=20)
+    page.keyboard.insert_text(json.dumps(more | dict(validation_num_inference_steps=4, validation_split=0.1)))
+    fill("key-", output_dir="output/page", validation_step_interval="20", max_train_steps="many")
+    see("set-up-message", "Steps – max_train_steps: found 'many', must be a valid integer")
+    fill("key-", max_train_steps="40")
 
-        # Data: a caption corrected where it stands, and not over somebody else's.
-        tab("data")
-        Path(PICTURES, "zumi-05.txt").write_text("![a](http://outside.invalid/a) <img src=http://outside.invalid/b>")
-        page.click("#look")
-        see("data-message", "35 pictures, 0 left out")
-        page.locator("#pictures button.thumbnail-item").nth(1).click()
-        holds("caption", "zumi on a blue background")
-        fill("", caption="a corrected caption\n改过的描述")
-        page.click("#save-caption")
-        see("caption-message", "saved")
-        caption = Path(PICTURES, "zumi-01.json")
-        assert json.loads(caption.read_text("utf-8")) == {"caption": ["a corrected caption", "改过的描述"]}
-        caption.write_text('{"caption": "changed elsewhere"}')
-        page.click("#save-caption")
-        see("caption-message", "changed_meanwhile")
-        assert caption.read_text() == '{"caption": "changed elsewhere"}'
+    # Data: a caption corrected where it stands, and not over somebody else's.
+    tab("data")
+    Path(PICTURES, "zumi-05.txt").write_text("![a](http://outside.invalid/a) <img src=http://outside.invalid/b>")
+    page.click("#look")
+    see("data-message", "35 pictures, 0 left out")
+    page.locator("#pictures button.thumbnail-item").nth(1).click()
+    holds("caption", "zumi on a blue background")
+    fill("", caption="a corrected caption\n改过的描述")
+    page.click("#save-caption")
+    see("caption-message", "saved")
+    caption = Path(PICTURES, "zumi-01.json")
+    assert json.loads(caption.read_text("utf-8")) == {"caption": ["a corrected caption", "改过的描述"]}
+    caption.write_text('{"caption": "changed elsewhere"}')
+    page.click("#save-caption")
+    see("caption-message", "changed_meanwhile")
+    assert caption.read_text() == '{"caption": "changed elsewhere"}'
 
-        # Train: start, stop, and go on from a page where nothing typed is left but the run itself.
-        tab("train")
-        page.click("#start")
-        holds("log", r"training: .* [1-9]\d*/40 ")
-        page.click("#start")
-        see("train-message", "at work in output/page")
-        page.click("#stop")
-        see("state", "stopped")
-        assert [*Path("output/page/checkpoints").iterdir()] and not Path("output/page", LORA_NAME).exists()
-        page.reload()
-        page.click("#config input")
-        page.get_by_role("option", name="output/page").click()
-        holds("key-output_dir", "output/page")
-        tab("train")
-        page.click("#start")
-        see("state", "finished")
-        playwright.expect(page.locator("#plot svg")).to_be_visible()
-        playwright.expect(page.locator("#previews img")).to_be_visible()
-        shot("train.png")
-        with page.expect_download() as download:
-            page.click("#download")
-        assert Path(download.value.path()).read_bytes() == Path("output/page", LORA_NAME).read_bytes()
+    # Train: start, stop, and go on from a page where nothing typed is left but the run itself.
+    tab("train")
+    page.click("#start")
+    holds("log", r"training: .* [1-9]\d*/40 ")
+    page.click("#stop")
+    see("state", "stopped")
+    assert [*Path("output/page/checkpoints").iterdir()] and not Path("output/page", LORA_NAME).exists()
+    page.reload()
+    page.click("#config input")
+    page.get_by_role("option", name="output/page").click()
+    holds("key-output_dir", "output/page")
+    tab("train")
+    page.click("#start")
+    see("state", "finished")
+    playwright.expect(page.locator("#plot svg")).to_be_visible()
+    playwright.expect(page.locator("#previews img")).to_be_visible()
+    shot("train.png")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert Path(download.value.path()).read_bytes() == Path("output/page", LORA_NAME).read_bytes()
 
-        # Try it: base and LoRA side by side.
-        tab("try_it")
-        fill("try-", validation_prompts="zumi，粉色背景", validation_lora_strength="0.5, 1", validation_seed="x")
-        page.click("#draw")
-        see("try-message", "Seed – validation_seed")
-        fill("try-", validation_seed="7")
-        page.click("#draw")
-        playwright.expect(page.locator("#grid img")).to_have_count(5)  # the grid, large; then that, and three pictures
-        shot("try.png")
+    # Try it: base and LoRA side by side.
+    tab("try_it")
+    fill("try-", validation_prompts="zumi，粉色背景", validation_lora_strength="0.5, 1", validation_seed="x")
+    page.click("#draw")
+    see("try-message", "Seed – validation_seed[0]: found 'x'")
+    fill("try-", validation_seed="7")
+    page.click("#draw")
+    playwright.expect(page.locator("#grid img")).to_have_count(5)  # the grid, large; then that, and three pictures
+    shot("try.png")
 
-        # On a phone, in Chinese: every tab fits, and no text is left out.
-        page = open_page("zh-CN", 390)
-        for name in ("set_up", "data", "train", "try_it"):
-            tab(name, 2)
-            playwright.expect(page.get_by_text(TEXTS[f"about_{name}"][2])).to_be_visible()
-            page.wait_for_timeout(2500)
-            shot(f"zh-{name}.png")
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            assert not re.search("__i18n__|translation_metadata", page.locator("body").inner_text())
-        browser.close()
+    # On a phone, in Chinese: every tab fits, and no text is left out.
+    cookies = page.context.storage_state()
+    page = browser.new_page(locale="zh-CN", viewport={"width": 390, "height": 900}, storage_state=cookies)
+    page.goto(PAGE)
+    for name in ("set_up", "data", "train", "try_it"):
+        tab(name)
+        playwright.expect(page.get_by_text(TEXTS[f"about_{name}"][2])).to_be_visible()
+        page.wait_for_timeout(2500)
+        shot(f"zh-{name}.png")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert not re.search("__i18n__|translation_metadata", page.locator("body").inner_text())
     assert not errors and not [url for url in asked if not url.startswith((PAGE, "data:", "blob:"))]
