@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import textwrap
 import unicodedata
@@ -141,9 +140,8 @@ def read_captions(path, find, findings, own=False):
         for where, row in caption_rows(path, own, findings):
             try:
                 row = read_strictly(row) if isinstance(row, str) else row
-                if not isinstance(row, dict) or not isinstance(
-                    name := row.get("file_name") or row.get("img_path"), str
-                ):
+                name = (row.get("file_name") or row.get("img_path")) if isinstance(row, dict) else None
+                if not isinstance(name, str):
                     raise ValueError("names no picture: 'file_name' is missing")
                 if None in row:
                     raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
@@ -263,7 +261,7 @@ def inspect_picture(path, known):
 def srgb_transform(profile, mode):
     """The transform of pixels of `mode` from a colour profile to sRGB; None if it cannot be used, or if it changes next
     to nothing: many profiles are sRGB under some name."""
-    colours = Image.frombytes(mode, (64, 64), random.Random(0).randbytes(64 * 64 * len(mode)))
+    colours = Image.frombytes(mode, (64, 64), np.random.default_rng(0).bytes(64 * 64 * len(mode)))
     with contextlib.suppress(ImageCms.PyCMSError):
         transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
         change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
@@ -308,7 +306,8 @@ def token_counts(tokenizer, prompts):
 
 
 def describe(pictures, config, findings):
-    """Adds what is worth knowing of the pictures and captions to `findings`. Returns a summary."""
+    """What is worth knowing of the pictures and captions: (summary, report in Markdown with every finding, problems
+    first). `findings` holds what reading them has found."""
     copies = defaultdict(set)
     for picture in pictures:
         path, (width, height), bucket = picture.path, picture.size, picture.bucket
@@ -328,27 +327,26 @@ def describe(pictures, config, findings):
     where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
     placeholders = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
     findings["Placeholders, trained on as they stand"] = where(placeholders.search)
+    lettering = re.compile(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", re.IGNORECASE)
+    unquoted = lambda text: lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
+    findings["Text in the picture? Only quoted text is drawn letter by letter"] = where(unquoted)
     summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out; "
     summary += f"{sum(p.repeats for p in pictures)} samples an epoch; {len(captions)} captions"
     try:
         tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
+        findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(lambda text: tokens[text] > TEXT_TOKENS)
+        longest, short = max(tokens.values(), default=0), sum(tokens[text] < SHORT_CAPTION for _, text in captions)
+        summary += f" of at most {longest} tokens, {short} of them under {SHORT_CAPTION}"
+        summary += "; the model draws best from long descriptions."
     except UserError as error:
-        return f"{summary}; tokens were not counted ({error})."
-    findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(lambda text: tokens[text] > TEXT_TOKENS)
-    longest, short = max(tokens.values(), default=0), sum(tokens[text] < SHORT_CAPTION for _, text in captions)
-    summary += f" of at most {longest} tokens, {short} of them under {SHORT_CAPTION}"
-    return f"{summary}; the model draws best from long descriptions."
-
-
-def report_text(summary, pictures, findings):
-    """The report, in Markdown: the summary, the buckets, and every finding, problems first."""
+        summary += f"; tokens were not counted ({error})."
     lines = ["# Data report", "", summary, "", "| bucket | pictures |", "| --- | ---: |"]
     lines += [f"| {w}x{h} | {count} |" for (w, h), count in sorted(Counter(p.bucket for p in pictures).items())]
     for title in sorted(filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
         found = dict.fromkeys(findings[title])  # a picture may be there in several buckets
         lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in found)]
     plain = (re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines)  # file names may hold anything
-    return "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
+    return summary, "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
 
 
 @functools.cache
@@ -433,15 +431,17 @@ def main(config):
         pictures += result
         if not captions:
             findings["Without a caption of their own, instance_prompt is used"].append(path)
-    summary = describe(pictures, config, findings)
+    summary, text = describe(pictures, config, findings)
     if pictures and pictures != before:
         write_file(manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures))
-    write_file(report, report_text(summary, pictures, findings))
+    write_file(report, text)
     if not pictures:
         raise UserError(f"data_dir: no picture to train on; what was left out, and why, is in {report}")
     if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
         contact_sheet(pictures).save(data := io.BytesIO(), "JPEG", quality=88, comment=GRID)
         write_file(preview, data.getvalue())
+    for line in findings[LEFT_OUT][:9]:
+        print(f"left out: {line}")
     print(f"{summary} See {report}, and in {preview} what the model will see.")
     return pictures
 

@@ -118,7 +118,12 @@ def test_a_messy_folder(prepare, data, tmp_path, monkeypatch, capsys):
     os.symlink(data / "gone.png", data / "dangling.png")
     os.symlink(data, data / "sub" / "round")
     os.symlink(shutil.copy(data / "a.jpg", tmp_path / "linked.jpg"), data / "linked.jpg")
-    captions = {"a": "[trigger] a neonix cat", "strip": f"'{'letters ' * 90}'", "same": "word " * 30, "lone\nly": "?"}
+    captions = {
+        "a": "[trigger] a neonix cat",
+        "strip": f"'{'letters ' * 90}'",
+        "same": "a poster " * 30,
+        "lone\nly": "?",
+    }
     for name, caption in captions.items():
         (data / f"{name}.txt").write_text(caption)
     for name in ("notes.pdf", ".hidden.jpg", "text.png"):
@@ -143,6 +148,7 @@ def test_a_messy_folder(prepare, data, tmp_path, monkeypatch, capsys):
             f"## Exact duplicates: 1\n\n- {data}/a.jpg = {data}/linked.jpg\n", "instance_prompt is used: 4\n",
             "- 'neonix': 1 captions have it, 7 have not\n- 'zumi': 0 captions have it, 8 have not",
             f"## Placeholders, trained on as they stand: 1\n\n- {data}/a.jpg: [trigger] a neonix cat\n",
+            "## Text in the picture? Only quoted text is drawn letter by letter: 2\n",
             f"## Over 512 tokens, the rest is not read: 1\n\n- {data}/strip.png: 'letters",
         ):  # fmt: skip
             assert words in report, (words, report)
