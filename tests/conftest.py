@@ -46,18 +46,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
 def start_script(log, script, *arguments, errors=None, **environment):
     """Starts `python script ...` from the repository's root in a process that has the imports behind it. What it
     prints is added to the file `log`, its errors to `errors` if that is another one."""
-    logs = [str(log), str(errors or log)]
-    for path in logs:
-        Path(path).touch()
-    what = (logs, str(script), [*map(str, arguments)], environment)
+    what = (str(log), str(errors or log), str(script), [*map(str, arguments)], environment)
     process = FORKS.Process(target=run_child, args=what, daemon=True)
     process.start()
     return process
 
 
-def run_child(logs, script, arguments, environment):
-    for number, log in enumerate(logs, 1):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+def run_child(log, errors, script, arguments, environment):
+    for number, path in enumerate((log, errors), 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", buffering=1, encoding="utf-8")
     os.chdir(ROOT)
     os.environ.update(environment)
@@ -72,29 +69,27 @@ def run_child(logs, script, arguments, environment):
 def run_script(script, *arguments, check=True):
     """Runs `python script ...` as start_script does, to its end. Returns its stdout, stderr and returncode."""
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / "stdout", Path(folder) / "stderr"]
+        logs = [Path(folder, name) for name in ("stdout", "stderr")]
         process = start_script(logs[0], script, *arguments, errors=logs[1])
         process.join()
         printed = [log.read_text(encoding="utf-8") for log in logs]
-    done = subprocess.CompletedProcess([script, *arguments], process.exitcode, *printed)
-    if check and done.returncode:
-        pytest.fail(f"{done.args} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done
+    if check and process.exitcode:
+        pytest.fail(f"{script} {arguments} exited with {process.exitcode}:\n" + "\n".join(printed)[-5000:])
+    return subprocess.CompletedProcess([script, *arguments], process.exitcode, *printed)
 
 
 def run_together(script, count, folder, *arguments):
     """Runs a script in `count` processes with the environment that torchrun gives them. Returns what each printed."""
     with socket.socket() as free:
         free.bind(("", 0))
-        port = free.getsockname()[1]
-    together = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    logs = [folder / f"process-{i}" for i in range(count)]
-    own = [{**together, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-    processes = [start_script(log, script, *arguments, **environment) for log, environment in zip(logs, own)]
+        together = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    logs = {str(rank): folder / f"process-{rank}" for rank in range(count)}
+    own = lambda rank: {**together, "RANK": rank, "LOCAL_RANK": rank}
+    processes = [start_script(log, script, *arguments, **own(rank)) for rank, log in logs.items()]
     for process in processes:
         process.join()
-    printed = [log.read_text(encoding="utf-8") for log in logs]
-    assert [process.exitcode for process in processes] == [0] * count, printed
+    printed = [log.read_text(encoding="utf-8") for log in logs.values()]
+    assert not any(process.exitcode for process in processes), printed
     return printed
 
 
@@ -146,19 +141,17 @@ def made_up(i, bucket=(64, 64), **fields):
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """A function (name, make) that gives a folder which make(folder) has filled: once for all processes of this
-    session."""
+    """A function (name, make) that gives a folder which make(folder) has filled, once for this session's processes."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def once(name, make):
+        folder, made = root / name, root / f"{name}.made"
         with FileLock(root / f"{name}.lock"):
-            folder = root / name
-            if not (root / f"{name}.made").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
                 make(folder)
-                (root / f"{name}.made").touch()
+                made.touch()
         return folder
 
     return once
@@ -180,8 +173,7 @@ def tiny_config(tmp_path):
 
 @pytest.fixture
 def quick_config(tmp_path, few_pictures, made_once):
-    """A function that gives a configuration for a few quick steps: few pictures, no previews, a checkpoint a step, and
-    a cache that tests share."""
+    """A function that gives a configuration for a few steps: few pictures, a cache that tests share, no previews."""
     settings = dict(
         output_dir=str(tmp_path / "output"), data_dir=str(few_pictures), cache_dir=str(made_once("cache", Path)),
         lora_rank=16, train_batch_size=1, max_train_steps=4, lr_warmup_steps=2, report_to="none",
