@@ -104,8 +104,8 @@ def test_quantized_bases_train_and_draw_and_a_run_may_go_on_with_offload_to_the_
 @pytest.mark.slow
 def test_every_precision_learns_as_well(tiny_config, tmp_path):
     settings = dict(
-        data_dir=str(TINY / "pictures"), resolution="128x128", max_train_steps=20, train_batch_size=2, lr_warmup_steps=5,
-        validation_split=0.2, validation_step_interval=20, validation_prompts=[], report_to="none",
+        data_dir=str(TINY / "pictures"), resolution="128x128", max_train_steps=20, train_batch_size=2,
+        lr_warmup_steps=5, validation_split=0.1, validation_step_interval=20, validation_prompts=[], report_to="none",
     )  # fmt: skip
     scores, shapes = {}, {}
     for name in ("no_change", *QUANTIZED):

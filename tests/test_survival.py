@@ -159,9 +159,10 @@ def test_a_signal_finishes_the_step_and_saves_a_second_leaves_at_once_and_an_ign
     def send(n, *arguments):
         for name in sent if n == 2 else ():  # what comes within a second is one event, sent twice
             time.sleep(1.1) if name == "later" else name in SIGNALS and signal.raise_signal(getattr(signal, name))
+        reached.append(n)
 
     before_each("train_step", send)
-    config = quick_config(max_train_steps=3, checkpoint_step_interval=1000)
+    config, reached = quick_config(max_train_steps=3, checkpoint_step_interval=1000), []
     if "ignored" in sent:  # on entry, as by nohup
         for number in handlers:
             handlers[number] = signal.SIG_IGN
@@ -169,7 +170,7 @@ def test_a_signal_finishes_the_step_and_saves_a_second_leaves_at_once_and_an_ign
         assert train_lora.main(config).exists()
     else:
         assert stopped(config) == getattr(signal, sent[0])
-        assert checkpoints(config) == ([] if "later" in sent else ["step-000002"])
+        assert (reached, checkpoints(config)) == (([1], []) if "later" in sent else ([1, 2], ["step-000002"]))
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
