@@ -12,7 +12,8 @@ from PIL import Image
 import prepare_data
 import validate
 from longcat_common import LORA_NAME, UserError
-from validate import find_loras, picture_grid
+
+CHINESE = "一颗星星，白色背景"
 
 
 def pixels(path):
@@ -20,84 +21,68 @@ def pixels(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def names_in(folder):
-    return {path.name for path in folder.iterdir()}
+def drawn_in(folder):
+    return sorted(path.name for path in folder.glob("0*.png"))
 
 
 @pytest.fixture
 def run(reference_run):
-    """A finished run with a LoRA and two checkpoints, and a held-out loss for each; it draws small and quick."""
-    config = reference_run
-    shutil.rmtree(f"{config.output_dir}/checkpoints/step-000001")
-    config.validation_prompts, config.validation_num_inference_steps = ["zumi", "一颗星星，白色背景"], 1
-    config.validation_resolution = "64x64"
-    return config
-
-
-# ---------------------------------------------------------------- what is drawn
+    """A finished run with a LoRA and checkpoints 2 and 3, and a held-out loss for each; it draws small and quick."""
+    shutil.rmtree(f"{reference_run.output_dir}/checkpoints/step-000001")
+    quick = dict(validation_prompts=["zumi", CHINESE], validation_num_inference_steps=1, validation_resolution="64x64")
+    return reference_run.model_copy(update=quick)
 
 
 def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run):
-    run.validation_prompts, run.validation_resolution = run.validation_prompts[1:], "64x64,96x64"
+    run.validation_prompts, run.validation_resolution = [CHINESE], "64x64,96x64"
     run.validation_seed, run.validation_lora_strength = [1, 2, 1], [0.0, 1.0]
     grid = validate.main(run)
-    shots = [(size, seed) for size in ("64x64", "96x64") for seed in (1, 2)]
-    drawn = {
-        (size, seed): [grid.parent / f"00-{size}-seed{seed}-{what}.png" for what in ("base", "lora-x0", "lora-x1")]
-        for size, seed in shots
-    }
-    files = {path.name for paths in drawn.values() for path in paths}
-    assert names_in(grid.parent) == {"comparison.png", "comparison.json", *files}
-    for paths in drawn.values():
-        base, none, tuned = map(pixels, paths)
-        assert np.abs(base - none).max() <= 1 < np.abs(base - tuned).max()
-    first, second = (pixels(drawn["64x64", seed][0]) for seed in (1, 2))
-    assert np.abs(first - second).mean() > 1, "another seed, another picture"
-
-    shown = json.loads((grid.parent / "comparison.json").read_text(encoding="utf-8"))
-    assert shown["rows"] == [f"{size} | seed {seed} | 一颗星星，白色背景" for size, seed in shots]
-    assert shown["columns"] == ["base model", "with LoRA, strength 0", "with LoRA, strength 1"]
-    assert shown["title"].startswith("1 steps, guidance") and "trained on" not in shown["title"]
-    last = shown["pictures"][-1]
-    assert {picture["file"] for picture in shown["pictures"]} == files
-    assert (last["validation_resolution"], last["validation_seed"], last["validation_lora_strength"]) == (
-        "96x64",
-        2,
-        1.0,
+    rows, columns = (
+        [f"{size}-seed{seed}" for size in ("64x64", "96x64") for seed in (1, 2)],
+        ("base", "lora-x0", "lora-x1"),
     )
-    with Image.open(grid) as image, Image.open(drawn["96x64", 2][2]) as one:
+    assert drawn_in(grid.parent) == sorted(f"00-{row}-{column}.png" for row in rows for column in columns)
+    drawn = {row: [pixels(grid.parent / f"00-{row}-{column}.png") for column in columns] for row in rows}
+    for base, none, tuned in drawn.values():
+        assert np.abs(base - none).max() <= 1 < np.abs(base - tuned).max()
+    assert np.abs(drawn["64x64-seed1"][0] - drawn["64x64-seed2"][0]).mean() > 1, "another seed, another picture"
+
+    shown = json.loads(grid.with_suffix(".json").read_text(encoding="utf-8"))
+    assert shown["rows"] == [row.replace("-seed", " | seed ") + f" | {CHINESE}" for row in rows]
+    assert shown["columns"] == ["base model", "with LoRA, strength 0", "with LoRA, strength 1"]
+    last = dict(validation_resolution="96x64", validation_seed=2, validation_lora_strength=1.0)
+    assert shown["pictures"][-1].items() >= last.items() and len(shown["pictures"]) == 12
+    with Image.open(grid) as image, Image.open(grid.parent / "00-96x64-seed2-lora-x1.png") as one:
         assert image.width > 3 * 192 and image.height > 4 * 128 and one.size == (96, 64)
-        assert (one.text["prompt"], one.text["base_model"]) == ("一颗星星，白色背景", MODEL)
-        assert one.text["lora"].endswith(LORA_NAME)
-        settings = json.loads(one.text["settings"])
-    assert settings["base_model_precision"] == "no_change" and "validation_split" not in settings
-    assert (settings["validation_seed"], settings["validation_resolution"]) == (2, "96x64")
+        assert (one.text["prompt"], one.text["base_model"]) == (CHINESE, MODEL)
+        assert one.text["lora"].endswith(LORA_NAME) and "validation_split" not in one.text["settings"]
+        assert json.loads(one.text["settings"]).items() >= last.items()
 
 
 def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path, capsys):
-    run.compare_checkpoints, run.validation_prompts = True, run.validation_prompts[:1]
-    damaged = Path(run.output_dir) / "checkpoints/step-000005" / LORA_NAME
+    run.compare_checkpoints, run.validation_prompts = True, ["zumi"]
+    damaged = Path(run.output_dir, "checkpoints/step-000005", LORA_NAME)
     damaged.parent.mkdir()
     damaged.write_bytes(b"half a file")
-    first = validate.main(run).parent
-    columns = {f"00-64x64-seed42-{what}.png" for what in ("base", "step-000002", "step-000003")}
-    assert names_in(first) == {"comparison.png", "comparison.json", *columns}
-    printed = capsys.readouterr().out
-    assert printed.count("held-out loss") == 2 and f"{damaged}: is missing or damaged, and left out" in printed
+    first = validate.main(run)
+    assert drawn_in(first.parent) == [f"00-64x64-seed42-{name}.png" for name in ("base", "step-000002", "step-000003")]
+    assert f"{damaged}: is missing or damaged, and left out" in capsys.readouterr().out
     lines = map(json.loads, Path(run.output_dir, "metrics.jsonl").read_text().splitlines())
     scores = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-    titles = json.loads((first / "comparison.json").read_text())["columns"]
-    assert titles[1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
+    shown = json.loads(first.with_suffix(".json").read_text())
+    assert shown["columns"][1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
 
     (tmp_path / "other").symlink_to(MODEL)
     run.pretrained_model_name_or_path = str(tmp_path / "other")
     run.compare_checkpoints, run.lora = False, f"{run.output_dir}/checkpoints/step-000002"
-    again = validate.main(run).parent
-    assert again == first.with_name("compare-002")
-    alone, beside = pixels(again / "00-64x64-seed42-lora.png"), pixels(first / "00-64x64-seed42-step-000002.png")
-    assert np.abs(alone - beside).max() <= 1
-    title = json.loads((again / "comparison.json").read_text())["title"]
-    assert title.endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
+    again = validate.main(run)
+    assert [grid.parent.name for grid in (first, again)] == ["compare-001", "compare-002"]
+    alone, beside = (
+        grid.parent / f"00-64x64-seed42-{name}.png" for grid, name in ((again, "lora"), (first, "step-000002"))
+    )
+    assert np.abs(pixels(alone) - pixels(beside)).max() <= 1
+    titles = [json.loads(grid.with_suffix(".json").read_text())["title"] for grid in (first, again)]
+    assert "trained on" not in titles[0] and titles[1].endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
 
 
 def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run, monkeypatch):
@@ -110,58 +95,49 @@ def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run
         return generate(*arguments)
 
     monkeypatch.setattr(validate, "generate", stopping)
-    told = "out of memory; what to change.*validation_resolution"
-    for number, error, raised, words in (
-        (1, KeyboardInterrupt(2), KeyboardInterrupt, ""),
-        (2, RuntimeError("MPS backend out of memory"), UserError, told),
+    for error, told in (
+        (KeyboardInterrupt(2), "2"),
+        (RuntimeError("MPS backend out of memory"), "validation_resolution"),
     ):
-        with pytest.raises(raised, match=words):
+        with pytest.raises((KeyboardInterrupt, UserError), match=told):
             validate.main(run)
-        pictures = {f"0{row}-64x64-seed42-base.png" for row in (0, 1)}
-        folder = Path(run.output_dir) / f"validation/compare-00{number}"
-        assert names_in(folder) == {"comparison.png", "comparison.json", *pictures}
+    for folder in Path(run.output_dir, "validation").glob("compare-00[12]"):
+        assert (folder / "comparison.png").exists() and (folder / "comparison.json").exists()
+        assert drawn_in(folder) == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
 
 
 def test_without_a_config_the_base_is_drawn(tmp_path):
-    words = "--model_family longcat_image --validation_resolution 64x64 --validation_num_inference_steps 1"
-    paths = ["--output_dir", tmp_path / "output", "--cache_dir", tmp_path / "cache"]
-    base = ["--pretrained_model_name_or_path", MODEL, "--base_model_precision", "no_change"]
-    printed = run_script("validate.py", *words.split(), *paths, *base).stdout
+    words = f"--validation_resolution 64x64 --validation_num_inference_steps 1 --output_dir {tmp_path} --cache_dir {tmp_path}"
+    words += f" --pretrained_model_name_or_path {MODEL} --base_model_precision no_change"
+    printed = run_script("validate.py", *words.split()).stdout
     assert "none given; these are drawn: a cat" in printed and "the base is drawn alone" in printed
-    assert len(list((tmp_path / "output/validation/compare-001").glob("0?-64x64-seed42-base.png"))) == 2
-
-
-# ---------------------------------------------------------------- which LoRA
+    assert drawn_in(tmp_path / "validation/compare-001") == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
 
 
 def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp_path):
     output, peft = Path(run.output_dir), tmp_path / "peft" / "adapter_model.safetensors"
-    last, *checkpoints = (
-        output / folder / LORA_NAME for folder in (".", *(f"checkpoints/step-00000{n}" for n in "23"))
+    last, second, third = (
+        output / folder / LORA_NAME for folder in ("", "checkpoints/step-000002", "checkpoints/step-000003")
     )
     peft.parent.mkdir()
-    for name in ("adapter_config.json", peft.name):
-        shutil.copy(output / name, peft.parent)
-    for named in (None, "latest", str(output), str(last)):
-        run.lora = named
-        assert find_loras(run) == [last]
-    for named, expected in ((checkpoints[0].parent, checkpoints[0]), (peft.parent, peft)):
-        run.lora = str(named)
-        assert find_loras(run) == [expected]
-    checkpoints[0].touch()  # the steps count, not the files' times
+    shutil.copy(output / peft.name, peft)
+    shown = {None: last, "latest": last, output: last, last: last, second.parent: second, peft.parent: peft}
+    for named, expected in shown.items():
+        run.lora = named and str(named)
+        assert validate.find_loras(run) == [expected]
+    second.touch()  # the steps count, not the files' times
     last.unlink()
     run.lora = "latest"
-    assert find_loras(run) == [checkpoints[1]]
+    assert validate.find_loras(run) == [third]
     run.lora = "none"
-    assert find_loras(run) == []
+    assert validate.find_loras(run) == []
 
 
 @pytest.mark.parametrize(
     "settings, told",
     [
         (dict(lora="latest"), "holds no LoRA yet; train one, or name a file with --lora"),
-        (dict(lora="nowhere.safetensors"), "there is no such LoRA file"),
-        (dict(lora="tests"), f"the folder holds neither {LORA_NAME} nor"),
+        (dict(lora="nowhere"), f"there is no such LoRA file, or the folder holds neither {LORA_NAME} nor"),
         (dict(compare_checkpoints=True, lora="x"), "compare_checkpoints: shows every checkpoint, and lora names one"),
         (dict(compare_checkpoints=True), "compare_checkpoints: .* holds no checkpoint; train first"),
         (dict(output_dir="README.md"), "README.md/validation/compare-001: cannot be written"),
@@ -173,30 +149,25 @@ def test_what_cannot_be_shown_or_written_is_told_before_the_work(tiny_config, mo
         validate.main(tiny_config(**settings))
 
 
-# ---------------------------------------------------------------- labels
-
-
 def test_a_grid_holds_its_pictures_and_cuts_off_no_label_that_tells_rows_apart(monkeypatch):
-    drawn = []
+    drawn, red = [], Image.new("RGB", (128, 64), "red")
     monkeypatch.setattr(
-        validate.ImageDraw.ImageDraw, "text", lambda draw, place, text, *rest, **options: drawn.append(text)
+        validate.ImageDraw.ImageDraw, "text", lambda draw, place, text, *rest, **more: drawn.append(text)
     )
-    labels = [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)]
-    columns = ["base model", "step 12000, held-out 0.123"]
-    grid = picture_grid(
-        [[Image.new("RGB", (128, 64), "red")] * 2] * 2, labels, columns, "30 steps, seed 42\npath/of/lora"
+    labels, columns = (
+        [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)],
+        ["base model", "step 12000, held-out 0.123"],
     )
+    grid = validate.picture_grid([[red] * 2] * 2, labels, columns, "30 steps, seed 42\npath/of/lora")
     assert grid.width > 256 and grid.getpixel((40, grid.height - 40)) == (255, 0, 0)
     assert drawn[:4] == ["30 steps, seed 42", "path/of/lora", *columns]
-    for seed, text in zip((1, 2), drawn[4:], strict=True):
-        assert text.startswith(f"seed {seed} | a long") and text.endswith("…")
+    assert [text[:10] + text[-1] for text in drawn[4:]] == ["seed 1 | a…", "seed 2 | a…"]
 
 
 def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
     for module, name in ((prepare_data, "CHINESE_FONTS"), (validate, "CHINESE_FONTS"), (prepare_data, "OTHER_FONTS")):
         monkeypatch.setattr(module, name, ("no-such-font.ttc",))
-    run.lora, run.validation_prompts = "none", ["一颗星星"]
+    run.lora, run.validation_prompts = "none", [CHINESE]
     assert validate.main(run).exists()
     assert "labels in Chinese: no font found; install one of no-such-font.ttc" in capsys.readouterr().out
-    assert prepare_data.label("中文", 16, "row 2")[0] == "row 2"
     assert prepare_data.label("uma raposa no sertão", 16)[0] == "uma raposa no sertao"
