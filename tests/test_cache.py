@@ -7,17 +7,13 @@ import gc
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_together, sha256
+from conftest import MODEL, sha256
 from PIL import Image
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -82,19 +78,18 @@ def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
             return encode(x)
         activations = x.repeat(4, 1, 1, 1)
         failed.append(weakref.ref(activations))
-        raise RuntimeError(error)
+        raise RuntimeError("MPS backend out of memory")
 
-    vae.encoder.forward, limit, error = small_memory, 128, "CUDA out of memory"
+    vae.encoder.forward, limit = small_memory, 128
     in_tiles = encode_picture(vae, pixels)
     assert sides[0] == 192 and max(sides[1:]) == 64
     assert in_tiles[1].shape == whole[1].shape and (in_tiles[0] - whole[0]).norm() < 0.5 * whole[0].norm()
     sides.clear()
     encode_picture(vae, pixels[:, :, :128])
     assert sides == [128], "tiling is off again"
-    for limit, error in ((0, "MPS backend out of memory"), (0, "another error")):
-        told = "too little memory for a picture of 192x128" if "memory" in error else error
-        with pytest.raises(UserError if "memory" in error else RuntimeError, match=told):
-            encode_picture(vae, pixels)
+    limit = 0
+    with pytest.raises(UserError, match="too little memory for a picture of 192x128"):
+        encode_picture(vae, pixels)
 
 
 def test_the_size_is_said_before_the_work_and_too_little_space_is_an_error(few_config, capsys, monkeypatch):
@@ -152,15 +147,6 @@ def test_a_picture_that_has_changed_since_is_not_taken_for_the_old_one(few_confi
         cache_latents.main(few_config(data_dir=None))
 
 
-@pytest.mark.parametrize("part, name", [("vae", "config.json"), ("text_encoder", "model.safetensors")])
-def test_a_damaged_model_is_named(tiny_config, tmp_path, part, name):
-    file = shutil.copytree(MODEL, tmp_path / "model") / part / name
-    file.write_bytes(file.read_bytes()[:100])
-    load = {"vae": load_vae, "text_encoder": load_text_encoder}[part]
-    with pytest.raises(UserError, match=f"{part}: is missing or damaged; make or download it again"):
-        load(tiny_config(pretrained_model_name_or_path=str(tmp_path / "model")), "cpu")
-
-
 def test_the_work_is_divided_evenly(monkeypatch):
     files, shares = [Path(f"{i:02d}") for i in range(30)], []
     monkeypatch.setattr(cache_latents, "WORLD_SIZE", 4)
@@ -168,26 +154,3 @@ def test_the_work_is_divided_evenly(monkeypatch):
         monkeypatch.setattr(cache_latents, "RANK", rank)
         shares.append(sum(cache_latents.unfinished(files), []))
     assert sorted(map(len, shares)) == [7, 7, 8, 8] and sorted(sum(shares, [])) == files
-
-
-@pytest.mark.slow
-def test_two_at_once_killed_at_any_moment_and_gone_on_with_under_torchrun_end_with_the_same_bytes(
-    tiny_config, tmp_path
-):
-    whole, killed = tiny_config(), tiny_config(cache_dir=str(tmp_path / "killed"))
-    cache_latents.main(whole)
-    names = "output_dir", "cache_dir", "pretrained_model_name_or_path"
-    words = ["cache_latents.py", "configs/tiny.json", *(f"--{name}={getattr(killed, name)}" for name in names)]
-    start = lambda: subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-    for count in (1, 9, 20, 39):
-        pair = [start(), start()]
-        while len(cached_files(killed)) < count and not any(process.poll() for process in pair):
-            time.sleep(0.001)
-        for process in pair:
-            process.kill()
-        assert [process.wait() for process in pair] == [-signal.SIGKILL] * 2
-        assert count <= len(cached_files(killed)) < len(cached_files(whole))
-    shutil.rmtree(f"{killed.cache_dir}/latents")
-    printed = run_together(words[0], 2, tmp_path, *words[1:])
-    shares = [int(re.search(r"pictures: 35, of them (\d+) to do here", text)[1]) for text in printed]
-    assert sorted(shares) == [17, 18] and cached_files(killed) == cached_files(whole)

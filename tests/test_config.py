@@ -19,10 +19,8 @@ from longcat_common import KEYS, UserError, buckets, check_precision, config_fro
         ("--gradient_checkpointing --seed 1", "gradient_checkpointing", True),
         ("--gradient_checkpointing False", "gradient_checkpointing", False),
         ("--gradient_checkpointing 1", "gradient_checkpointing", 1),  # a number of blocks
-        ("--output_dir 123", "output_dir", "123"),
         ("--instance_prompt null", "instance_prompt", None),
         ('--validation_prompts \'["a", "b"]\'', "validation_prompts", ["a", "b"]),
-        ("--validation_prompts 42", "validation_prompts", ["42"]),
     ],
 )
 def test_a_flag_is_read_as_its_keys_type(words, name, value):
@@ -46,17 +44,16 @@ MEANS_NOTHING = """attention_mechanism data_backend_config disable_bucket_prunin
     tracker_project_name tracker_run_name use_ema vae_batch_size validation_disable_unconditional
     validation_guidance_rescale validation_prompt_library""".split()
 TAKEN = dict(optimizer="adamw_bf16", learning_rate=1e-4, validation_prompt="says \U0001f7eb", validation_steps=50)
-AS_FLAGS = {f"--{name}": str(value) for name, value in TAKEN.items()}  # as its older versions have them in a file
 
 
-@pytest.mark.parametrize("given", [TAKEN | dict.fromkeys(MEANS_NOTHING, "x"), AS_FLAGS], ids=["example", "as flags"])
-def test_other_trainers_files_load_and_what_means_nothing_is_said_once(tmp_path, capsys, given):
+def test_other_trainers_files_load_and_what_means_nothing_is_said_once(tmp_path, capsys):
+    given = TAKEN | dict.fromkeys(MEANS_NOTHING, "x") | {"--lora_rank": "8"}
     (tmp_path / "config.json").write_text(json.dumps(given))
     config = config_from_flags("", [str(tmp_path / "config.json"), "--group_offload_use_stream", "--seed", "7"])
-    assert (config.optimizer, config.learning_rate, config.seed) == ("adamw", 1e-4, 7)
+    assert (config.optimizer, config.learning_rate, config.lora_rank, config.seed) == ("adamw", 1e-4, 8, 7)
     assert (config.validation_prompts, config.validation_step_interval) == (["says \U0001f7eb"], 50)
     (line,) = capsys.readouterr().err.splitlines()
-    ignored = sorted(["group_offload_use_stream", *(name for name in MEANS_NOTHING if name in given)])
+    ignored = sorted([*MEANS_NOTHING, "group_offload_use_stream"])
     assert line == f"ignored, for they mean nothing here: {', '.join(ignored)}"
 
 
@@ -83,13 +80,10 @@ def test_buckets_are_on_the_grid_about_as_large_as_wanted_and_come_with_their_tu
     [
         ("--lora_rnk 8 --nonsense", "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'"),
         ("--seed 1 a.json", "'a.json' is no flag; write [config.json] [--key value ...]"),
-        ("--output_dir --seed 1", "output_dir: found True, must be a valid string"),
         ("--lora_rank 1_000", "lora_rank: found '1_000', must be a valid integer"),
         ('{\n  "lora_rank": 8\n  "seed": 1\n}', "bad.json: not JSON ... line 3"),
         ('{"checkpointing_steps": 5, "--checkpoint_step_interval": 7}', "'checkpoint_step_interval' is there 2 times"),
-        ("[1]", "bad.json: holds a list"),
         ({"\ud83d": 1}, "unknown keys: '\\\\ud83d'"),
-        (dict(lora_rank="8"), "lora_rank: found '8', must be a valid integer"),
         (dict(lora_rank=True), "lora_rank: found True, must be a valid integer"),
         (dict(lora_rank=10**30), "lora_rank: found 1000 ... must be less than or equal to 4096"),
         (dict(learning_rate=float("nan")), "learning_rate: found nan ... finite"),
@@ -97,10 +91,8 @@ def test_buckets_are_on_the_grid_about_as_large_as_wanted_and_come_with_their_tu
         (dict(gradient_checkpointing=-1), "gradient_checkpointing: found -1, must be true, false or a number"),
         (dict(lr_scheduler="cosine_with_restarts"), "lr_scheduler: found 'cosine_with_restarts', must be 'constant'"),
         (dict(aspect_bucket_alignment=192), "resolution: found '1024', must be multiples of 192"),
-        (dict(resolution="64000000"), "resolution: found '64000000', must be multiples of 64 under 10000"),
         (dict(validation_resolution="1024x1024,100"), "validation_resolution: ... '100' is no WIDTHxHEIGHT"),
         (dict(data_dir=["x", {"path": "x", "folder": "y"}]), "data_dir[1].folder: found 'y', Extra inputs"),
-        (dict(data_dir=[{"path": "a\tb"}]), "data_dir[0].path: ... control character"),
         (dict(output_dir="E:\runs\neon"), "output_dir: ... control character ... a backslash is written \\\\"),
         (dict(trigger_words=["a", "\ud800"]), "trigger_words[1]: found ... unicode"),
         (dict(validation_prompts="configs/tiny.json"), "validation_prompts: ... prompts come from a .txt file"),
@@ -125,21 +117,14 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(tmp_path, monkeypatch, 
     assert re.search(".*".join(map(re.escape, told.split(" ... "))), line), line
 
 
-def test_all_mistakes_of_file_and_flags_are_named_at_once(tmp_path):
-    wrong = dict(lora_rank=0, data_dir=[{"path": "x", "repeats": "2"}], nonsense=1, learning_rate="fast")
-    (tmp_path / "mine.json").write_text(json.dumps(wrong))
-    with pytest.raises(UserError) as error:
-        config_from_flags("", [str(tmp_path / "mine.json"), "--max_train_steps", "1.5", "--bogus"])
-    unknown, *lines = str(error.value).splitlines()
-    assert unknown == "unknown keys: 'nonsense', 'bogus'; --help lists all"
-    named = ["data_dir[0].repeats", "learning_rate", "lora_rank", "max_train_steps"]
-    assert sorted(line.split(":")[0] for line in lines) == named
-
-
-def test_a_script_prints_a_line_a_mistake_and_exits_with_2():
-    done = run_script("train_lora.py", "--lora_rank", "0", "--seed", "x", check=False)
+def test_a_script_prints_all_mistakes_of_file_and_flags_a_line_each_and_exits_with_2(tmp_path):
+    (tmp_path / "mine.json").write_text('{"lora_rank": 0, "data_dir": [{"path": "x", "repeats": "2"}], "nonsense": 1}')
+    done = run_script("train_lora.py", tmp_path / "mine.json", "--seed", "x", "--bogus", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: lora_rank: found 0, must .*\nerror: seed: found 'x', must .*\n", done.stderr)
+    unknown, *lines = done.stderr.splitlines()
+    assert unknown == "error: unknown keys: 'nonsense', 'bogus'; --help lists all"
+    named = ["data_dir[0].repeats: found '2'", "lora_rank: found 0", "seed: found 'x'"]
+    assert [line.split(", must")[0] for line in lines] == [f"error: {start}" for start in named]
 
 
 def test_a_key_that_is_set_later_is_checked_too():

@@ -67,16 +67,6 @@ def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_k
         assert_near(ours, reference, tolerance)
 
 
-def test_products_in_8_bits_are_for_many_rows_and_follow_autocast():
-    linear, x = torch.nn.Linear(256, 384), torch.randn(64, 256)
-    quantized = QuantizedLinear(linear, "int8-matmul")
-    weights_alone = QuantizedLinear(linear, "int8-quanto")
-    assert torch.equal(quantized(x[:3]), weights_alone(x[:3]))  # such as a modulation's
-    assert not torch.equal(quantized(x), weights_alone(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert quantized(x).dtype == torch.bfloat16
-
-
 def test_a_number_of_blocks_is_checkpointed_and_changes_no_bit(tiny_config):
     transformer, learned, calls = load_transformer(tiny_config(), "cpu").train(), [], []
     parameters = add_lora(transformer, tiny_config())
