@@ -89,6 +89,7 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prom
         assert drawn[-1].size == (96, 64)
         assert np.abs(np.subtract(drawn[-1], expected, dtype=int)).max() <= 1
     assert np.abs(np.subtract(*drawn, dtype=int)).mean() > 1
-    # A notebook's call, with a prompt that nothing has cached yet, and no word on rewriting.
-    pipe = load_pipeline(config, "cpu")
-    assert len(pipe("new", num_images_per_prompt=2, height=64, width=64, num_inference_steps=1).images) == 2
+    in_a_notebook = load_pipeline(config, "cpu")(
+        "new", num_images_per_prompt=2, height=64, width=64, num_inference_steps=1
+    )
+    assert len(in_a_notebook.images) == 2

@@ -14,14 +14,10 @@ from optimum import quanto
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 import train_lora
-from longcat_common import GroupOffload, QuantizedLinear, dequantize, flow_matching_loss, load_config, load_transformer
+from longcat_common import QuantizedLinear, dequantize, flow_matching_loss, load_config, load_transformer
 from train_lora import add_lora, checkpoint_blocks
 
 PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul")
-
-
-def assert_near(found, expected, tolerance):
-    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def output_and_input_gradient(linear, x, gradient):
@@ -64,7 +60,7 @@ def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_k
     exact = output_and_input_gradient(linear, x.to(dtype), gradient.to(dtype))
     tolerance = 0.012 if precision == "int8-matmul" else 1e-6 if dtype == torch.float32 else 0.01
     for ours, reference in zip(found, exact):
-        assert_near(ours, reference, tolerance)
+        assert (ours - reference).norm() <= tolerance * reference.norm()
 
 
 def test_a_number_of_blocks_is_checkpointed_and_changes_no_bit(tiny_config):
@@ -78,8 +74,7 @@ def test_a_number_of_blocks_is_checkpointed_and_changes_no_bit(tiny_config):
         torch.nn.init.normal_(parameter, std=0.05)
     given = *torch.randn(2, 1, 16, 8, 8), torch.tensor([0.3]), torch.randn(1, 512, 64)
     for wanted, offload, count in ((False, False, 0), (1, False, 1), (3, False, 3), (True, False, 6), (False, True, 6)):
-        config = tiny_config(gradient_checkpointing=wanted, enable_group_offload=offload)
-        checkpoint_blocks(config, transformer)
+        checkpoint_blocks(tiny_config(gradient_checkpointing=wanted, enable_group_offload=offload), transformer)
         calls.clear()
         transformer.zero_grad()
         flow_matching_loss(transformer, *given).backward()
@@ -139,19 +134,3 @@ def test_one_and_two_tenths_of_the_model_tell_what_readme_says_of_the_whole(monk
         found.append(torch.tensor([gib["a step, at its peak"], gib["a preview"]]))
     whole = found[0] + 9 * (found[1] - found[0])
     assert whole.tolist() == pytest.approx(readme_row("48gb"), abs=0.2)
-
-
-def test_the_simulation_counts_what_is_alive_on_the_card_as_large_as_it_really_is():
-    size, block = 1000 * 512 * 4, lambda: torch.nn.Linear(512, 512)
-    quantized = lambda: [[p.nbytes for p in QuantizedLinear(block(), kind).parameters()] for kind in PRECISIONS]
-    real = quantized()
-    with simulate_memory.fake_card() as live:
-        kept = torch.empty(1000, 512)
-        assert live.peak_of(lambda: torch.empty(1000, 512) + kept) * 2**30 == 3 * size
-        kept.view(-1), kept.add_(1), torch.empty(1000, 512, device=simulate_memory.HOST)
-        offload = GroupOffload(simulate_memory.CARD)
-        offload.add(block())
-        assert live.now == size
-        assert live.peak_of(offload.need, 0) * 2**30 == size + 4 * (512 * 512 + 512)
-        assert quantized() == real
-    assert type(torch.empty(1)) is torch.Tensor

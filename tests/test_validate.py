@@ -69,20 +69,16 @@ def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path
     assert f"{damaged}: is missing or damaged, and left out" in capsys.readouterr().out
     lines = map(json.loads, Path(run.output_dir, "metrics.jsonl").read_text().splitlines())
     scores = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-    shown = json.loads(first.with_suffix(".json").read_text())
-    assert shown["columns"][1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
+    titles = json.loads(first.with_suffix(".json").read_text())["columns"]
+    assert titles[1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
 
+    shutil.rmtree(damaged.parent)
     (tmp_path / "other").symlink_to(MODEL)
-    run.pretrained_model_name_or_path = str(tmp_path / "other")
-    run.compare_checkpoints, run.lora = False, f"{run.output_dir}/checkpoints/step-000002"
+    run.pretrained_model_name_or_path, run.compare_checkpoints = str(tmp_path / "other"), False
     again = validate.main(run)
     assert [grid.parent.name for grid in (first, again)] == ["compare-001", "compare-002"]
-    alone, beside = (
-        grid.parent / f"00-64x64-seed42-{name}.png" for grid, name in ((again, "lora"), (first, "step-000002"))
-    )
-    assert np.abs(pixels(alone) - pixels(beside)).max() <= 1
-    titles = [json.loads(grid.with_suffix(".json").read_text())["title"] for grid in (first, again)]
-    assert "trained on" not in titles[0] and titles[1].endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
+    title = json.loads(again.with_suffix(".json").read_text())["title"]
+    assert title.endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
 
 
 def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run, monkeypatch):
@@ -107,25 +103,24 @@ def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run
 
 
 def test_without_a_config_the_base_is_drawn(tmp_path):
-    words = f"--validation_resolution 64x64 --validation_num_inference_steps 1 --output_dir {tmp_path} --cache_dir {tmp_path}"
-    words += f" --pretrained_model_name_or_path {MODEL} --base_model_precision no_change"
+    words = f"--output_dir {tmp_path} --cache_dir {tmp_path} --pretrained_model_name_or_path {MODEL} "
+    words += "--base_model_precision no_change --validation_resolution 64x64 --validation_num_inference_steps 1"
     printed = run_script("validate.py", *words.split()).stdout
     assert "none given; these are drawn: a cat" in printed and "the base is drawn alone" in printed
     assert drawn_in(tmp_path / "validation/compare-001") == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
 
 
 def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp_path):
-    output, peft = Path(run.output_dir), tmp_path / "peft" / "adapter_model.safetensors"
     last, second, third = (
-        output / folder / LORA_NAME for folder in ("", "checkpoints/step-000002", "checkpoints/step-000003")
+        Path(run.output_dir, name, LORA_NAME) for name in ("", *(f"checkpoints/step-00000{n}" for n in "23"))
     )
-    peft.parent.mkdir()
-    shutil.copy(output / peft.name, peft)
-    shown = {None: last, "latest": last, output: last, last: last, second.parent: second, peft.parent: peft}
+    peft = tmp_path / "adapter_model.safetensors"
+    shutil.copy(last.with_name(peft.name), peft)
+    second.touch()  # the steps count, not the files' times
+    shown = {None: last, "latest": last, last.parent: last, last: last, second.parent: second, tmp_path: peft}
     for named, expected in shown.items():
         run.lora = named and str(named)
         assert validate.find_loras(run) == [expected]
-    second.touch()  # the steps count, not the files' times
     last.unlink()
     run.lora = "latest"
     assert validate.find_loras(run) == [third]
@@ -150,25 +145,16 @@ def test_what_cannot_be_shown_or_written_is_told_before_the_work(tiny_config, mo
         validate.main(tiny_config(**settings))
 
 
-def test_a_grid_holds_its_pictures_and_cuts_off_no_label_that_tells_rows_apart(monkeypatch):
+def test_a_grid_holds_its_pictures_and_labels_are_cut_off_at_their_end_or_drawn_without_a_font(monkeypatch):
     drawn, red = [], Image.new("RGB", (128, 64), "red")
-    monkeypatch.setattr(
-        validate.ImageDraw.ImageDraw, "text", lambda draw, place, text, *rest, **more: drawn.append(text)
-    )
-    labels, columns = (
-        [f"seed {seed} | " + "a long prompt " * 30 for seed in (1, 2)],
-        ["base model", "step 12000, held-out 0.123"],
-    )
+    note = lambda draw, place, text, *rest, **options: drawn.append(text)
+    monkeypatch.setattr(validate.ImageDraw.ImageDraw, "text", note)
+    columns, labels = ["base model", "step 12000, held-out 0.123"], [f"seed {n} | a {'long ' * 99}" for n in (1, 2)]
     grid = validate.picture_grid([[red] * 2] * 2, labels, columns, "30 steps, seed 42\npath/of/lora")
     assert grid.width > 256 and grid.getpixel((40, grid.height - 40)) == (255, 0, 0)
     assert drawn[:4] == ["30 steps, seed 42", "path/of/lora", *columns]
     assert [text[:10] + text[-1] for text in drawn[4:]] == ["seed 1 | a…", "seed 2 | a…"]
-
-
-def test_labels_say_so_where_no_font_is(run, monkeypatch, capsys):
-    for module, name in ((prepare_data, "CHINESE_FONTS"), (validate, "CHINESE_FONTS"), (prepare_data, "OTHER_FONTS")):
-        monkeypatch.setattr(module, name, ("no-such-font.ttc",))
-    run.lora, run.validation_prompts = "none", [CHINESE]
-    assert validate.main(run).exists()
-    assert "labels in Chinese: no font found; install one of no-such-font.ttc" in capsys.readouterr().out
-    assert prepare_data.label("uma raposa no sertão", 16)[0] == "uma raposa no sertao"
+    for fonts in ("CHINESE_FONTS", "OTHER_FONTS"):
+        monkeypatch.setattr(prepare_data, fonts, ("no-such-font.ttc",))
+    found = [prepare_data.label(text, 16, "row 2")[0] for text in ("中文", "uma raposa no sertão")]
+    assert found == ["row 2", "uma raposa no sertao"]
