@@ -16,6 +16,7 @@ from train_lora import add_lora
 
 TARGETS = ["attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 plain = lambda: LongCatImageTransformer2DModel.from_pretrained(MODEL, subfolder="transformer").eval()
+distance = lambda a, b: ((a - b).norm() / b.norm()).item()
 
 
 @torch.no_grad()
@@ -33,10 +34,6 @@ def shake(transformer, seed=0):
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.05
     return transformer.eval()
-
-
-def distance(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def make_lora(config, folder, seed=0):
@@ -123,8 +120,7 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
     assert distance(expected, predict(plain())) > 0.03
     drawn_with, trained_on = load_transformer(tiny_config(), "cpu"), load_transformer(tiny_config(), "cpu")
     load_lora(drawn_with, path)
-    settings = dict(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS, init_lora=str(path))
-    add_lora(trained_on, tiny_config(**settings))
+    add_lora(trained_on, tiny_config(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS, init_lora=str(path)))
     for transformer in (drawn_with, trained_on.eval()):
         assert distance(predict(transformer), expected) < close
     assert "alpha" not in capsys.readouterr().out

@@ -119,8 +119,7 @@ def readme_row(name):
 @pytest.mark.parametrize("name", ["6gb", "8gb", "12gb", "16gb", "24gb", "24gb_bf16", "48gb", "colab_t4"])
 def test_a_shipped_config_fits_its_card_and_takes_what_readme_says(name):
     arithmetic, card = ("fp16", 14.75) if name == "colab_t4" else ("auto", int(name.split("gb")[0]))
-    config = load_config(ROOT / "configs" / f"{name}.json", mixed_precision=arithmetic)
-    gib, _, needed = simulate_memory.simulate(config)
+    gib, _, needed = simulate_memory.simulate(load_config(ROOT / f"configs/{name}.json", mixed_precision=arithmetic))
     assert needed <= card, gib
     assert readme_row(name) == pytest.approx([gib["a step, at its peak"], gib["a preview"]], abs=0.2)
 

@@ -37,10 +37,8 @@ def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run):
     run.validation_prompts, run.validation_resolution = [CHINESE], "64x64,96x64"
     run.validation_seed, run.validation_lora_strength = [1, 2, 1], [0.0, 1.0]
     grid = validate.main(run)
-    rows, columns = (
-        [f"{size}-seed{seed}" for size in ("64x64", "96x64") for seed in (1, 2)],
-        ("base", "lora-x0", "lora-x1"),
-    )
+    rows = [f"{size}-seed{seed}" for size in ("64x64", "96x64") for seed in (1, 2)]
+    columns = ("base", "lora-x0", "lora-x1")
     assert drawn_in(grid.parent) == sorted(f"00-{row}-{column}.png" for row in rows for column in columns)
     drawn = {row: [pixels(grid.parent / f"00-{row}-{column}.png") for column in columns] for row in rows}
     for base, none, tuned in drawn.values():
@@ -82,7 +80,8 @@ def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path
 
 
 def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run, monkeypatch):
-    drawn, generate = [], validate.generate
+    drawn, generate, folder = [], validate.generate, Path(run.output_dir, "validation")
+    full = RuntimeError("MPS backend out of memory")
 
     def stopping(*arguments):
         drawn.append(1)
@@ -91,15 +90,11 @@ def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run
         return generate(*arguments)
 
     monkeypatch.setattr(validate, "generate", stopping)
-    for error, told in (
-        (KeyboardInterrupt(2), "2"),
-        (RuntimeError("MPS backend out of memory"), "validation_resolution"),
-    ):
+    for error, told, name in ((KeyboardInterrupt(2), "2", "001"), (full, "validation_resolution", "002")):
         with pytest.raises((KeyboardInterrupt, UserError), match=told):
             validate.main(run)
-    for folder in Path(run.output_dir, "validation").glob("compare-00[12]"):
-        assert (folder / "comparison.png").exists() and (folder / "comparison.json").exists()
-        assert drawn_in(folder) == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
+        assert (folder / f"compare-{name}/comparison.png").exists()
+        assert drawn_in(folder / f"compare-{name}") == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
 
 
 def test_without_a_config_the_base_is_drawn(tmp_path):
@@ -111,9 +106,8 @@ def test_without_a_config_the_base_is_drawn(tmp_path):
 
 
 def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp_path):
-    last, second, third = (
-        Path(run.output_dir, name, LORA_NAME) for name in ("", *(f"checkpoints/step-00000{n}" for n in "23"))
-    )
+    folders = "", "checkpoints/step-000002", "checkpoints/step-000003"
+    last, second, third = (Path(run.output_dir, folder, LORA_NAME) for folder in folders)
     peft = tmp_path / "adapter_model.safetensors"
     shutil.copy(last.with_name(peft.name), peft)
     second.touch()  # the steps count, not the files' times
@@ -122,10 +116,8 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
         run.lora = named and str(named)
         assert validate.find_loras(run) == [expected]
     last.unlink()
-    run.lora = "latest"
-    assert validate.find_loras(run) == [third]
-    run.lora = "none"
-    assert validate.find_loras(run) == []
+    for run.lora, expected in (("latest", [third]), ("none", [])):
+        assert validate.find_loras(run) == expected
 
 
 @pytest.mark.parametrize(
