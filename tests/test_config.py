@@ -92,7 +92,7 @@ def test_buckets_are_on_the_grid_about_as_large_as_wanted_and_come_with_their_tu
         (dict(validation_prompts="says me.txt"), "validation_prompts: ... cannot be read ... may stand in a list"),
         (
             dict(validation_prompts="['a cat']"),
-            "validation_prompts: ... begins as a list and is none; write it as JSON",
+            "validation_prompts: ... is none; write it as JSON",
         ),
     ],
 )
@@ -114,14 +114,21 @@ def test_a_script_prints_all_mistakes_of_file_and_flags_a_line_each_and_exits_wi
     (tmp_path / "mine.json").write_text('{"lora_rank": 0, "data_dir": [{"path": "x", "repeats": "2"}], "nonsense": 1}')
     done = run_script("train_lora.py", tmp_path / "mine.json", "--seed", "x", "--bogus", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    unknown, *lines = done.stderr.splitlines()
-    assert unknown == "error: unknown keys: 'nonsense', 'bogus'; --help lists all"
-    named = ["data_dir[0].repeats: found '2'", "lora_rank: found 0", "seed: found 'x'"]
-    assert [line.split(", must")[0] for line in lines] == [f"error: {start}" for start in named]
+    named = [
+        "unknown keys: 'nonsense', 'bogus'",
+        "data_dir[0].repeats: found '2'",
+        "lora_rank: found 0",
+        "seed: found 'x'",
+    ]
+    assert [re.split(", must|; ", line)[0] for line in done.stderr.splitlines()] == [f"error: {what}" for what in named]
 
 
-def test_a_key_that_is_set_later_is_checked_too():
-    config = load_config()
+def test_help_has_every_key_and_a_key_that_is_set_later_is_checked_too(capsys):
+    with pytest.raises(SystemExit):
+        config_from_flags("What it does.", ["--help"])
+    printed, config = capsys.readouterr().out, load_config()
+    assert all(f"--{name} {key.description}" in printed for name, key in KEYS.items())
+    assert "one of final, dev" in printed and "[0.0001]" in printed
     config.validation_seed, config.data_dir = 7, "pictures"
     assert config.validation_seed == [7] and config.data_dir[0].path == "pictures"
     for name, value in (("lora_rank", 0), ("lora_rnk", 8)):
@@ -133,8 +140,7 @@ def test_a_key_that_is_set_later_is_checked_too():
 def test_shipped_configs_load_and_fit_their_device(path):
     config = load_config(path)
     check_precision(config, "mps" if path.stem == "mps" else "cpu")
-    assert config.output_dir == f"output/{path.stem}" and config.checkpoint_step_interval <= 250
-    assert config.validation_split or path.stem == "tiny"
+    assert config.output_dir == f"output/{path.stem}" and (config.validation_split or path.stem == "tiny")
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.pt-BR.md", "README.zh.md"])
@@ -143,13 +149,4 @@ def test_flags_and_files_that_a_readme_names_exist(name):
     assert {flag for flag in re.findall(r"--(\w+_\w+)", text) if not flag.startswith("nproc")} <= KEYS.keys()
     named = re.findall(r"(?:configs|tests)/[\w/]+\.\w+|\b\w+\.(?:py|ipynb)\b|BENCHMARKS\.md", text)
     assert named and not [path for path in named if not (ROOT / path).exists()]
-    in_table = {*re.findall(r"^\| `(\w+\.json)`", text, re.MULTILINE)}
-    assert {path.name for path in (ROOT / "configs").glob("*.json")} <= in_table
-
-
-def test_help_names_every_key_with_its_default_and_choices(capsys):
-    with pytest.raises(SystemExit):
-        config_from_flags("What it does.", ["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert all(f"--{name} " in printed and key.description in printed for name, key in KEYS.items())
-    assert "one of final, dev" in printed and "[0.0001]" in printed and "--use_ema" not in printed
+    assert all(f"| `{path.name}` |" in text for path in (ROOT / "configs").glob("*.json"))

@@ -1,19 +1,29 @@
-"""Training computes what the model authors' code computes, drawing what diffusers' unmodified pipeline draws."""
+"""Training computes what the model authors' code computes, however cheap it is made; drawing, what diffusers does."""
 
+import copy
 import json
+import re
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+import simulate_memory
 import torch
 from conftest import MODEL, ROOT
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from optimum import quanto
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from longcat_common import flow_matching_loss, load_scheduler, load_transformer, load_vae
-from longcat_common import pack_latents, position_ids, sample_sigmas
+import train_lora
+from longcat_common import (
+    QuantizedLinear, dequantize, flow_matching_loss, load_config, load_scheduler, load_transformer, load_vae,
+    pack_latents, position_ids, sample_sigmas,
+)  # fmt: skip
 from validate import generate, load_pipeline
 
 FILE = ROOT / "tests/golden/train_step.safetensors"
@@ -52,12 +62,20 @@ def test_sigmas_packing_and_position_ids_are_the_authors(golden):
         assert_close(ids, tensors[f"expected.{kind}_ids"])
 
 
-def test_prediction_loss_and_every_gradient_are_the_authors(golden):
+@pytest.mark.parametrize("wanted, offload, again", [(0, False, 0), (1, False, 1), (True, False, 3), (False, True, 3)])
+def test_prediction_loss_and_every_gradient_are_the_authors_whatever_is_checkpointed(golden, wanted, offload, again):
     tensors, _, transformer = golden
-    inputs, seen = [tensors[n] for n in ("latents", "noise", "expected.sigmas", "prompt_embeds")], []
-    with transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].detach())):
-        loss = flow_matching_loss(transformer, *inputs)
+    train_lora.checkpoint_blocks(load_config(gradient_checkpointing=wanted, enable_group_offload=offload), transformer)
+    transformer.zero_grad()
+    inputs, seen, calls = [tensors[n] for n in ("latents", "noise", "expected.sigmas", "prompt_embeds")], [], []
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    hooks = [block.register_forward_pre_hook(lambda block, args: calls.append(block)) for block in blocks]
+    hooks += [transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))]
+    loss = flow_matching_loss(transformer, *inputs)
     loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert [calls.count(block) for block in blocks] == [2] * again + [1] * (3 - again)
     assert loss.dtype == torch.float32
     assert_close(seen[0], pack_latents(tensors["expected.model_pred"]))
     assert_close(loss.detach(), tensors["expected.loss"])
@@ -89,7 +107,103 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prom
         assert drawn[-1].size == (96, 64)
         assert np.abs(np.subtract(drawn[-1], expected, dtype=int)).max() <= 1
     assert np.abs(np.subtract(*drawn, dtype=int)).mean() > 1
-    in_a_notebook = load_pipeline(config, "cpu")(
-        "new", num_images_per_prompt=2, height=64, width=64, num_inference_steps=1
-    )
-    assert len(in_a_notebook.images) == 2
+    two = load_pipeline(config, "cpu")("new", num_images_per_prompt=2, num_inference_steps=1, width=64, height=64)
+    assert len(two.images) == 2
+
+
+PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul")
+
+
+def libraries_own_weight(linear, precision):
+    """The weight as optimum-quanto or torchao quantize it and give it back."""
+    model, weight = torch.nn.Sequential(copy.deepcopy(linear)), linear.weight.detach()
+    if precision == "int4-quanto":  # its own way back compiles an extension; this is its library/unpack.py
+        scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=128)
+        made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, group_size=128, optimized=False)
+        values = torch.cat([made._data._data & 15, made._data._data >> 4])
+        return (made._scale * values - made._shift).reshape(weight.shape)
+    if precision == "fp8-torchao":
+        quantize_(model, Float8WeightOnlyConfig())
+    else:
+        quanto.quantize(model, weights=quanto.qint8)
+        quanto.freeze(model)
+    return model[0].weight.dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_kept(precision, dtype):
+    torch.manual_seed(0)
+    linear, x, gradient = torch.nn.Linear(384, 256).to(dtype), torch.randn(64, 384), torch.randn(64, 256)
+    expected, quantized = libraries_own_weight(linear, precision), QuantizedLinear(linear, precision)
+    stored = [tensor for tensor in (quantized.weight, quantized.scale, quantized.shift) if tensor is not None]
+    assert torch.equal(dequantize(dtype, (256, 384), *stored), expected) and expected.dtype == dtype
+    assert all(type(tensor.data) is torch.Tensor and not tensor.requires_grad for tensor in stored)
+    linear.weight = torch.nn.Parameter(expected, requires_grad=False)
+    kept, results = [], []
+    for layer in (linear, quantized):
+        kept.clear()
+        ours = x.to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            y = layer(ours)
+        y.backward(gradient.to(dtype))
+        results.append((y.detach(), ours.grad))
+    tolerance = 0.012 if precision == "int8-matmul" else 1e-6 if dtype == torch.float32 else 0.01
+    for exact, found in zip(*results):
+        assert (found - exact).norm() <= tolerance * exact.norm()
+    assert kept and {tensor.data_ptr() for tensor in kept} <= {tensor.data_ptr() for tensor in stored}
+    assert sum(tensor.nbytes for tensor in kept) <= 256 * 384 * (0.57 if precision == "int4-quanto" else 1.02)
+
+
+def test_the_next_step_is_loaded_while_one_computes_and_no_more(quick_config, monkeypatch):
+    loaded, load_batch, step = [threading.Event() for _ in range(4)], train_lora.load_batch, train_lora.train_step
+
+    def computing(config, run, batches):
+        assert loaded[run.step + 1].wait(20) and not loaded[run.step + 2].is_set()
+        return step(config, run, batches)
+
+    monkeypatch.setattr(train_lora, "load_batch", lambda *given: loaded[given[-1]].set() or load_batch(*given))
+    monkeypatch.setattr(train_lora, "train_step", computing)
+    train_lora.main(quick_config(max_train_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no_change", *PRECISIONS])
+def test_compiled_blocks_learn_and_score_the_same(quick_config, tmp_path, precision):
+    settings = dict(base_model_precision=precision, enable_group_offload=precision == "int4-quanto", max_train_steps=3)
+    settings |= dict(validation_split=0.2, validation_step_interval=3)
+    losses = []
+    for compiled in (False, True):
+        config = quick_config(**settings, torch_compile=compiled, output_dir=str(tmp_path / str(compiled)))
+        train_lora.main(config)
+        lines = map(json.loads, Path(config.output_dir, "metrics.jsonl").read_text().splitlines())
+        losses.append([line[name] for line in lines for name in ("loss", "held_out_loss") if name in line])
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=2e-3 if precision == "int8-matmul" else 1e-4)
+
+
+def readme_row(name):
+    """[GiB a step, GiB a preview] in README's table of cards."""
+    row = re.search(rf"^\| `{name}.json` .*\| ([\d.]+) / ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [float(figure) for figure in row.groups()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["6gb", "8gb", "12gb", "16gb", "24gb", "24gb_bf16", "48gb", "colab_t4"])
+def test_a_shipped_config_fits_its_card_and_takes_what_readme_says(name):
+    arithmetic, card = ("fp16", 14.75) if name == "colab_t4" else ("auto", int(name.split("gb")[0]))
+    gib, _, needed = simulate_memory.simulate(load_config(ROOT / f"configs/{name}.json", mixed_precision=arithmetic))
+    assert needed <= card, gib
+    assert readme_row(name) == pytest.approx([gib["a step, at its peak"], gib["a preview"]], abs=0.2)
+
+
+def test_one_and_two_tenths_of_the_model_tell_what_readme_says_of_the_whole(monkeypatch):
+    config, found = load_config(ROOT / "configs/48gb.json", mixed_precision="bf16"), []
+    config.validation_num_inference_steps = 1
+    for tenths in (1, 2):
+        monkeypatch.setattr(simulate_memory.bench_step, "REAL", dict(num_layers=tenths, num_single_layers=2 * tenths))
+        gib, _ = simulate_memory.training(config)
+        found.append(torch.tensor([gib["a step, at its peak"], gib["a preview"]]))
+    whole = found[0] + 9 * (found[1] - found[0])
+    assert whole.tolist() == pytest.approx(readme_row("48gb"), abs=0.2)
