@@ -13,9 +13,8 @@ from longcat_common import KEYS, UserError, buckets, check_precision, config_fro
 @pytest.mark.parametrize(
     "words, name, value",
     [
-        ("--learning_rate .0001", "learning_rate", 1e-4),
-        ("--validation_guidance=4.", "validation_guidance", 4.0),
-        ("--validation_lora_strength .5,1", "validation_lora_strength", [0.5, 1.0]),
+        ("--learning_rate=.0001", "learning_rate", 1e-4),
+        ("--validation_lora_strength .5,1.", "validation_lora_strength", [0.5, 1.0]),
         ("--gradient_checkpointing --seed 1", "gradient_checkpointing", True),
         ("--gradient_checkpointing False", "gradient_checkpointing", False),
         ("--gradient_checkpointing 1", "gradient_checkpointing", 1),  # a number of blocks
@@ -72,18 +71,15 @@ def test_buckets_are_on_the_grid_about_as_large_as_wanted_and_come_with_their_tu
     "given, told",  # flags, a file, or keys with values; all that stands around ... in the message
     [
         ("--lora_rnk 8 --nonsense", "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'"),
-        ("--seed 1 a.json", "'a.json' is no flag; write [config.json] [--key value ...]"),
         ("--lora_rank 1_000", "lora_rank: found '1_000', must be a valid integer"),
         ('{\n  "lora_rank": 8\n  "seed": 1\n}', "bad.json: not JSON ... line 3"),
         ('{"checkpointing_steps": 5, "--checkpoint_step_interval": 7}', "'checkpoint_step_interval' is there 2 times"),
         ({"\ud83d": 1}, "unknown keys: '\\\\ud83d'"),
         (dict(lora_rank=True), "lora_rank: found True, must be a valid integer"),
-        (dict(lora_rank=10**30), "lora_rank: found 1000 ... must be less than or equal to 4096"),
         (dict(learning_rate=float("nan")), "learning_rate: found nan ... finite"),
         (dict(learning_rate=1e-7, lr_scheduler="polynomial"), "learning_rate: found 1e-07 ... more ... polynomial"),
         (dict(gradient_checkpointing=-1), "gradient_checkpointing: found -1, must be true, false or a number"),
         (dict(lr_scheduler="cosine_with_restarts"), "lr_scheduler: found 'cosine_with_restarts', must be 'constant'"),
-        (dict(aspect_bucket_alignment=192), "resolution: found '1024', must be multiples of 192"),
         (dict(validation_resolution="1024x1024,100"), "validation_resolution: ... '100' is no WIDTHxHEIGHT"),
         (dict(data_dir=["x", {"path": "x", "folder": "y"}]), "data_dir[1].folder: found 'y', Extra inputs"),
         (dict(output_dir="E:\runs\neon"), "output_dir: ... control character ... a backslash is written \\\\"),

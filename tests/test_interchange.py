@@ -124,20 +124,12 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
     assert "alpha" not in capsys.readouterr().out
 
 
-def test_a_lora_that_says_nothing_of_its_alpha_is_said(tmp_path, capsys):
-    _, path = of_simpletuner(tmp_path)
-    (tmp_path / "simpletuner_config.json").unlink()
-    read_lora(path)
-    assert f"{path}: says nothing of its alpha, which is taken to be its rank" in capsys.readouterr().out
-
-
 Q = "transformer_blocks.0.attn.to_q"
 pair = lambda A, B, module=Q: {f"{module}.lora_A.weight": torch.ones(A), f"{module}.lora_B.weight": torch.ones(B)}
 GOOD = pair((4, 192), (192, 4))  # fits the tiny model
 NOT_OPENED = [
     (GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)}, "is no LoRA that can be opened here: it is a DoRA"),
     ({f"{Q}.lokr_w1": torch.ones(3, 3)}, "it is a LoKr"),
-    ({"lora_unet_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(3, 3)}, "it is a LoHa"),
     ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 3)}, "original layout, with q, k and v in one"),
     ({f"{Q}.lora_A.weight": torch.ones(4, 192)}, "lora_B.weight is unknown, missing"),
     (GOOD | {f"{Q}.lora_B.weight": torch.full((192, 4), torch.nan)}, "not finite"),
@@ -154,11 +146,16 @@ def test_what_is_no_lora_for_this_model_is_told_by_its_kind(tiny_config, tmp_pat
         load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
 
 
-def test_a_lora_on_one_block_is_opened_without_its_text_encoders_part_and_not_trained_on(tiny_config, tmp_path):
+def test_what_is_left_out_or_unknown_of_a_lora_is_said_and_on_one_block_it_is_not_trained_on(
+    tiny_config, tmp_path, capsys
+):
     file = tmp_path / "some.safetensors"
     tensors = {f"diffusion_model.{name}": tensor for name, tensor in GOOD.items()}
     save_file(tensors | {"text_encoder.layers.0.lora_A.weight": torch.ones(2, 2)}, file)
     assert read_lora(file).keys() == GOOD.keys()
+    printed = capsys.readouterr().out
+    assert f"{file}: its text encoder's part is left out" in printed
+    assert f"{file}: says nothing of its alpha, which is taken to be its rank" in printed
     for rank, told in ((16, r'has lora_rank 4 and .* \["attn.to_q"\]; set these'), (4, "cannot be trained on")):
         config = tiny_config(lora_rank=rank, lora_target_modules=["attn.to_q"], init_lora=str(file))
         with pytest.raises(UserError, match=f"init_lora: .*{told}"):
