@@ -188,12 +188,15 @@ def test_a_shipped_config_fits_its_card_and_takes_what_readme_says(name):
     assert readme_row(name) == pytest.approx([gib["a step, at its peak"], gib["a preview"]], abs=0.2)
 
 
-def test_one_and_two_tenths_of_the_model_tell_what_readme_says_of_the_whole(monkeypatch):
-    config, found = load_config(ROOT / "configs/48gb.json", mixed_precision="bf16"), []
-    config.validation_num_inference_steps = 1
+def test_tenths_of_the_model_tell_what_readme_says_of_the_whole_and_norms_run_outside_of_autocast(monkeypatch):
+    config = load_config(ROOT / "configs/48gb.json", mixed_precision="bf16", validation_num_inference_steps=1)
+    layer_norm, found, autocast = torch.nn.functional.layer_norm, [], []
+    note = lambda *given, **options: autocast.append(torch.is_autocast_enabled("cpu")) or layer_norm(*given, **options)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", note)
     for tenths in (1, 2):
         monkeypatch.setattr(simulate_memory.bench_step, "REAL", dict(num_layers=tenths, num_single_layers=2 * tenths))
         gib, _ = simulate_memory.training(config)
         found.append(torch.tensor([gib["a step, at its peak"], gib["a preview"]]))
+    assert autocast and not any(autocast), "CUDA's would keep a float32 copy of each norm's input"
     whole = found[0] + 9 * (found[1] - found[0])
     assert whole.tolist() == pytest.approx(readme_row("48gb"), abs=0.2)

@@ -122,7 +122,6 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
         (dict(lora="latest"), "holds no LoRA yet; train one, or name a file with --lora"),
         (dict(lora="README.md"), "README.md: is no .safetensors file; others are not opened, for a pickled one"),
         (dict(lora="nowhere"), f"there is no such LoRA file, or the folder holds neither {LORA_NAME} nor"),
-        (dict(compare_checkpoints=True, lora="x"), "compare_checkpoints: shows every checkpoint, and lora names one"),
         (dict(compare_checkpoints=True), "compare_checkpoints: .* holds no checkpoint; train first"),
         (dict(output_dir="README.md"), "README.md/validation/compare-001: cannot be written"),
     ],
