@@ -416,7 +416,7 @@ def write_file(path, data):
             temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except OSError as error:
-        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):
@@ -1037,9 +1037,9 @@ def read_lora(path):
         modules = {name.rsplit(".lora_", 1)[0] for name in state}
         odd = sorted(state.keys() ^ {f"{module}.lora_{part}.weight" for module in modules for part in "AB"})
         odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
-        if odd or not state:
-            what = f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"
-            what = next((kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in state)), what)
+        other = [kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in state)]
+        if odd or other or not state:
+            what = (other or [f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"])[0]
             raise UserError(f"{path}: is no LoRA that can be opened here: {what}")
 
         if not alphas and not settings and "longcat_lora" not in header:

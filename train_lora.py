@@ -210,8 +210,9 @@ def add_lora(transformer, config):
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the LoRA gets its input as the base does: no float32 copy a layer
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
+    device = transformer.device  # not the parameter's own: an offloaded block is not there
     for parameter in parameters.values():
-        parameter.data = parameter.data.to(transformer.device, torch.float32)  # offloaded blocks are not there
+        parameter.data = parameter.data.to(device, torch.float32)
     if config.init_lora:
         state, shapes = (
             read_init_lora(config),

@@ -149,7 +149,7 @@ def newest_lora(folder):
 
 def said_of(lora, name):
     """What the header of a LoRA of ours says under this name; None for another trainer's."""
-    with contextlib.suppress(LookupError, TypeError, json.JSONDecodeError):
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # such as a damaged file's
         return json.loads(read_header(lora)["longcat_lora"])[name]
 
 

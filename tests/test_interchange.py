@@ -130,7 +130,7 @@ GOOD = pair((4, 192), (192, 4))  # fits the tiny model
 NOT_OPENED = [
     (GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)}, "is no LoRA that can be opened here: it is a DoRA"),
     ({f"{Q}.lokr_w1": torch.ones(3, 3)}, "it is a LoKr"),
-    ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 3)}, "original layout, with q, k and v in one"),
+    (pair((4, 192), (192, 4), "double_blocks.0.img_attn.qkv"), "original layout, with q, k and v in one"),
     ({f"{Q}.lora_A.weight": torch.ones(4, 192)}, "lora_B.weight is unknown, missing"),
     (GOOD | {f"{Q}.lora_B.weight": torch.full((192, 4), torch.nan)}, "not finite"),
     (pair((4, 96), (96, 4)), r"made for another model.*to_q has \(4, 96\) and \(96, 4\), and here it takes 192"),

@@ -66,7 +66,6 @@ def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path
     titles = json.loads(first.with_suffix(".json").read_text())["columns"]
     assert titles[1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
 
-    shutil.rmtree(damaged.parent)
     (tmp_path / "other").symlink_to(MODEL)
     run.pretrained_model_name_or_path, run.compare_checkpoints = str(tmp_path / "other"), False
     again = validate.main(run)
@@ -86,7 +85,7 @@ def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run
         return generate(*arguments)
 
     monkeypatch.setattr(validate, "generate", stopping)
-    for error, told, name in ((KeyboardInterrupt(2), "2", "001"), (full, "validation_resolution", "002")):
+    for error, told, name in ((KeyboardInterrupt(2), "2", "001"), (full, "a smaller resolution", "002")):
         with pytest.raises((KeyboardInterrupt, UserError), match=told):
             validate.main(run)
         assert (folder / f"compare-{name}/comparison.png").exists()
