@@ -884,9 +884,7 @@ class StreamedTextEncoder:
         names = {self.start + part + name: name for name in names}
         with named_if_damaged(self.folder):
             weights = read_weights(self.files, names)
-        # Read here, not when it is first used; page-locked, for a fast copy to CUDA.
-        own = lambda weight: weight.pin_memory() if self.compute_device.type == "cuda" else weight.clone()
-        return {names[name]: own(weight) for name, weight in weights.items()}
+        return {names[name]: weight.clone() for name, weight in weights.items()}  # read here, not when it is first used
 
     def fill(self, module, weights):
         """Gives a module on the device these weights; those that it had go first."""

@@ -214,10 +214,8 @@ def add_lora(transformer, config):
     for parameter in parameters.values():
         parameter.data = parameter.data.to(device, torch.float32)
     if config.init_lora:
-        state, shapes = (
-            read_init_lora(config),
-            lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()},
-        )
+        state = read_init_lora(config)
+        shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
         if wrong := shapes(state) ^ shapes(get_peft_model_state_dict(transformer)):
             what = f"it has not one rank and the same layers in every block (first: {min(wrong)[0]})"
             raise UserError(f"init_lora: {config.init_lora} cannot be trained on: {what}")
