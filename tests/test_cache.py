@@ -140,7 +140,7 @@ def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
 def test_damaged_files_are_named_and_made_again_and_then_a_read_only_disk_will_do(
     tiny_config, few_pictures, capsys, monkeypatch
 ):
-    config = tiny_config(data_dir=str(few_pictures), validation_prompts=["a red apple"], text_encoder_batch_size=1)
+    config = tiny_config(data_dir=str(few_pictures), validation_prompts=["a red apple"], text_encoder_batch_size=2)
     pictures, files = cached = cache_latents.main(config)
     whole = cached_files(config)
     damaged = latents_file(config, pictures[0]), files[""], files["a red apple"]
@@ -149,7 +149,7 @@ def test_damaged_files_are_named_and_made_again_and_then_a_read_only_disk_will_d
     cache_latents.main(config)
     printed = "".join(capsys.readouterr())
     assert [printed.count(f"{path}: is damaged") for path in damaged] == [1, 1, 1]
-    assert f"pictures: 7, of them 1 to do; prompts: {len(files)}, of them 2 to do" in printed
+    assert f"pictures: 7, of them 1 to do; prompts: {len(files)}, of them 4 to do" in printed, "whole batches"
     assert cached_files(config) == whole
 
     def read_only(system_call, path, mode="r", *rest, **options):
