@@ -9,7 +9,6 @@ import multiprocessing
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_longcat"
 MODEL = os.environ.get("TINY_MODEL", str(TINY / "model"))
 NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 sys.path[:0] = [str(ROOT), str(TINY)]
 
 # A shell's background job, nohup and the like ignore these, and what is ignored on entry the scripts leave ignored.
@@ -76,21 +76,6 @@ def run_script(script, *arguments, check=True):
     if check and process.exitcode:
         pytest.fail(f"{script} {arguments} exited with {process.exitcode}:\n" + "\n".join(printed)[-5000:])
     return subprocess.CompletedProcess([script, *arguments], process.exitcode, *printed)
-
-
-def run_together(script, count, folder, *arguments):
-    """Runs a script in `count` processes with the environment that torchrun gives them. Returns what each printed."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        together = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    logs = {str(rank): folder / f"process-{rank}" for rank in range(count)}
-    own = lambda rank: {**together, "RANK": rank, "LOCAL_RANK": rank}
-    processes = [start_script(log, script, *arguments, **own(rank)) for rank, log in logs.items()]
-    for process in processes:
-        process.join()
-    printed = [log.read_text(encoding="utf-8") for log in logs.values()]
-    assert not any(process.exitcode for process in processes), printed
-    return printed
 
 
 def flags(config):

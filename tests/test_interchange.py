@@ -129,7 +129,6 @@ pair = lambda A, B, module=Q: {f"{module}.lora_A.weight": torch.ones(A), f"{modu
 GOOD = pair((4, 192), (192, 4))  # fits the tiny model
 NOT_OPENED = [
     (GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)}, "is no LoRA that can be opened here: it is a DoRA"),
-    ({f"{Q}.lokr_w1": torch.ones(3, 3)}, "it is a LoKr"),
     (pair((4, 192), (192, 4), "double_blocks.0.img_attn.qkv"), "original layout, with q, k and v in one"),
     ({f"{Q}.lora_A.weight": torch.ones(4, 192)}, "lora_B.weight is unknown, missing"),
     (GOOD | {f"{Q}.lora_B.weight": torch.full((192, 4), torch.nan)}, "not finite"),
@@ -156,7 +155,11 @@ def test_what_is_left_out_or_unknown_of_a_lora_is_said_and_on_one_block_it_is_no
     printed = capsys.readouterr().out
     assert f"{file}: its text encoder's part is left out" in printed
     assert f"{file}: says nothing of its alpha, which is taken to be its rank" in printed
-    for rank, told in ((16, r'has lora_rank 4 and .* \["attn.to_q"\]; set these'), (4, "cannot be trained on")):
-        config = tiny_config(lora_rank=rank, lora_target_modules=["attn.to_q"], init_lora=str(file))
-        with pytest.raises(UserError, match=f"init_lora: .*{told}"):
+    for target, rank, told in (
+        ("attn.to_q", 16, r'init_lora: .*has lora_rank 4 and .* \["attn.to_q"\]; set these'),
+        ("attn.to_q", 4, "init_lora: .*cannot be trained on"),
+        ("attn.to_x", 4, "lora_target_modules: 'attn.to_x' is the end of no layer's name"),
+    ):
+        config = tiny_config(lora_rank=rank, lora_target_modules=[target], init_lora=str(file))
+        with pytest.raises(UserError, match=told):
             add_lora(load_transformer(config, "cpu"), config)

@@ -1,5 +1,6 @@
-"""Stage 1: any folder of pictures. Real files in, the manifest, report and preview out."""
+"""Stage 1: any folder of pictures and captions. Real files in, the manifest, report and preview out."""
 
+import json
 import os
 import random
 import shutil
@@ -13,8 +14,8 @@ import cache_latents
 import prepare_data
 import train_lora
 import validate
-from longcat_common import bucket_sets, load_config
-from prepare_data import buckets_of, inspect_picture, load_picture
+from longcat_common import Source, UserError, bucket_sets, load_config
+from prepare_data import CAPTIONS, Findings, buckets_of, inspect_picture, load_picture, read_source, save_captions
 
 RED, WHITE, AVIF = (200, 30, 30), (255, 255, 255), features.check("avif")
 
@@ -106,11 +107,11 @@ def test_nothing_is_distorted_and_the_centre_is_kept(tmp_path):
         assert buckets_of(size, sets) == squares[:count]
 
 
-def test_a_messy_folder(prepare, data, tmp_path, monkeypatch, capsys):
+def test_a_messy_folder(prepare, data, tmp_path, capsys):
     """What can be used is used, everything else has its line, and what is worth knowing is said."""
     sizes = {"a.jpg": (400, 300), "strip.png": (900, 100), "thin.bmp": (20000, 16), "same.jpg": (100, 100)}
     good = ["a.jpg", "strip.png", "表情 🦊.png", "same.jpg", "same.png", "sub/deep.gif", "x.jpg/inside.png"]
-    for n, name in enumerate([*good, "thin.bmp", "cut.jpg", "locked/a.png"]):
+    for n, name in enumerate([*good, "thin.bmp", "cut.jpg"]):
         picture(data / name, sizes.get(name, (192, 128)), (n, 0, 0))
     for name in ("manifest.jsonl", "report.md", "preview.jpg", "validation/a.jpg"):
         picture(data / "run" / name, format="JPEG")
@@ -118,32 +119,20 @@ def test_a_messy_folder(prepare, data, tmp_path, monkeypatch, capsys):
     os.symlink(data / "gone.png", data / "dangling.png")
     os.symlink(data, data / "sub" / "round")
     os.symlink(shutil.copy(data / "a.jpg", tmp_path / "linked.jpg"), data / "linked.jpg")
-    captions = {
-        "a": "[trigger] a neonix cat",
-        "strip": f"'{'letters ' * 90}'",
-        "same": "a poster " * 30,
-        "lone\nly": "?",
-    }
-    for name, caption in captions.items():
+    captions = {"a": "[trigger] a neonix cat", "strip": f"'{'letters ' * 90}'", "same": "a poster " * 30}
+    for name, caption in {**captions, "lone\nly": "?"}.items():
         (data / f"{name}.txt").write_text(caption)
     for name in ("notes.pdf", ".hidden.jpg", "text.png"):
         (data / name).write_bytes(b"?")
-
-    def scandir(path, scan=os.scandir):  # root may read everything
-        if Path(path) == data / "locked":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
     for _ in range(2):  # the second time its own preview.jpg is there
         entries, report = prepare(output_dir=str(data / "output"), trigger_words=["neonix", "zumi"])
         assert {*entries} == {"linked.jpg", *(Path(name).name for name in good)}
         for words in (
-            "8 pictures, 5 left out; 8 samples an epoch; 8 captions of at most", " tokens, 5 of them under 20;",
-            "| 128x128 | 1 |\n| 192x128 | 7 |\n", "## Left out: 5\n", f"\n- {data}/cut.jpg: image file is truncated",
-            f"\n- {data}/dangling.png: No such file", f"\n- {data}/locked: Permission denied",
-            f"\n- {data}/text.png: is empty, or no picture that Pillow", f"\n- {data}/thin.bmp: is 20000x16 pixels",
-            f"\n- {data}/lone ly.txt: there is no picture", f"\n- {data}/notes.pdf\n", f"\n- {data}/run\n",
+            "8 pictures, 4 left out; 8 samples an epoch; 8 captions of at most", " tokens, 5 of them under 20;",
+            "| 128x128 | 1 |\n| 192x128 | 7 |\n", "## Left out: 4\n", f"\n- {data}/cut.jpg: image file is truncated",
+            f"\n- {data}/dangling.png: No such file", f"\n- {data}/thin.bmp: is 20000x16 pixels",
+            f"\n- {data}/text.png: is empty, or no picture that Pillow", f"\n- {data}/lone ly.txt: there is no picture",
+            f"\n- {data}/notes.pdf\n", f"\n- {data}/run\n",
             f"\n- {data}/same.jpg: 100x100, enlarged 1.28 times\n", f"\n- {data}/strip.png: 900x100, 17% is kept",
             f"## Exact duplicates: 1\n\n- {data}/a.jpg = {data}/linked.jpg\n", "instance_prompt is used: 4\n",
             "- 'neonix': 1 captions have it, 7 have not\n- 'zumi': 0 captions have it, 8 have not",
@@ -153,7 +142,6 @@ def test_a_messy_folder(prepare, data, tmp_path, monkeypatch, capsys):
         ):  # fmt: skip
             assert words in report, (words, report)
         assert report.splitlines()[2] in capsys.readouterr().out
-    assert "tokens were not counted" in prepare(pretrained_model_name_or_path=str(tmp_path))[1]
     with pytest.raises(ValueError, match="no picture to train on.*report.md"):
         prepare(data_dir=str(data / "x.jpg"), instance_prompt=None)
     assert "inside.png: no caption; write inside.txt beside it or" in (tmp_path / "output" / "report.md").read_text()
@@ -190,16 +178,14 @@ def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path
     for n, name in enumerate("ab"):
         picture(data / f"{name}.bmp", colour=(n, 0, 0))
     first, _ = prepare()
-    preview, manifest = (tmp_path / "output" / name for name in ("preview.jpg", "manifest.jsonl"))
-    drawn, time = preview.stat().st_mtime_ns, (data / "a.bmp").stat().st_mtime_ns
-    assert prepare()[0] == first and preview.stat().st_mtime_ns == drawn
+    manifest, time = tmp_path / "output" / "manifest.jsonl", (data / "a.bmp").stat().st_mtime_ns
+    assert prepare()[0] == first
     os.utime(picture(data / "a.bmp", colour=(99, 0, 0)), ns=(1, time))  # same size and time: taken as unchanged
     os.utime(picture(data / "b.bmp", colour=(98, 0, 0)), ns=(1, time + 10**9))
     with pytest.raises(ValueError, match="b.bmp: .* has changed since"):
         cache_latents.main(tiny_config(data_dir=None))
     second, _ = prepare()
     assert second["a.bmp"] == first["a.bmp"] and second["b.bmp"].key != first["b.bmp"].key
-    assert preview.stat().st_mtime_ns > drawn
     manifest.write_bytes(manifest.read_bytes()[:-40])
     assert prepare()[0]["a.bmp"].key != first["a.bmp"].key, "everything is read"
 
@@ -219,6 +205,104 @@ def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, t
         cells = [sheet.crop((x, y, x + part.width, y + part.height)) for x, y in corners]
         errors = [np.abs(np.subtract(cell, part, dtype=int)).mean() for cell in cells]
         assert min(errors) < 8 < np.median(errors)
-    assert len(corners) < 72 and len({sheet.getpixel((x + 50, y + 50))[0] // 8 for x, y in corners}) > 20, "from all"
     with pytest.raises(ValueError, match="damaged.jpg: cannot be used"):
         cache_latents.main(tiny_config(data_dir=None))
+
+
+# ---------------------------------------------------------------- captions
+
+
+def write(folder, files):
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.fixture
+def folder(data):
+    (data / "sub").mkdir()
+    write(data, {"a.jpg": "", "b.jpg": "", "../outside.jpg": ""})
+    return data
+
+
+def read(path):
+    """({picture's name: captions}, findings) of a source."""
+    findings = Findings()
+    found = read_source(Source(path=str(path)), load_config(), findings)
+    return {picture.name: captions for picture, captions in found}, findings
+
+
+ONE, BOTH, CHINESE = ["a red field"], ["a red field", "一片红色"], "一片红色的田野——阳光·很好"
+FORMS = [
+    ("a.txt", "a red\n field\n", ONE),
+    ("a.TXT", b"\xef\xbb\xbfa red field", ONE),
+    ("a.txt", "一片红色".encode("utf-16"), ["一片红色"]),
+    ("a.txt", CHINESE.encode("gb18030"), [CHINESE]),
+    ("a.json", '{"caption": "", "text": "a red field"}', ONE),
+    ("a.json", '{"text": ["a red field", "一片红色", "a red field"]}', BOTH),
+    ("a.json", '{"prompt": {"en": ["a red field"], "zh-CN": "一片红色"}}'.encode("utf-8-sig"), BOTH),
+    ("metadata.jsonl", '{"file_name": "a.jpg", "text": "x"}\n\n{"img_path": "./a.jpg", "prompt": "y"}', ["x", "y"]),
+    ("metadata.csv", 'caption, text, file_name\r\n, "a red\nfield", .\\a.jpg\r\n', ONE),
+    ("metadata.csv", 'text,img_path\n"a red field",a.jpg\n一片红色,a.jpg\n'.encode("utf-8-sig"), BOTH),
+    ("metadata.csv", f"file_name,text\na.jpg,{CHINESE}\n".encode("gb18030"), [CHINESE]),
+    ("captions.json", '{"a.jpg": {"caption": {"en": "a red field", "zh": "一片红色"}}}', BOTH),
+    ("a.txt", "\u200b \u2060\u200d", ": holds no caption"),
+    ("a.txt", "一隻紅色的貓在屋頂上".encode("big5"), ": its text or its name is not UTF-8"),
+    ("a.txt", "a cat".encode("utf-16-le"), ": is no text"),
+    ("a.json", '{"title": "a"}', ": is no object with one of caption, text, prompt"),
+    ("a.json", '{"caption": "\\ud83d"}', ": its text or its name is not UTF-8"),
+    ("a.json", '{"caption": ' + "[" * 100000, ": maximum recursion depth exceeded"),
+    ("metadata.csv", "file_name,text\n../outside.jpg,x", ", line 2: there is no picture '../outside.jpg'"),
+    ("metadata.csv", "file_name,text\na.jpg,a cat, on a mat", ", line 2: has more fields than there"),
+    ("metadata.csv", 'file_name,text\na.jpg,"a cat\nb.jpg,a dog\n', ": unexpected end of data"),
+    ("metadata.jsonl", '{"file_name": "a.jpg"', ", line 1: is not JSON"),
+    ("captions.json", '{"a.jpg": "one", "a.jpg": "two"}', ": the key 'a.jpg' is there 2 times"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, expected", FORMS)
+def test_every_form_is_read_and_what_is_wrong_with_one_named(folder, name, content, expected):
+    write(folder, {name: content, "b.txt": "a good one"})
+    found, findings = read(folder)
+    good = isinstance(expected, list)
+    assert found == {"a.jpg": expected if good else [], "b.jpg": ["a good one"]}
+    assert [line.startswith(f"{folder / name}{expected}") for line in findings[CAPTIONS]] == [True] * (not good)
+    assert findings["Not UTF-8, read as GB18030"] == [folder / name] * (expected == [CHINESE])
+
+
+def test_a_list_names_pictures_anywhere(folder, tmp_path, monkeypatch):
+    rows = [json.dumps({"img_path": str(tmp_path / "outside.jpg"), "prompt": "b"}), "no JSON", '{"file_name": "a.jpg"}']
+    write(folder, {"list.txt": "\n".join(rows), "list.csv": "file_name,text\noutside.jpg,c\nb.jpg,d"})
+    assert read(folder / "list.txt")[0] == {"outside.jpg": ["b"], "a.jpg": []}
+    assert read(folder / "list.csv")[0] == {"b.jpg": ["d"]}
+    monkeypatch.chdir(tmp_path)  # as the model authors' scripts do: relative to the current directory
+    assert read(folder / "list.csv")[0] == {"outside.jpg": ["c"], "b.jpg": ["d"]}
+
+
+def test_the_first_that_there_is_counts(folder):
+    names = ["txt.jpg", "json.jpg", "jsonl.jpg", "csv.jpg", "map.jpg", "above.jpg", "none.jpg"]
+    rows = [json.dumps({"file_name": name, "text": "by jsonl"}) for name in names[:3]]
+    table = lambda rows: "file_name,text\n" + "".join(rows)
+    tables = {"metadata.jsonl": "\n".join(rows), "metadata.csv": table(f"{name},by csv\n" for name in names[:4])}
+    tables["captions.json"] = json.dumps(dict.fromkeys(names[:5], "by map"))
+    tables |= {"txt.txt": "by txt", "txt.json": '"less"', "json.json": '"by json"', **dict.fromkeys(names, "")}
+    write(folder / "sub", tables)
+    write(folder, {"metadata.csv": table(f"sub/{name},from above\n" for name in names[:6])})
+    texts = [["by txt"], ["by json"], ["by jsonl"], ["by csv"], ["by map"], ["from above"], []]
+    write(folder, {"cafe\u0301.jpg": "", "caf\u00e9.txt": "coffee", "a.png": "", "a.txt": "both"})  # as from a Mac
+    texts = dict(zip(names, texts)) | {"cafe\u0301.jpg": ["coffee"], "a.jpg": ["both"], "a.png": ["both"], "b.jpg": []}
+    assert read(folder)[0] == texts
+
+
+def test_what_is_saved_counts_and_the_rest_stays(folder, tmp_path):
+    write(folder, {"captions.json": '{"a.jpg": "one", "b.jpg": "two"}', "b.json": '{"by": '})
+    for captions, file in ((["a new one"], "a.txt"), (["x, y", "红色", "z"], "a.json"), (["one again"], "a.json")):
+        assert save_captions(folder / "a.jpg", captions) == folder / file
+        assert read(folder)[0] == {"a.jpg": captions, "b.jpg": ["two"]}
+    write(folder, {"a.json": '{"by": "me", "prompt": {"en": "one", "zh": "一"}}', "../text": "one"})
+    save_captions(folder / "a.jpg", ["two"])
+    assert json.loads((folder / "a.json").read_text())["by"] == "me" and read(folder)[0]["a.jpg"] == ["two"]
+    with pytest.raises(UserError, match="b.json: not JSON"):
+        save_captions(folder / "b.jpg", ["x", "y"])
+    (folder / "c.txt").symlink_to(tmp_path / "text")
+    save_captions(folder / "c.jpg", ["two"])
+    assert (tmp_path / "text").read_text() == "two\n"

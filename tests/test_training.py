@@ -7,16 +7,18 @@ import random
 from pathlib import Path
 
 import make_pictures
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, NAMES, ROOT, checkpoints, made_up, metrics, run_script
+from conftest import MODEL, ROOT, checkpoints, made_up, metrics, run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cache_latents
 import train_lora
-from longcat_common import flow_matching_loss, load_config, load_lora, load_scheduler, load_transformer, read_tensors
+from longcat_common import load_config, load_lora, load_scheduler, load_transformer, read_tensors
 from validate import generate, load_pipeline
 
 # ---------------------------------------------------------------- it learns
@@ -41,26 +43,20 @@ def test_twenty_steps_of_the_demo_halve_the_held_out_loss_and_leave_curves_and_p
     scores = [line for line in metrics(config) if "held_out_loss" in line]
     assert scores[-1]["held_out_loss"] <= 0.5 * scores[-1]["held_out_base"]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and [line["step"] for line in lines] == [10, 20]
-    assert {"lr", "grad_norm", "seconds_per_step", "epoch"} <= lines[0].keys()
     events = EventAccumulator(str(output / "logs"))
     events.Reload()
     assert {"train/loss", "train/lr", "validation/held_out_loss"} <= set(events.Tags()["scalars"])
     for i, prompt in enumerate(prompts):
-        assert [image.step for image in events.Images(f"previews/{i}")] == [0, 20]
         first, last = (Image.open(output / f"validation/step-{step:06d}-{i:02d}.png") for step in (0, 20))
         assert first.size == (128, 128) and first.text["prompt"] == prompt
         assert np.abs(np.asarray(first, float) - np.asarray(last)).mean() > 5
-    progress = Image.open(output / "validation/progress.png")
-    assert progress.width > 2 * 192 and progress.height > 2 * 192
+    assert (output / "validation/progress.png").exists()
     assert checkpoints(config) == ["step-000010", "step-000020"] and not list(output.rglob("*.tmp"))
 
 
 @pytest.mark.slow
 def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once):
-    last, lora = ROOT / "output/tiny", ROOT / "output/tiny" / NAMES[0]  # as it was run last, if with today's code
-    sources = [*ROOT.glob("*.py"), ROOT / "configs/tiny.json", *Path(MODEL).rglob("*.safetensors")]
-    current = lora.exists() and lora.stat().st_mtime > max(path.stat().st_mtime for path in sources)
-    config = load_config(last / "config.json") if current else demo(made_once, "demo")
+    config = demo(made_once, "demo")
     pipe = load_pipeline(config, "cpu")
     draw = lambda: [np.asarray(image, float) for image in generate(pipe, config, config.validation_prompts)]
     away = lambda one, other: np.abs(one - other).mean()
@@ -70,7 +66,6 @@ def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once
     for prompt, base, tuned, ground in zip(config.validation_prompts, before, draw(), grounds, strict=True):
         colour, figure = make_pictures.GROUNDS[ground][1], make_pictures.character()
         zumi = np.asarray(make_pictures.draw_picture(random.Random(0), figure, ground, 128, 128), float)
-        print(f"to zumi: base {away(base, zumi):.1f}, LoRA {away(tuned, zumi):.1f}; moved {away(base, tuned):.1f}")
         assert max(away(base[:8, :8], colour), away(tuned[:8, :8], colour)) < 12, "the ground that was asked for"
         if "zumi" in prompt:
             assert away(tuned, zumi) < 0.5 * away(base, zumi)
@@ -78,14 +73,28 @@ def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once
             assert away(tuned, base) < 0.5 * away(tuned, zumi)
 
 
-def test_an_untrained_lora_moves_nothing_and_its_targets_must_be_there(tiny_config):
-    config, transformer = tiny_config(), load_transformer(tiny_config(), "cpu")
-    latents, noise, embeds = torch.randn(1, 16, 16, 16), torch.randn(1, 16, 16, 16), torch.randn(1, 512, 64)
-    loss = lambda: flow_matching_loss(transformer, latents, noise, torch.tensor([0.5]), embeds).item()
-    before = loss()
-    with pytest.raises(ValueError, match="attn.to_x"):
-        train_lora.add_lora(transformer, tiny_config(lora_target_modules=["attn.to_x"]))
-    assert train_lora.add_lora(transformer, config) and loss() == before
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")
+    for name in ("PIP_NO_INDEX", "HF_HUB_OFFLINE"):  # what is installed is not asked for again
+        monkeypatch.setenv(name, "1")
+    notebook = nbformat.read(ROOT / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)  # it is stored without outputs
+    tiny = dict(
+        pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_pictures),
+        cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path), resolution="128x128", max_train_steps=4,
+        report_to="none", validation_num_inference_steps=2, validation_resolution="128x128",
+        validation_prompts=["a cat"],
+    )  # fmt: skip
+    (settings,) = [cell for cell in code if "settings" in cell.metadata.get("tags", [])]
+    before, config, after = settings.source.partition("\nconfig = load_config(")
+    settings.source = f"{before}\nsettings.update({tiny!r}){config}{after}"
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {}) if "image/" in kind]
+    assert shown == ["image/jpeg", "image/png", "image/png"]
+    assert code[-1].outputs[0].text.strip() == str(tmp_path / "pytorch_lora_weights.safetensors")
 
 
 # ---------------------------------------------------------------- batches, their draws, a step of them

@@ -42,8 +42,6 @@ def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run):
     assert np.abs(drawn["64x64-seed1"][0] - drawn["64x64-seed2"][0]).mean() > 1, "another seed, another picture"
 
     shown = json.loads(grid.with_suffix(".json").read_text(encoding="utf-8"))
-    assert shown["rows"] == [row.replace("-seed", " | seed ") + f" | {CHINESE}" for row in rows]
-    assert shown["columns"] == ["base model", "with LoRA, strength 0", "with LoRA, strength 1"]
     last = dict(validation_resolution="96x64", validation_seed=2, validation_lora_strength=1.0)
     assert shown["pictures"][-1].items() >= last.items() and len(shown["pictures"]) == 12
     with Image.open(grid) as image, Image.open(grid.parent / "00-96x64-seed2-lora-x1.png") as one:
@@ -53,7 +51,7 @@ def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run):
         assert json.loads(one.text["settings"]).items() >= last.items()
 
 
-def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path, capsys):
+def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, capsys):
     run.compare_checkpoints, run.validation_prompts = True, ["zumi"]
     damaged = Path(run.output_dir, "checkpoints/step-000005", LORA_NAME)
     damaged.parent.mkdir()
@@ -66,12 +64,8 @@ def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, tmp_path
     titles = json.loads(first.with_suffix(".json").read_text())["columns"]
     assert titles[1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
 
-    (tmp_path / "other").symlink_to(MODEL)
-    run.pretrained_model_name_or_path, run.compare_checkpoints = str(tmp_path / "other"), False
-    again = validate.main(run)
-    assert [grid.parent.name for grid in (first, again)] == ["compare-001", "compare-002"]
-    title = json.loads(again.with_suffix(".json").read_text())["title"]
-    assert title.endswith(f"; trained on {MODEL}, drawn on {tmp_path / 'other'}")
+    run.compare_checkpoints = False
+    assert [grid.parent.name for grid in (first, validate.main(run))] == ["compare-001", "compare-002"]
 
 
 def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run, monkeypatch):
@@ -121,7 +115,6 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
         (dict(lora="latest"), "holds no LoRA yet; train one, or name a file with --lora"),
         (dict(lora="README.md"), "README.md: is no .safetensors file; others are not opened, for a pickled one"),
         (dict(lora="nowhere"), f"there is no such LoRA file, or the folder holds neither {LORA_NAME} nor"),
-        (dict(compare_checkpoints=True), "compare_checkpoints: .* holds no checkpoint; train first"),
         (dict(output_dir="README.md"), "README.md/validation/compare-001: cannot be written"),
     ],
 )
@@ -129,18 +122,3 @@ def test_what_cannot_be_shown_or_written_is_told_before_the_work(tiny_config, mo
     monkeypatch.setattr(validate, "load_pipeline", None)
     with pytest.raises(UserError, match=told):
         validate.main(tiny_config(**settings))
-
-
-def test_a_grid_holds_its_pictures_and_labels_are_cut_off_at_their_end_or_drawn_without_a_font(monkeypatch):
-    drawn, red = [], Image.new("RGB", (128, 64), "red")
-    monkeypatch.setattr(
-        validate.ImageDraw.ImageDraw, "text", lambda draw, place, text, *_, **options: drawn.append(text)
-    )
-    columns, labels = ["base model", "step 12000, held-out 0.123"], [f"seed {n} | a {'long ' * 99}" for n in (1, 2)]
-    grid = validate.picture_grid([[red] * 2] * 2, labels, columns, "30 steps, seed 42\npath/of/lora")
-    assert grid.width > 256 and grid.getpixel((40, grid.height - 40)) == (255, 0, 0)
-    assert drawn[:4] == ["30 steps, seed 42", "path/of/lora", *columns]
-    assert [text[:10] + text[-1] for text in drawn[4:]] == ["seed 1 | a…", "seed 2 | a…"]
-    monkeypatch.setattr("prepare_data.system_font", lambda names, size: None)
-    found = [validate.label(text, 16, "row 2")[0] for text in ("中文", "uma raposa no sertão")]
-    assert found == ["row 2", "uma raposa no sertao"]

@@ -171,17 +171,14 @@ def test_from_an_empty_browser_to_a_lora(place, request):
     Path("output/a.txt").write_text("a text")
     Path("output/link").symlink_to("/etc/passwd")
     file, order = f"/gradio_api/file={Path.cwd()}/", "/gradio_api/queue/join"
-    assert [status(path) for path in ("/config", f"{file}output/a.txt", "/gradio_api/info")] == [401] * 3
-    assert status(order, method="POST", **join) == 401
+    assert [status(f"{file}output/a.txt"), status(order, method="POST", **join)] == [401] * 2
     for password, right in (("wrong", 400), ("a-long-one", 200)):
         assert status("/login", method="POST", form={"username": "me", "password": password}) == right
     assert status(f"{file}output/a.txt") == 200
-    for path in ("webui.py", "output/../webui.py", "output/link", "private/prompts.txt", "../../../../../etc/passwd"):
-        assert {status(file + name) for name in (path, path.replace("/", "%2f"))} <= {403, 404}, path
-    evil = "http://evil.example"
-    for origin, site, right in ((evil, "", 403), ("null", "", 403), (PAGE, "", 200), (evil, "same-origin", 200)):
-        headers = {"Origin": origin, "Sec-Fetch-Site": site}
-        assert status("/config", headers=headers) == status(order, method="POST", headers=headers, **join) == right
+    for path in ("webui.py", "output/..%2fwebui.py", "output/link"):
+        assert status(file + path) in (403, 404), path
+    for origin, right in (("http://evil.example", 403), (PAGE, 200)):
+        assert status(order, method="POST", headers={"Origin": origin}, **join) == right
 
     def fill(form, **texts):
         for name, text in texts.items():
@@ -191,10 +188,8 @@ def test_from_an_empty_browser_to_a_lora(place, request):
     field = lambda name: page.locator(f"#{name} textarea, #{name} input").first
     see = lambda name, text: playwright.expect(page.locator(f"#{name}")).to_contain_text(TEXTS.get(text, [text])[0])
     holds = lambda name, text: playwright.expect(field(name)).to_have_value(re.compile(text))
-    tab = lambda name: (
-        page.locator("button[role=tab]:visible").nth(["set_up", "data", "train", "try_it"].index(name)).click()
-    )
-    shot = lambda name: page.screenshot(path=Path(os.environ.get("SCREENSHOTS", ".")) / name, full_page=True)
+    tabs = ["set_up", "data", "train", "try_it"]
+    tab = lambda name: page.locator("button[role=tab]:visible").nth(tabs.index(name)).click()
 
     # Set up: what is wrong is told with its field's label.
     page.goto("/")
@@ -241,31 +236,25 @@ def test_from_an_empty_browser_to_a_lora(place, request):
     see("state", "finished")
     playwright.expect(page.locator("#plot svg")).to_be_visible()
     playwright.expect(page.locator("#previews img")).to_be_visible()
-    shot("train.png")
     with page.expect_download() as download:
         page.click("#download")
     assert Path(download.value.path()).read_bytes() == Path("output/page", LORA_NAME).read_bytes()
 
     # Try it: base and LoRA side by side.
     tab("try_it")
-    fill("try-", validation_prompts="zumi，粉色背景", validation_lora_strength="0.5, 1", validation_seed="x")
-    page.click("#draw")
-    see("try-message", "Seed – validation_seed[0]: found 'x'")
-    fill("try-", validation_seed="7")
+    fill("try-", validation_prompts="zumi，粉色背景", validation_lora_strength="0.5, 1")
     page.click("#draw")
     for name in ("comparison", "base", "lora-x0.5", "lora-x1"):
         playwright.expect(page.locator(f"#grid img[src*='{name}.png']").first).to_be_visible()
-    shot("try.png")
 
     # On a phone, in Chinese: every tab fits, and no text is left out.
     cookies = page.context.storage_state()
     page = browser.new_page(locale="zh-CN", viewport={"width": 390, "height": 900}, storage_state=cookies)
     page.goto(PAGE)
-    for name in ("set_up", "data", "train", "try_it"):
+    for name in tabs:
         tab(name)
         playwright.expect(page.get_by_text(TEXTS[f"about_{name}"][2])).to_be_visible()
         page.wait_for_timeout(2500)
-        shot(f"zh-{name}.png")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert not re.search("__i18n__|translation_metadata", page.locator("body").inner_text())
     assert not errors and not [url for url in asked if not url.startswith((PAGE, "data:", "blob:"))]
