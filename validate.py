@@ -184,13 +184,10 @@ def find_loras(config):
 
 
 def read_metrics(path):
-    """Yields the dictionaries in the lines of a `metrics.jsonl`, each with its "step". What is none, such as the
-    cut-off last line of a killed run, is passed over."""
+    """Yields the lines of a `metrics.jsonl` as dictionaries, but for the cut-off last one of a killed run."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
-            values = json.loads(line)
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                yield values
+            yield json.loads(line)
 
 
 def held_out_losses(lora):
