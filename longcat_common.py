@@ -569,14 +569,14 @@ def is_out_of_memory(error):
 
 def stage(memory_advice):
     """Decorates the `main(config)` of a stage: running out of memory is a UserError that names what of `memory_advice`,
-    {key: value}, is not set so already. And a notebook keeps its configuration as it was and no model in memory, not
-    even in the traceback of an error."""
+    {key: value}, is not set so already. And no model stays in a notebook's memory, not even in the traceback of an
+    error."""
 
     def decorate(main):
         @functools.wraps(main)
         def decorated(config):
             try:
-                return main(config.model_copy(deep=True))
+                return main(config)
             except BaseException as error:
                 link = error
                 while link:
