@@ -21,7 +21,7 @@ import webui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXTS = json.loads((ROOT / "webui_texts.json").read_text(encoding="utf-8"))
-PICTURES, PAGE = "tests/tiny_longcat/pictures", "http://127.0.0.1:8071"
+PICTURES, PAGE = "tests/tiny_longcat/pictures", f"http://127.0.0.1:{20000 + os.getpid() % 20000}"
 GOOD = {"output_dir": "output/run", "cache_dir": "output/cache"}
 AT_WORK = """import json, pathlib, signal, sys, time
 told = []
@@ -158,16 +158,16 @@ def test_from_an_empty_browser_to_a_lora(place, request):
     browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
     for path in [*ROOT.glob("*.py"), ROOT / "webui_texts.json", ROOT / "configs", TINY]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, path.relative_to(ROOT))
-    server = subprocess.Popen([sys.executable, "webui.py", *"--host 0.0.0.0 --port 8071 --password a-long-one".split()])
+    asked, errors, port, join = [], [], PAGE.split(":")[2], dict(data={"data": [], "fn_index": 0, "session_hash": "x"})
+    server = subprocess.Popen([sys.executable, "webui.py", "--host=0.0.0.0", f"--port={port}", "--password=a-long-one"])
     request.addfinalizer(server.terminate)
     page = browser.new_page(base_url=PAGE, locale="en", viewport={"width": 1280, "height": 900})
-    asked, errors, join = [], [], dict(data={"data": [], "fn_index": 0, "session_hash": "x"})
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     status = lambda path, **options: page.request.fetch(path, **options).status
 
     # Nothing without the password, nothing but what is in output, and nothing for another site's page.
-    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 8071)) == 0, 120)
+    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", int(port))) == 0, 120)
     Path("output/a.txt").write_text("a text")
     Path("output/link").symlink_to("/etc/passwd")
     file, order = f"/gradio_api/file={Path.cwd()}/", "/gradio_api/queue/join"
