@@ -11,7 +11,6 @@ without the page and without this server.
 import argparse
 import hmac
 import html
-import io
 import json
 import os
 import re
@@ -44,6 +43,7 @@ import prepare_data
 from longcat_common import (
     KEYS, LORA_NAME, UserError, in_parallel, load_config, own_keys, parse_json, read_json, write_file,
 )  # fmt: skip
+from validate import read_metrics
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("data", "cache", "models", "configs", "tests/tiny_longcat")  # open to the page, beside --output
@@ -236,8 +236,7 @@ def find_loras(place):
 
 def curves(metrics):
     """The losses in a run's metrics.jsonl as the plot's table. Every curve has a row, or it could not come later."""
-    text = Path(metrics).read_text(encoding="utf-8").rpartition("\n")[0]  # all whole lines
-    table = pd.read_json(io.StringIO(text), lines=True).reindex(columns=["step", *CURVES])
+    table = pd.DataFrame(read_metrics(Path(metrics)), columns=["step", *CURVES])
     return pd.concat([pd.DataFrame({"curve": [*CURVES]}), table.melt("step", var_name="curve").dropna()])
 
 
