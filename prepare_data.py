@@ -163,12 +163,12 @@ def walk(folder, skipped, findings):
     seen = {os.path.realpath(path) for path in skipped}
     failed = lambda error: findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
-        another_run = {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}
-        if another_run or os.path.realpath(root) in seen:
+        another_run, real = {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}, os.path.realpath(root)
+        if another_run or real in seen:
             findings["Output of a run, not read"] += [root] * another_run
             folders.clear()
             continue
-        seen.add(os.path.realpath(root))
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
 
@@ -325,9 +325,9 @@ def describe(pictures, config, findings):
         count = sum(word in text for _, text in captions)
         findings["Trigger words"].append(f"{word!r}: {count} captions have it, {len(captions) - count} have not")
     where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
-    placeholders = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
-    findings["Placeholders, trained on as they stand"] = where(placeholders.search)
-    lettering = re.compile(r"\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样", re.IGNORECASE)
+    placeholder = r"\[(trigger|name|token)\]|[{<]trigger[}>]"
+    findings["Placeholders, trained on as they stand"] = where(re.compile(placeholder).search)
+    lettering = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
     unquoted = lambda text: lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
     findings["Text in the picture? Only quoted text is drawn letter by letter"] = where(unquoted)
     summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out; "

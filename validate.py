@@ -192,9 +192,10 @@ def read_metrics(path):
 
 def held_out_losses(lora):
     """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
+    step = steps_of(lora)
     for folder in (lora.parent, lora.parent.parent.parent):  # of a run, or of a run's checkpoint
         for values in read_metrics(folder / "metrics.jsonl"):
-            if values["step"] == steps_of(lora) and {"held_out_loss", "held_out_base"} <= values.keys():
+            if values["step"] == step and {"held_out_loss", "held_out_base"} <= values.keys():
                 return values["held_out_loss"], values["held_out_base"]
 
 

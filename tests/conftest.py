@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_longcat"
 MODEL = os.environ.get("TINY_MODEL", str(TINY / "model"))
+QUANTIZED = ("int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul")
 NAMES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 sys.path[:0] = [str(ROOT), str(TINY)]

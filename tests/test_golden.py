@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import simulate_memory
 import torch
-from conftest import MODEL, ROOT, metrics
+from conftest import MODEL, QUANTIZED, ROOT, metrics
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 from optimum import quanto
 from peft import LoraConfig
@@ -102,9 +102,6 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prom
     assert np.abs(np.subtract(*drawn, dtype=int)).mean() > 1
 
 
-PRECISIONS = ("int8-quanto", "int4-quanto", "fp8-torchao", "int8-matmul")
-
-
 def libraries_own_weight(linear, precision):
     """The weight as optimum-quanto or torchao quantize it and give it back."""
     model, weight = torch.nn.Sequential(copy.deepcopy(linear)), linear.weight.detach()
@@ -122,7 +119,7 @@ def libraries_own_weight(linear, precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", QUANTIZED)
 def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_kept(precision, dtype):
     torch.manual_seed(0)
     linear, x, gradient = torch.nn.Linear(384, 256).to(dtype), torch.randn(64, 384), torch.randn(64, 256)
@@ -148,7 +145,7 @@ def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no_change", *PRECISIONS])
+@pytest.mark.parametrize("precision", ["no_change", *QUANTIZED])
 def test_compiled_blocks_learn_and_score_the_same(quick_config, tmp_path, precision):
     settings = dict(base_model_precision=precision, enable_group_offload=precision == "int4-quanto", max_train_steps=3)
     settings, losses = settings | dict(validation_split=0.2, validation_step_interval=3), []
