@@ -569,8 +569,7 @@ def is_out_of_memory(error):
 
 def stage(memory_advice):
     """Decorates the `main(config)` of a stage: running out of memory is a UserError that names what of `memory_advice`,
-    {key: value}, is not set so already. And no model stays in a notebook's memory, not even in the traceback of an
-    error."""
+    {key: value}, is not set so yet. And no model stays in a notebook's memory, not even in an error's traceback."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -583,7 +582,9 @@ def stage(memory_advice):
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
                 if is_out_of_memory(error):
-                    advice = [f"{n} {json.dumps(v)}" for n, v in memory_advice.items() if getattr(config, n) != v]
+                    other = {name: value for name, value in memory_advice.items() if getattr(config, name) != value}
+                    mac = torch.backends.mps.is_available()  # has but one memory: offloading gains nothing
+                    advice = [f"{n} {json.dumps(v)}" for n, v in other.items() if not (mac and "offload" in n)]
                     advice = "; ".join([*advice, "a smaller resolution; no other program on the device"])
                     raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
                 raise
@@ -882,9 +883,8 @@ class StreamedTextEncoder:
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
         names = {self.start + part + name: name for name in names}
-        with named_if_damaged(self.folder):
-            weights = read_weights(self.files, names)
-        return {names[name]: weight.clone() for name, weight in weights.items()}  # read here, not when it is first used
+        with named_if_damaged(self.folder):  # a copy, so that it is read here and not when it is first used
+            return {names[name]: weight.clone() for name, weight in read_weights(self.files, names).items()}
 
     def fill(self, module, weights):
         """Gives a module on the device these weights; those that it had go first."""

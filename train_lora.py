@@ -12,7 +12,6 @@ resumed run ends with the same bytes as an uninterrupted one.
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -151,8 +150,7 @@ def load_batch(config, samples, prompt_files, epoch, number):
             caption = ""
         latents = posterior["mean"] + posterior["std"] * draw("posterior", *shape)
         prompt_embeds = read_tensors(prompt_files[caption])["prompt_embeds"]
-        sample = (latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight))
-        drawn.append(sample)
+        drawn.append((latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight)))
     return Batch(number, *map(torch.stack, zip(*drawn)))
 
 
@@ -429,6 +427,8 @@ def prepare_folder(config, checkpoint):
     try:
         for text in ("written", "replaced"):
             write_file(trial / "file", text)
+        with open(trial / "file", "a") as file:
+            file.write(" and added to")
         shutil.rmtree(trial.rename(f"{trial}-renamed"))
     except OSError as error:
         shutil.rmtree(trial, ignore_errors=True)
@@ -493,18 +493,19 @@ def score(config, run, data, stop):
     levels, with the same noise whenever this is called. None if a signal to stop comes first, or one is not finite."""
     losses = collections.defaultdict(list)
     for name, pictures in {"held_out": data.held_out, "trained": data.trained}.items():
-        for picture, normal in itertools.product(pictures, SCORED_NORMALS):
+        for picture in pictures:
             if stop.wanted():
                 return None
             latents = read_tensors(latents_file(config, picture))["mean"][None]
             prompt_embeds = read_tensors(data.prompt_files[picture.captions[0]])["prompt_embeds"][None]
-            noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
-            sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
-            tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
-            run.transformer.disable_adapters()
-            losses[f"{name}_base"].append(flow_matching_loss(run.transformer, *tensors).item())
-            run.transformer.enable_adapters()
-            losses[f"{name}_loss"].append(flow_matching_loss(run.transformer, *tensors).item())
+            for normal in SCORED_NORMALS:
+                noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
+                sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
+                tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
+                run.transformer.disable_adapters()
+                losses[f"{name}_base"].append(flow_matching_loss(run.transformer, *tensors).item())
+                run.transformer.enable_adapters()
+                losses[f"{name}_loss"].append(flow_matching_loss(run.transformer, *tensors).item())
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     return means if all(map(math.isfinite, means.values())) else None
 
@@ -700,8 +701,7 @@ def show(config, run, data, metrics, stop):
     run.transformer.eval()
     if data.held_out and run.step not in metrics.scores and (scores := score(config, run, data, stop)):
         metrics.write(run.step, "validation", **scores)
-        loss, base = scores["held_out_loss"], scores["held_out_base"]
-        say(f"step {run.step}: held-out loss {loss:.4f}, the base's {base:.4f}")
+        say("step {}: held-out loss {held_out_loss:.4f}, the base's {held_out_base:.4f}".format(run.step, **scores))
     if config.validation_prompts and RANK == 0:
         with contextlib.suppress(KeyboardInterrupt):
             stop.at_once = True
