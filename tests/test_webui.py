@@ -21,7 +21,7 @@ import webui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXTS = json.loads((ROOT / "webui_texts.json").read_text(encoding="utf-8"))
-PICTURES, PAGE = "tests/tiny_longcat/pictures", f"http://127.0.0.1:{20000 + os.getpid() % 20000}"
+PICTURES, PAGE = "tests/tiny_longcat/pictures", f"http://127.0.0.1:{20000 + os.getpid() % 10000}"
 GOOD = {"output_dir": "output/run", "cache_dir": "output/cache"}
 AT_WORK = """import json, pathlib, signal, sys, time
 told = []
