@@ -54,6 +54,7 @@ FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/Lo
 base_model = lambda config: config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
+step_of = lambda folder: int(folder.name[5:])  # of a checkpoint, such as step-000500
 LORA_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA in a folder, as diffusers and ComfyUI expect it
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
@@ -384,19 +385,19 @@ def run_stage(main, description):
 
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, interrupt)
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group(timeout=datetime.timedelta(days=7))  # one may work for long
+    if WORLD_SIZE > 1:  # gradients are summed on the device, numbers on the host
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backends, timeout=datetime.timedelta(days=7))  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
+        if WORLD_SIZE > 1:  # not after an error: NCCL would wait here for the other processes
+            torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print("\ninterrupted: what was finished is saved; start again to go on", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------- files
@@ -465,10 +466,6 @@ def checkpoint_folders(config):
     return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
 
 
-def step_of(folder):
-    return int(folder.name[5:])
-
-
 def content_key(*parts):
     """A file name from what went in: 32 hexadecimal digits of the SHA-256 of the parts' JSON."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8")).hexdigest()[:32]
@@ -514,13 +511,12 @@ def say(text):
 say_once = functools.cache(say)  # the same line only once
 
 
-def sum_over_processes(*numbers):
-    """The sums of these numbers over all processes, as a list; returns when every process has come here."""
-    if WORLD_SIZE == 1:
-        return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    torch.distributed.all_reduce(sums)
-    return sums.tolist()
+def sum_over_processes(number):
+    """The sum of this number over all processes; returns when every process has come here."""
+    total = torch.tensor(number, dtype=torch.float64)
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(total)
+    return total.item()
 
 
 def compute_dtype(config, device):
@@ -539,11 +535,13 @@ def text_dtype(config, device):
 
 
 def check_precision(config, device):
-    """Raises UserError for a `base_model_precision` that has never been tried on this device."""
-    precision = config.base_model_precision
-    if torch.device(device).type == "mps" and precision in ("fp8-torchao", "int8-matmul"):
-        others = "choose int8-quanto, int4-quanto or no_change"
-        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU (MPS); {others}")
+    """Raises UserError for a `base_model_precision` that does not work on this device, or has never been tried."""
+    precision, kind = config.base_model_precision, torch.device(device).type
+    if kind == "mps" and precision in ("fp8-torchao", "int8-matmul"):
+        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU; choose int8-quanto")
+    old = kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if old and config.torch_compile and precision == "fp8-torchao":
+        raise UserError("base_model_precision: torch_compile takes fp8-torchao from RTX 40xx on; choose int8-quanto")
 
 
 def peak_memory(device):
@@ -713,6 +711,8 @@ class GroupOffload:
             runtime = torch.cuda.cudart()
             if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
                 say_once("offloading: host memory cannot be page-locked, so copies wait for the computation: slower")
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device=self.device)  # takes the error away, or the next kernel would raise it
             else:
                 weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout))
@@ -729,7 +729,7 @@ class GroupOffload:
 
     def fetch(self, number):
         """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
-        with torch.cuda.stream(self.stream):  # does nothing without a stream
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             return self.groups[number].host.to(self.device, non_blocking=True, copy=True)
 
     def need(self, number):

@@ -158,12 +158,11 @@ def step_batches(config, data, taken):
     """Yields for step after step (this process's batches, how many the whole run has taken by then, the epoch).
     `taken`: how many it has taken before. A thread loads the next step's while one computes."""
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
-    of_epoch = functools.partial(epoch_batches, data.pictures, config.train_batch_size, config.seed)
-    order = functools.lru_cache(2)(of_epoch)
+    plan = functools.lru_cache(2)(functools.partial(epoch_batches, data.pictures, config.train_batch_size, config.seed))
 
     def load(first):
         places = [(n, *divmod(n, data.per_epoch)) for n in range(first, first + per_step)[RANK::WORLD_SIZE]]
-        return [load_batch(config, order(epoch)[i], data.prompt_files, epoch, number) for number, epoch, i in places]
+        return [load_batch(config, plan(epoch)[i], data.prompt_files, epoch, number) for number, epoch, i in places]
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(load, taken)
@@ -208,9 +207,8 @@ def add_lora(transformer, config):
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the LoRA gets its input as the base does: no float32 copy a layer
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
-    device = transformer.device  # not the parameter's own: an offloaded block is not there
-    for parameter in parameters.values():
-        parameter.data = parameter.data.to(device, torch.float32)
+    for parameter in parameters.values():  # not to the base's own device: an offloaded block is not there
+        parameter.data = parameter.data.to(transformer.device, torch.float32)
     if config.init_lora:
         state = read_init_lora(config)
         shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
@@ -239,8 +237,9 @@ def checkpoint_blocks(config, transformer):
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     count = double + single if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
     again = [away or i < count for i, away in enumerate(offloaded(config, double + single))]
-    if any(again):
-        transformer.enable_gradient_checkpointing()
+    if any(again) and config.lora_dropout and transformer.device.type == "mps":
+        raise UserError("lora_dropout: a block that is computed again gets other dropout on a Mac's GPU; set it to 0")
+    transformer.enable_gradient_checkpointing()
     transformer.use_checkpoint, transformer.use_single_checkpoint = again[:double], again[double:]
 
 
@@ -283,7 +282,7 @@ def train_step(config, run, batches):
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), grad_norm]).tolist()  # waits for the device
-    loss = sum_over_processes(loss)[0] / WORLD_SIZE
+    loss = sum_over_processes(loss) / WORLD_SIZE
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     run.torn = True
     if finite:
@@ -579,7 +578,7 @@ def stop_signals():
     KeyboardInterrupt. `.wanted()`, asked by all processes together: whether one of them has got one. What was ignored
     before (nohup) stays so. In a thread, which gets no signals, it does nothing."""
     stop = SimpleNamespace(numbers=[], at_once=False, since=-math.inf)
-    stop.wanted = lambda: sum_over_processes(bool(stop.numbers))[0] > 0
+    stop.wanted = lambda: sum_over_processes(bool(stop.numbers)) > 0
 
     def note(number, frame):
         if time.monotonic() - stop.since < 1:
@@ -684,7 +683,8 @@ def train(config, run, data, steps):
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 if bad == BAD_STEPS:
                     what = f"were not finite {bad} times in a row; the newest checkpoint is step {saved}"
-                    raise UserError(f"step {run.step}: loss or gradients {what}; lower learning_rate or max_grad_norm")
+                    fp16 = ", or set mixed_precision to no: fp16 may be too narrow" * run.scaler.is_enabled()
+                    raise UserError(f"step {run.step}: loss or gradients {what}; lower learning_rate{fp16}")
                 bar.update()
         finally:  # whatever came: the last complete step is saved, but not after a second signal
             if run.step > saved and not run.torn and bad < BAD_STEPS and len(stop.numbers) < 2:

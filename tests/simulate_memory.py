@@ -36,7 +36,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 CARD, HOST = torch.device("cpu"), torch.device("meta")  # what stands for them: every PyTorch has these two
-CARDS = (6, 8, 12, 16, 24, 32, 48, 80)  # GB
+# GB, and what PyTorch finds of it, in GiB: the least that users' error messages tell. 15: a T4.
+CARDS = {6: 5.6, 8: 7.5, 12: 11.5, 15: 14.5, 16: 15.4, 24: 23.5, 32: 31.3, 48: 44.3, 80: 79.0}
 GIB = 2**30
 
 
@@ -198,7 +199,7 @@ def simulate(config):
 def main(config):
     """Prints what simulate finds, and the smallest common card that holds it."""
     gib, at_peak, needed = simulate(config)
-    fits = next((f"fits a card of {size} GB" for size in CARDS if needed <= size), "fits no common card")
+    fits = next((f"fits a card of {size} GB" for size in CARDS if needed <= CARDS[size]), "fits no common card")
     print("GiB, simulated", *(f"{size:6.2f}  {what}" for what, size in gib.items()), sep="\n")
     print(f"{needed:6.2f}  the most of these, 10 % for gaps and 1 GiB for CUDA, by rule of thumb: {fits}")
     largest = sorted(at_peak.items(), key=lambda item: -item[1])[:4]

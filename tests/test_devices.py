@@ -43,7 +43,8 @@ def training(config):
 
 @pytest.mark.parametrize("precision", ["no_change", "int4-quanto"])
 def test_one_block_and_the_next_are_on_the_device_and_the_step_is_the_same(tiny_config, monkeypatch, precision):
-    fetch, buffers, alive = longcat_common.GroupOffload.fetch, [], []
+    fetch, buffers, alive, results = longcat_common.GroupOffload.fetch, [], [], []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # it offloads on a Mac, too
     note = lambda: alive.append(sum(buffer() is not None for buffer in buffers))
 
     def counted(offload, number):
@@ -53,7 +54,6 @@ def test_one_block_and_the_next_are_on_the_device_and_the_step_is_the_same(tiny_
         return buffer
 
     monkeypatch.setattr(longcat_common.GroupOffload, "fetch", counted)
-    results = []
     for offload in (False, True):
         settings = dict(base_model_precision=precision, gradient_checkpointing=True, enable_group_offload=offload)
         transformer, parameters = training(tiny_config(**settings))
