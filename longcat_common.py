@@ -289,8 +289,9 @@ def mistakes(error):
     unknown, lines = [], []
     for problem in error.errors():
         name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
-        if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-            near = difflib.get_close_matches(name.lower(), KEYS, n=1, cutoff=0.7)
+        if problem["type"] in ("extra_forbidden", "no_such_attribute"):
+            names = KEYS if len(problem["loc"]) == 1 else Source.model_fields
+            near = difflib.get_close_matches(str(problem["loc"][-1]).lower(), names, n=1, cutoff=0.7)
             unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
         else:
             message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
@@ -332,7 +333,7 @@ def config_from_flags(description, arguments):
             choices = f"; one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
             print(f"  --{name} {field.description}{choices} [{json.dumps(field.default)}]")
         sys.exit()
-    words, given = [*arguments], {}
+    words, given = [*arguments], []
     path = words.pop(0) if words and not words[0].startswith("--") else None
     while words:
         name, equals, value = words.pop(0).partition("=")
@@ -340,8 +341,8 @@ def config_from_flags(description, arguments):
             raise UserError(f"{name!r} is no flag; write [config.json] [--key value ...]")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else True
-        given[name] = value
-    return load_config(path, **given)
+        given.append((name, value))
+    return load_config(path, **unique_keys(given))
 
 
 def parse_sizes(text, grid):
@@ -486,8 +487,7 @@ def in_parallel(function, items):
             waiting.append(pool.submit(function, item))
             if len(waiting) > 4 * threads:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (result.result() for result in waiting)
 
 
 # ---------------------------------------------------------------- processes, devices, dtypes
@@ -513,7 +513,7 @@ say_once = functools.cache(say)  # the same line only once
 
 def sum_over_processes(number):
     """The sum of this number over all processes; returns when every process has come here."""
-    total = torch.tensor(number, dtype=torch.float64)
+    total = torch.tensor(float(number))
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)
     return total.item()

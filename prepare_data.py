@@ -74,7 +74,7 @@ def read_manifest(path):
 def reason(error):
     """What an exception says, for a line that already names the file."""
     if isinstance(error, UnicodeError):
-        return "its text or its name is not UTF-8"
+        return "its text or its name is not UTF-8; save it as that"
     if isinstance(error, Image.UnidentifiedImageError):
         return "is empty, or no picture that Pillow can read; save it as JPEG or PNG"
     if isinstance(error, json.JSONDecodeError):
@@ -182,8 +182,10 @@ def read_source(source, config, findings):
         return read_captions(folder, find, findings).items()
     if not folder.is_dir():
         raise UserError(f"data_dir: {folder} is no folder")
-    inner = [other.path for other in config.data_dir if other.path != source.path]
-    paths = list(walk(folder, [config.output_dir, config.cache_dir, *inner], findings))
+    inner = [other.path for other in config.data_dir if os.path.realpath(other.path) != os.path.realpath(folder)]
+    there = list(walk(folder, [config.output_dir, config.cache_dir, *inner], findings))
+    paths = list(filter(Path.is_file, there))
+    findings[LEFT_OUT] += [f"{path}: is no file, or a link to none" for path in sorted({*there} - {*paths})]
     pictures = [path for path in paths if path.suffix.lower() in PICTURES]
     files = [path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES]
     findings["Other files, not read"] += sorted({*paths} - {*pictures} - {*files})
@@ -325,8 +327,7 @@ def describe(pictures, config, findings):
         count = sum(word in text for _, text in captions)
         findings["Trigger words"].append(f"{word!r}: {count} captions have it, {len(captions) - count} have not")
     where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
-    placeholder = r"\[(trigger|name|token)\]|[{<]trigger[}>]"
-    findings["Placeholders, trained on as they stand"] = where(re.compile(placeholder).search)
+    findings["Placeholders, trained on as text"] = where(re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]").search)
     lettering = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
     unquoted = lambda text: lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
     findings["Text in the picture? Only quoted text is drawn letter by letter"] = where(unquoted)
@@ -336,8 +337,7 @@ def describe(pictures, config, findings):
         tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
         findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(lambda text: tokens[text] > TEXT_TOKENS)
         longest, short = max(tokens.values(), default=0), sum(tokens[text] < SHORT_CAPTION for _, text in captions)
-        summary += f" of at most {longest} tokens, {short} of them under {SHORT_CAPTION}"
-        summary += "; the model draws best from long descriptions."
+        summary += f" of at most {longest} tokens, {short} under {SHORT_CAPTION}; long descriptions teach best."
     except UserError as error:
         summary += f"; tokens were not counted ({error})."
     lines = ["# Data report", "", summary, "", "| bucket | pictures |", "| --- | ---: |"]
@@ -410,12 +410,12 @@ def main(config):
     def prepare(item):
         """A picture in each of its buckets, or as a text the reason to leave it out."""
         source, path, captions = item
-        if not captions and not config.instance_prompt:
-            return f"no caption; write {path.stem}.txt beside it or set instance_prompt"
         try:
             facts = inspect_picture(path, known)
         except Exception as error:  # Pillow's plugins raise many kinds
             return reason(error)
+        if not captions and not config.instance_prompt:
+            return f"no caption; write it to {path.stem}.txt beside it, in UTF-8, or set instance_prompt"
         prefix, latin = source.caption_prefix, re.compile("[a-zA-Z0-9]{2}").match
         space = lambda caption: " " if latin(prefix[-1:] + caption[:1]) else ""  # only between two Latin letters
         captions = [prefix + space(caption) + caption for caption in captions or [config.instance_prompt]]

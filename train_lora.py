@@ -116,8 +116,9 @@ def read_data(config, state):
         own = [picture for picture in pictures if picture.source == source]
         trained += own[:: max(1, len(own) // count)][:count]
     if config.validation_split or keys:
-        of = ", ".join(f"{n} of {source}" for source, n in counts.items()) or "none, a source needs two pictures"
-        say(f"held out, only scored and never trained on: {of} ({len(keys)} chosen when the run began)")
+        of = ", ".join(f"{n} of {source}" for source, n in counts.items()) or "none"
+        why = f"{len(keys)} chosen when the run began" if state else "of sources with two pictures, one at least"
+        say(f"held out, only scored and never trained on: {of} ({why})")
     per_epoch = len(epoch_batches(pictures, config.train_batch_size, config.seed, 0))  # the same for every epoch
     return Data(pictures, prompt_files, held_out, trained, keys, per_epoch)
 
@@ -305,8 +306,7 @@ def fixed_settings(config):
 
 def write_lora(config, run, folder):
     """Writes the LoRA as it is now, ready to use; its header says how it was made."""
-    scripts = f"longcat-image LoRA scripts {VERSION}"
-    made = {"base_model": base_model(config), "steps": run.step, "trained_with": scripts}
+    made = {"base_model": base_model(config), "steps": run.step, "trained_with": f"LongCat-Image scripts {VERSION}"}
     made |= {name: getattr(config, name) for name in ("lora_rank", "resolution", "trigger_words", "license")}
     save_lora(run.transformer, folder, made)
 
@@ -383,7 +383,8 @@ def find_checkpoint(config):
                 now, was = base_model(config), "a model of other files"
             raise UserError(f"{name}: found {now!r}, but {folder} was trained with {was!r}; choose another output_dir")
         if now != was:
-            say(f"{name}: {json.dumps(was, ensure_ascii=False)} -> {json.dumps(now, ensure_ascii=False)}")
+            late = " (of no effect on a run that has begun)" * (name in ("init_lora", "validation_split"))
+            say(f"{name}: {json.dumps(was, ensure_ascii=False)} -> {json.dumps(now, ensure_ascii=False)}{late}")
     return folder, state
 
 
@@ -435,7 +436,7 @@ def prepare_folder(config, checkpoint):
         raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
     if checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve():
         return  # it goes on here
-    if (output / LORA_NAME).exists():
+    if any((output / name).exists() for name in (LORA_NAME, "adapter_model.safetensors")):
         advice = "move it away, or choose another output_dir"
         raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
     metrics = output / "metrics.jsonl"
@@ -734,10 +735,8 @@ def main(config):
         if config.num_train_epochs:  # the steps that are done may have been taken by another number of processes
             done, taken = (state["step"], state["taken"]) if state else (0, 0)
             steps = done + max(0, math.ceil((config.num_train_epochs * data.per_epoch - taken) / per_step))
-        a_step = f"{config.train_batch_size} x {config.gradient_accumulation_steps}"
-        a_step += f" x {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         seen = steps * per_step / data.per_epoch
-        say(f"{steps} steps of {a_step}: each picture will be seen about {seen:.1f} times its repeats")
+        say(f"{steps} steps of {config.train_batch_size * per_step} pictures, each seen {seen:.1f} times its repeats")
         if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
             say(f"lr_warmup_steps: {config.lr_warmup_steps}, so the full learning rate is never reached; lower it")
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:

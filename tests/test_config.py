@@ -63,6 +63,7 @@ def test_buckets_are_on_the_grid_about_as_large_as_wanted_and_come_with_their_tu
     "given, told",  # flags, a file, or keys with values; all that stands around ... in the message
     [
         ("--lora_rnk 8 --nonsense", "unknown keys: 'lora_rnk' (did you mean 'lora_rank'?), 'nonsense'"),
+        ("--seed 1 --seed 2", "the key '--seed' is there 2 times; keep one"),
         ("--lora_rank 1_000", "lora_rank: found '1_000', must be a valid integer"),
         ('{\n  "lora_rank": 8\n  "seed": 1\n}', "bad.json: not JSON ... line 3"),
         (dict(lora_rank=True), "lora_rank: found True, must be a valid integer"),
@@ -91,10 +92,11 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(tmp_path, given, told):
 
 
 def test_a_script_prints_all_mistakes_of_file_and_flags_a_line_each_and_exits_with_2(tmp_path):
-    (tmp_path / "mine.json").write_text('{"data_dir": [{"path": "x", "repeats": "2"}], "nonsense": 1}')
+    (tmp_path / "mine.json").write_text('{"data_dir": [{"path": "x", "repeat": "2"}], "sed": 1}')
     done = run_script("train_lora.py", tmp_path / "mine.json", "--seed", "x", "--bogus", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    told = ["unknown keys: 'nonsense', 'bogus'", "data_dir[0].repeats: found '2'", "seed: found 'x'"]
+    hints = "'data_dir[0].repeat' (did you mean 'repeats'?), 'sed' (did you mean 'seed'?), 'bogus'"
+    told = [f"unknown keys: {hints}", "seed: found 'x'"]
     assert [re.split(", must|; ", line)[0] for line in done.stderr.splitlines()] == [f"error: {what}" for what in told]
 
 

@@ -143,7 +143,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(quick_config, tmp_pat
     both = quick_config(**settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "both"))
     command = [sys.executable, *TORCHRUN, "train_lora.py", *flags(both)]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "2 steps of 1 x 2 x 2 processes" in printed and printed.count("LoRA:") == 1
+    assert "2 steps of 4 pictures" in printed and printed.count("LoRA:") == 1
     both.gradient_accumulation_steps = 4
     for config in (alone, both):  # what two have begun one goes on with: the place in the data is counted in batches
         config.max_train_steps = 3

@@ -116,7 +116,7 @@ def test_a_messy_folder(prepare, data, tmp_path, capsys):
     for name in ("manifest.jsonl", "report.md", "preview.jpg", "validation/a.jpg"):
         picture(data / "run" / name, format="JPEG")
     (data / "cut.jpg").write_bytes((data / "cut.jpg").read_bytes()[:-60])
-    os.symlink(data / "gone.png", data / "dangling.png")
+    os.mkfifo(data / "pipe.png")
     os.symlink(data, data / "sub" / "round")
     os.symlink(shutil.copy(data / "a.jpg", tmp_path / "linked.jpg"), data / "linked.jpg")
     captions = {"a": "[trigger] a neonix cat", "strip": f"'{'letters ' * 90}'", "same": "a poster " * 30}
@@ -128,15 +128,15 @@ def test_a_messy_folder(prepare, data, tmp_path, capsys):
         entries, report = prepare(output_dir=str(data / "output"), trigger_words=["neonix", "zumi"])
         assert {*entries} == {"linked.jpg", *(Path(name).name for name in good)}
         for words in (
-            "8 pictures, 4 left out; 8 samples an epoch; 8 captions of at most", " tokens, 5 of them under 20;",
+            "8 pictures, 4 left out; 8 samples an epoch; 8 captions of at most", " tokens, 5 under 20;",
             "| 128x128 | 1 |\n| 192x128 | 7 |\n", "## Left out: 4\n", f"\n- {data}/cut.jpg: image file is truncated",
-            f"\n- {data}/dangling.png: No such file", f"\n- {data}/thin.bmp: is 20000x16 pixels",
+            f"\n- {data}/pipe.png: is no file", f"\n- {data}/thin.bmp: is 20000x16 pixels",
             f"\n- {data}/text.png: is empty, or no picture that Pillow", f"\n- {data}/lone ly.txt: there is no picture",
             f"\n- {data}/notes.pdf\n", f"\n- {data}/run\n",
             f"\n- {data}/same.jpg: 100x100, enlarged 1.28 times\n", f"\n- {data}/strip.png: 900x100, 17% is kept",
             f"## Exact duplicates: 1\n\n- {data}/a.jpg = {data}/linked.jpg\n", "instance_prompt is used: 4\n",
             "- 'neonix': 1 captions have it, 7 have not\n- 'zumi': 0 captions have it, 8 have not",
-            f"## Placeholders, trained on as they stand: 1\n\n- {data}/a.jpg: [trigger] a neonix cat\n",
+            f"## Placeholders, trained on as text: 1\n\n- {data}/a.jpg: [trigger] a neonix cat\n",
             "## Text in the picture? Only quoted text is drawn letter by letter: 2\n",
             f"## Over 512 tokens, the rest is not read: 1\n\n- {data}/strip.png: 'letters",
         ):  # fmt: skip
@@ -144,7 +144,7 @@ def test_a_messy_folder(prepare, data, tmp_path, capsys):
         assert report.splitlines()[2] in capsys.readouterr().out
     with pytest.raises(ValueError, match="no picture to train on.*report.md"):
         prepare(data_dir=str(data / "x.jpg"), instance_prompt=None)
-    assert "inside.png: no caption; write inside.txt beside it or" in (tmp_path / "output" / "report.md").read_text()
+    assert "inside.png: no caption; write it to inside.txt" in (tmp_path / "output" / "report.md").read_text()
 
 
 def test_sources_prefixes_and_the_inner_source(prepare, data):
@@ -156,7 +156,7 @@ def test_sources_prefixes_and_the_inner_source(prepare, data):
     captions = ["neonix style a cat", "neonix style一只猫", "neonix style, a cat"]  # a space between Latin letters
     expected = {f"{name}.png": ([text], 3, 1.0, str(data)) for name, text in zip("abc", captions)}
     expected |= {f"{name}.png": (["ordinary: a dog"], 1, 0.5, str(data / "reg")) for name in "de"}
-    for given in ([outer, inner], [inner, outer]):
+    for given in ([outer, inner], [inner, outer], [outer, {**inner, "path": f"{data}/reg/."}, inner]):
         entries, report = prepare(data_dir=given)
         assert {n: (e.captions, e.repeats, e.loss_weight, e.source) for n, e in entries.items()} == expected
     for key in ("output_dir", "cache_dir"):
