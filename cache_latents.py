@@ -36,14 +36,16 @@ PROMPTS_AT_ONCE = 100
 
 @functools.cache
 def folder_identity(folder):
-    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and the
-    start (a safetensors header). In the hub's cache a file is a link to a blob that is named by its hash."""
-    digest = hashlib.sha256()
+    """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and 64
+    pieces, the first of which holds a safetensors header."""
+    digest, piece = hashlib.sha256(), 2**18
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
         size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
-            start = file.read(size if size < 2**26 else 2**20)
-        digest.update(f"{path.name} {path.resolve().name} {size} ".encode() + start)
+            for start in range(0, size, max(piece, size // 64)):
+                file.seek(start)
+                digest.update(file.read(piece))
     return digest.hexdigest()[:32]
 
 
@@ -180,10 +182,8 @@ def check_space(config, pictures, prompt_count, device):
     free = shutil.disk_usage(folder).free
     say(f"{needed / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
     if needed > free:
-        raise UserError(
-            f"cache_dir: {config.cache_dir} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; "
-            "free space or choose another"
-        )
+        what = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another"
+        raise UserError(f"cache_dir: {config.cache_dir} has {what}")
 
 
 def read_pictures(config):

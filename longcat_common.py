@@ -387,8 +387,8 @@ def run_stage(main, description):
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, interrupt)
     if WORLD_SIZE > 1:  # gradients are summed on the device, numbers on the host
-        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backends, timeout=datetime.timedelta(days=7))  # one may work for long
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
+        torch.distributed.init_process_group(kind, timeout=datetime.timedelta(days=7))  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
         if WORLD_SIZE > 1:  # not after an error: NCCL would wait here for the other processes
@@ -414,7 +414,7 @@ def write_file(path, data):
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        with contextlib.suppress(OSError):  # it is new, or a mount has no modes
             temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except OSError as error:
@@ -445,12 +445,12 @@ def named_if_damaged(path):
 def read_tensors(path):
     """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
     with named_if_damaged(path):
-        return load_file(path)
+        return load_file(path, backend="pread")  # a mapped file counts as memory, and stays open on Windows
 
 
 def read_header(path):
     """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
-    with named_if_damaged(path), safe_open(path, "pt") as file:
+    with named_if_damaged(path), safe_open(path, "pt", backend="pread") as file:
         return file.metadata() or {}
 
 
@@ -560,9 +560,9 @@ def free_memory():
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory has run out; on MPS and CPU it has no class of its own."""
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    """Whether an exception says that memory has run out, the device's or the host's; few have a class of their own."""
+    words = ("out of memory", "not enough memory", "t allocate memory", "alloc_failed", "paging file")
+    return isinstance(error, (RuntimeError, MemoryError, OSError)) and any(word in str(error).lower() for word in words)
 
 
 def stage(memory_advice):
@@ -620,16 +620,16 @@ def tensor_files(folder):
     """{tensor name: safetensors file} of a model's folder, which holds one file or many."""
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as shard:
+        with safe_open(path, "pt", backend="pread") as shard:
             files |= dict.fromkeys(shard.keys(), path)
     return files
 
 
 def read_weights(files, names):
-    """{name: tensor} on the host, for some of the names in tensor_files. Closed files do not stay in memory."""
+    """{name: tensor} on the host, for some of the names in tensor_files."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
-        with safe_open(path, "pt") as shard:
+        with safe_open(path, "pt", backend="pread") as shard:
             tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
     return tensors
 
@@ -883,8 +883,8 @@ class StreamedTextEncoder:
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
         names = {self.start + part + name: name for name in names}
-        with named_if_damaged(self.folder):  # a copy, so that it is read here and not when it is first used
-            return {names[name]: weight.clone() for name, weight in read_weights(self.files, names).items()}
+        with named_if_damaged(self.folder):
+            return {names[name]: weight for name, weight in read_weights(self.files, names).items()}
 
     def fill(self, module, weights):
         """Gives a module on the device these weights; those that it had go first."""
@@ -1015,7 +1015,7 @@ def read_lora(path):
     simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
     """
     with named_if_damaged(path := lora_file(path)):
-        state, header, settings = load_file(path), read_header(path), {}
+        state, header, settings = read_tensors(path), read_header(path), {}
         pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
         if any(name.startswith("base_model.model.") for name in state):
             if not pefts.is_file():

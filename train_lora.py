@@ -328,18 +328,20 @@ def save_checkpoint(config, run, data):
     write_tensors(temporary / "state.safetensors", tensors)
     group, start = run.optimizer.param_groups[0], run.optimizer.defaults
     found = {n: v for n, v in group.items() if n not in ("params", "lr", "initial_lr") and v != start.get(n)}
-    values = {
-        "step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "scaler": run.scaler.state_dict(),
-        "optimizer": found,  # by Prodigy
-        "fixed": fixed_settings(config), "config": config.model_dump(),
-    }  # fmt: skip
+    values = {"step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "scaler": run.scaler.state_dict()}
+    values |= {"optimizer": found, "fixed": fixed_settings(config), "config": config.model_dump()}
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    try:
-        if folder.exists():  # one that is no whole checkpoint, or this run would have gone on from it
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{temporary}: is whole, but cannot be renamed to {folder.name} ({error.strerror})") from None
+    for wait in (0.5, 2, 0):  # on Windows a virus scanner may hold for a while what was just written
+        try:
+            if folder.exists():  # one that is no whole checkpoint, or this run would have gone on from it
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            break
+        except OSError as error:
+            time.sleep(wait)
+            if not wait:
+                what = f"is whole, but cannot be renamed to {folder.name} ({error.strerror})"
+                raise UserError(f"{temporary}: {what}") from None
     for old in [*whole_checkpoints(config)][: -config.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -408,9 +410,9 @@ def lock(folder):
     """Keeps other runs out of this folder within `with lock(folder):`. Raises UserError, naming the run that is in."""
     owner = folder / ".lock.owner"
     try:
-        locked = FileLock(folder / ".lock").acquire(timeout=0)
+        locked = FileLock(folder / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout:
-        whose = owner.read_text() if owner.exists() else "another run"
+        whose = owner.read_text(encoding="utf-8") if owner.exists() else "another run"
         raise UserError(f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder") from None
     except (OSError, NotImplementedError) as error:
         say(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
@@ -443,7 +445,7 @@ def prepare_folder(config, checkpoint):
     if metrics.exists() and metrics.stat().st_size:
         aside = output / time.strftime("before-%Y-%m-%d-%H%M%S")
         aside.mkdir()
-        for path in (metrics, output / "logs", output / "validation"):
+        for path in (output / "logs", output / "validation", metrics):  # last what tells that it is to be done
             if path.exists():
                 path.rename(aside / path.name)
         say(f"{aside}: here are metrics and previews of a run that came to no checkpoint")
@@ -596,12 +598,10 @@ def stop_signals():
         if stop.at_once:
             raise KeyboardInterrupt(number)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Windows has not all of them
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")  # the last is Ctrl-Break on Windows
     in_main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in names if in_main and hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield stop
     finally:
