@@ -653,7 +653,7 @@ def fill_transformer(transformer, read, config, device):
     parts = [(block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)]
     away = offloaded(config, sum(block != "" for block, _ in parts))
     for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read(names).items()}
+        state = {name: tensor.to(device, dtype) for name, tensor in read(names).items()}
         transformer.load_state_dict(state, strict=False, assign=True)
         if block:
             module = quantize(transformer.get_submodule(block), config.base_model_precision)
@@ -896,8 +896,8 @@ class StreamedTextEncoder:
     @torch.no_grad()
     def __call__(self, input_ids, attention_mask, output_hidden_states=True):
         """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden]."""
-        embeddings = read_weights(self.files, [self.embeddings])[self.embeddings]
-        hidden = [embeddings[ids].to(self.compute_device, self.dtype) for ids in input_ids.split(self.batch_size)]
+        states = torch.nn.functional.embedding(input_ids, read_weights(self.files, [self.embeddings])[self.embeddings])
+        hidden = [part.to(self.compute_device, self.dtype) for part in states.split(self.batch_size)]
         masks = attention_mask.to(self.compute_device).split(self.batch_size)
         masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
         positions = torch.arange(input_ids.shape[1], device=self.compute_device).expand(3, 1, -1)
