@@ -38,7 +38,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torchao.quantization import Float8Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen2Tokenizer
@@ -55,7 +55,8 @@ base_model = lambda config: config.pretrained_model_name_or_path or FLAVOURS[con
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
 step_of = lambda folder: int(folder.name[5:])  # of a checkpoint, such as step-000500
-LORA_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA in a folder, as diffusers and ComfyUI expect it
+LORA_NAME, PEFT_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # of a LoRA in a folder
+open_tensors = functools.partial(safe_open, framework="pt", backend="pread")  # mapped, it would count as memory
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -444,13 +445,13 @@ def named_if_damaged(path):
 
 def read_tensors(path):
     """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
-    with named_if_damaged(path):
-        return load_file(path, backend="pread")  # a mapped file counts as memory, and stays open on Windows
+    with named_if_damaged(path), open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_header(path):
     """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
-    with named_if_damaged(path), safe_open(path, "pt", backend="pread") as file:
+    with named_if_damaged(path), open_tensors(path) as file:
         return file.metadata() or {}
 
 
@@ -530,8 +531,7 @@ def compute_dtype(config, device):
 
 def text_dtype(config, device):
     """The dtype of the text encoder: Qwen2.5 overflows in fp16, so float32 there."""
-    dtype = compute_dtype(config, device)
-    return torch.float32 if dtype == torch.float16 else dtype
+    return torch.float32 if (dtype := compute_dtype(config, device)) == torch.float16 else dtype
 
 
 def check_precision(config, device):
@@ -620,7 +620,7 @@ def tensor_files(folder):
     """{tensor name: safetensors file} of a model's folder, which holds one file or many."""
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt", backend="pread") as shard:
+        with open_tensors(path) as shard:
             files |= dict.fromkeys(shard.keys(), path)
     return files
 
@@ -629,7 +629,7 @@ def read_weights(files, names):
     """{name: tensor} on the host, for some of the names in tensor_files."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
-        with safe_open(path, "pt", backend="pread") as shard:
+        with open_tensors(path) as shard:
             tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
     return tensors
 
@@ -969,7 +969,7 @@ def save_lora(transformer, folder, metadata=None):
     folder, peft = Path(folder), transformer.peft_config["default"]
     state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
     state = {name: v * (peft.lora_alpha / peft.r) if "lora_B" in name else v for name, v in state.items()}
-    for file, prefix in ((LORA_NAME, "transformer"), ("adapter_model.safetensors", "base_model.model")):
+    for file, prefix in ((LORA_NAME, "transformer"), (PEFT_NAME, "base_model.model")):
         write_tensors(folder / file, {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
     fields = LoraConfig(r=peft.r, lora_alpha=peft.r, target_modules=peft.target_modules, inference_mode=True).to_dict()
     fields["target_modules"] = sorted(fields["target_modules"])
@@ -978,7 +978,7 @@ def save_lora(transformer, folder, metadata=None):
 
 def lora_file(path):
     """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
-    path, names = Path(path), (LORA_NAME, "adapter_model.safetensors")
+    path, names = Path(path), (LORA_NAME, PEFT_NAME)
     found = [file for file in ([path / name for name in names] if path.is_dir() else [path]) if file.is_file()]
     if not found:
         raise UserError(f"{path}: there is no such LoRA file, or the folder holds neither {names[0]} nor {names[1]}")

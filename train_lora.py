@@ -34,7 +34,7 @@ import torch
 import cache_latents
 from cache_latents import latents_file, model_identity
 from longcat_common import (
-    FLAVOURS, LORA_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
+    FLAVOURS, LORA_NAME, PEFT_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
     LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
     compile_blocks, compute_dtype, fill_transformer, flow_matching_loss, free_memory, generator,
     is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, offloaded, peak_memory,
@@ -414,7 +414,7 @@ def lock(folder):
     except Timeout:
         whose = owner.read_text(encoding="utf-8") if owner.exists() else "another run"
         raise UserError(f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder") from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         say(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
         return contextlib.nullcontext()
     write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
@@ -438,7 +438,7 @@ def prepare_folder(config, checkpoint):
         raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
     if checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve():
         return  # it goes on here
-    if any((output / name).exists() for name in (LORA_NAME, "adapter_model.safetensors")):
+    if any((output / name).exists() for name in (LORA_NAME, PEFT_NAME)):
         advice = "move it away, or choose another output_dir"
         raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
     metrics = output / "metrics.jsonl"
