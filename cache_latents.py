@@ -9,9 +9,11 @@ bucket or prompt, and the model), so nothing is ever stale, and an interrupted r
 
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +21,20 @@ from tqdm import tqdm
 
 import prepare_data
 from longcat_common import (
-    RANK, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, content_key, free_memory, in_parallel,
+    RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, free_memory, in_parallel,
     is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_folder, pick_device,
-    run_stage, say, stage, sum_over_processes, text_config, text_dtype, write_tensors,
+    read_tensors, run_stage, say, say_once, stage, sum_over_processes, template_tokens, text_config, text_dtype,
+    token_counts, write_tensors,
 )  # fmt: skip
 
-CACHE_FORMAT = 2  # part of every file's name: another number makes all anew
+# Part of every file's name: another number makes all files of its kind anew.
+LATENTS_FORMAT = 2
+EMBEDDINGS_FORMAT = 1
 TILE = 512  # pixels, of a picture that is too large for the device
 wait_for_all = functools.partial(sum_over_processes, 0)  # returns when every process has come here
-# Through one reading of the text encoder; their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32.
-PROMPTS_AT_ONCE = 100
+# What goes through one reading of the text encoder: tokens with template and padding, as many as 100 prompts of full
+# length have. Their hidden states take 0.4 GiB on the device in bf16, 0.7 in float32.
+COLUMNS_AT_ONCE = 100 * 553
 
 
 # ---------------------------------------------------------------- which files
@@ -56,23 +62,15 @@ def model_identity(config, *parts):
 
 def latents_file(config, picture):
     """Where a picture's latents are kept: the name follows from its bytes, its bucket and the VAE."""
-    key = content_key("latents", CACHE_FORMAT, picture.key, picture.bucket, model_identity(config, "vae"))
+    key = content_key("latents", LATENTS_FORMAT, picture.key, picture.bucket, model_identity(config, "vae"))
     return Path(config.cache_dir) / "latents" / key[:2] / f"{key}.safetensors"
 
 
 def prompt_file(config, prompt, device):
     """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the text encoder."""
     how = (str(text_dtype(config, device)), "no_change")  # it is never quantized
-    key = content_key("prompt", CACHE_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
-    return Path(config.cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
-
-
-def unfinished(files, batch_size=1):
-    """The batches of `files` in which one is missing or damaged; under torchrun, this process's share of them. What a
-    batch holds does not depend on what is there already, so that an interrupted run ends with the same bytes."""
-    files = sorted(files, key=lambda path: path.name)
-    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    return [batch for batch in batches[RANK::WORLD_SIZE] if not all([is_whole(path) for path in batch])]
+    key = content_key("prompt", EMBEDDINGS_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
+    return Path(config.cache_dir) / "embeddings" / key[:2] / f"{key}.safetensors"
 
 
 def is_whole(path):
@@ -135,47 +133,110 @@ def cache_pictures(config, pictures, device):
 # ---------------------------------------------------------------- prompts
 
 
-def encode_prompts(text_encoder, tokenizer, prompts):
-    """Prompts -> embeddings [B, 512, hidden], by the pipeline's own tokenization (text in quotes letter by letter)."""
-    parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
-    pipe = LongCatImagePipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
-    with torch.no_grad():
-        return pipe.encode_prompt(list(prompts))[0]
+def encode_prompts(text_encoder, tokenizer, batches):
+    """Batches of prompts -> the embeddings of each prompt, [min(tokens + 1, 512), hidden], on the host, in that order.
+
+    The last row is that of all padding tokens; pad_prompt_embeds repeats it. As the model was trained: computed like
+    this, they are what the authors' environment gives, transformers 4.57.1. Those of later versions differ in the
+    padding, which the transformer attends to like all else.
+    """
+    template = len(template_tokens(tokenizer))
+    inputs = [encoder_inputs(tokenizer, prompts) for prompts in batches]
+    embeddings = []
+    for hidden_states, (_, attention_mask) in zip(text_encoder(inputs), inputs):
+        for states, length in zip(hidden_states, attention_mask.sum(dim=1).tolist()):
+            embeddings.append(states[template : length + 1].clone())  # without that the whole batch stays in memory
+    return embeddings
+
+
+def pad_prompt_embeds(rows):
+    """The rows that a file holds -> all embeddings of the prompt, [512, hidden]."""
+    padding = rows[-1:].expand(TEXT_TOKENS - len(rows), -1)
+    return torch.cat([rows, padding])
+
+
+def read_prompt_embeds(path):
+    """A prompt's embeddings [512, hidden], from its file. Raises UserError if that is missing or damaged."""
+    return pad_prompt_embeds(read_tensors(path)["prompt_embeds"])
+
+
+class PromptBatch(NamedTuple):
+    """Prompts that go through the text encoder together."""
+
+    prompts: list
+    columns: int  # tokens that the text encoder computes for them, with template and padding
+    rows: int  # of embeddings on the disk
+
+
+def prompt_batches(config, files):
+    """Cuts the prompts of `files`, {prompt: file}, into batches in which one is missing or damaged; under torchrun,
+    this process's share of them.
+
+    An embedding's last bits depend on its batch. So batches are cut from all prompts of a run, whatever is there
+    already, by length and then by file name, before the processes divide them: an interrupted run ends with the same
+    bytes.
+    """
+    if all(is_readable(path) for path in files.values()):
+        return []  # no need to count tokens
+
+    tokenizer = load_tokenizer(config)
+    template, counts = len(template_tokens(tokenizer)), token_counts(tokenizer, files)
+    rows = {prompt: min(count + 1, TEXT_TOKENS) for prompt, count in counts.items()}
+    too_long = [prompt for prompt, count in counts.items() if count > TEXT_TOKENS]
+    if too_long:
+        example = f"{too_long[0][:60]!r} has {counts[too_long[0]]}"
+        say(f"prompts of more than {TEXT_TOKENS} tokens, the rest is not read: {len(too_long)}; {example}")
+
+    batches, size = [], config.text_encoder_batch_size
+    prompts = sorted(files, key=lambda prompt: (rows[prompt], files[prompt].name))
+    for i in range(0, len(prompts), size):
+        batch = prompts[i : i + size]
+        columns = len(batch) * (template + rows[batch[-1]])
+        batches.append(PromptBatch(batch, columns, sum(rows[prompt] for prompt in batch)))
+    return [
+        batch for batch in batches[RANK::WORLD_SIZE] if not all([is_whole(files[prompt]) for prompt in batch.prompts])
+    ]
 
 
 def cache_prompts(config, prompts, device):
-    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file of its `prompt_embeds`}."""
+    """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file of its embeddings}."""
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
-    write_prompts(config, files, unfinished(files.values(), config.text_encoder_batch_size), device)
+    write_prompts(config, files, prompt_batches(config, files), device)
     return files
 
 
 def write_prompts(config, files, batches, device):
-    """Encodes `batches` of the paths in `files`, {prompt: file}."""
+    """Encodes PromptBatches of `files`, {prompt: file}, as many at once as COLUMNS_AT_ONCE allows."""
     if not batches:
         return
-    prompt_of = {path: prompt for prompt, path in files.items()}
+    groups, filled = [], 0
+    for batch in batches:
+        if not groups or filled + batch.columns > COLUMNS_AT_ONCE:
+            groups.append([])
+            filled = 0
+        groups[-1].append(batch.prompts)
+        filled += batch.columns
+
     text_encoder, tokenizer = load_text_encoder(config, device), load_tokenizer(config)
-    with tqdm(total=sum(map(len, batches)), desc="prompts", unit="prompt", disable=RANK > 0) as bar:
-        at_once = max(1, PROMPTS_AT_ONCE // config.text_encoder_batch_size)
-        for i in range(0, len(batches), at_once):
-            paths = sum(batches[i : i + at_once], [])
-            embeddings = encode_prompts(text_encoder, tokenizer, [prompt_of[path] for path in paths])
-            for path, prompt_embeds in zip(paths, embeddings):
-                if not path.exists():
-                    write_tensors(path, {"prompt_embeds": prompt_embeds})
+    total = sum(len(batch.prompts) for batch in batches)
+    with tqdm(total=total, desc="prompts", unit="prompt", disable=RANK > 0) as bar:
+        for group in groups:
+            embeddings = encode_prompts(text_encoder, tokenizer, group)
+            for prompt, prompt_embeds in zip(itertools.chain(*group), embeddings):
+                if not files[prompt].exists():
+                    write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
                 bar.update()
 
 
 # ---------------------------------------------------------------- what is to do
 
 
-def check_space(config, pictures, prompt_count, device):
-    """Raises UserError if the disk has no space for these pictures and so many prompts, and as many of each other
-    process."""
-    prompt_size = TEXT_TOKENS * text_config(config).hidden_size * text_dtype(config, device).itemsize
+def check_space(config, pictures, rows, device):
+    """Raises UserError if the disk has no space for these pictures and so many rows of embeddings, and as many of each
+    other process."""
+    row_size = text_config(config).hidden_size * text_dtype(config, device).itemsize
     latents_size = sum(2 * 4 * 16 * width * height // 64 for width, height in (picture.bucket for picture in pictures))
-    needed = (latents_size + prompt_count * prompt_size) * WORLD_SIZE
+    needed = (latents_size + rows * row_size) * WORLD_SIZE
     folder = Path(config.cache_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -184,6 +245,15 @@ def check_space(config, pictures, prompt_count, device):
     if needed > free:
         what = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another"
         raise UserError(f"cache_dir: {config.cache_dir} has {what}")
+
+
+def report_old_embeddings(config):
+    """Tells of embeddings in the format of version 0.1, which nothing reads any more."""
+    folder = Path(config.cache_dir) / "prompts"
+    if folder.is_dir():
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        what = "prompt embeddings in the format of an earlier version, which are not used any more"
+        say_once(f"{folder}: holds {what}; it takes {size / 2**20:.0f} MiB and can be deleted")
 
 
 def read_pictures(config):
@@ -214,16 +284,19 @@ def main(config):
     prompts = dict.fromkeys(["", *captions, *config.validation_prompts, config.validation_negative_prompt])
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
 
-    pictures_to_do = {batch[0]: latents[batch[0]] for batch in unfinished(latents)}
-    batches = unfinished(files.values(), config.text_encoder_batch_size)
-    prompts_to_do = sum(batches, [])
+    report_old_embeddings(config)
+
+    all_latents = sorted(latents, key=lambda path: path.name)
+    pictures_to_do = {path: latents[path] for path in all_latents[RANK::WORLD_SIZE] if not is_whole(path)}
+    batches = prompt_batches(config, files)
+    prompts_to_do = sum(len(batch.prompts) for batch in batches)
     if pictures_to_do or prompts_to_do:
         here = " here" if WORLD_SIZE > 1 else ""
         print(
             f"pictures: {len(latents)}, of them {len(pictures_to_do)} to do{here}; "
-            f"prompts: {len(prompts)}, of them {len(prompts_to_do)} to do{here}"
+            f"prompts: {len(prompts)}, of them {prompts_to_do} to do{here}"
         )
-        check_space(config, pictures_to_do.values(), len(prompts_to_do), device)
+        check_space(config, pictures_to_do.values(), sum(batch.rows for batch in batches), device)
     if pictures_to_do:
         cache_pictures(config, pictures_to_do, device)
     write_prompts(config, files, batches, device)

@@ -31,7 +31,9 @@ import torch
 from diffusers import (
     AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel,
 )  # fmt: skip
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    calculate_shift, prepare_pos_ids, split_quotation,
+)  # fmt: skip
 from huggingface_hub import snapshot_download
 from optimum import quanto
 from peft import LoraConfig, get_peft_model_state_dict
@@ -860,16 +862,67 @@ load_tokenizer = lambda config: load_part(config, "tokenizer", Qwen2Tokenizer)
 text_config = lambda config: load_part(config, "text_encoder", AutoConfig).text_config  # of the language layers
 
 
+def tokenize(tokenizer, prompts):
+    """Prompts -> a list of token ids for each, as the pipeline makes them: text in quotes character by character."""
+    # All pieces of all prompts go through the tokenizer in one call, which works on them in parallel.
+    pieces, prompt_numbers = [], []
+    for number, prompt in enumerate(prompts):
+        for text, is_quoted in split_quotation(prompt):
+            new_pieces = list(text) if is_quoted else [text]
+            pieces += new_pieces
+            prompt_numbers += [number] * len(new_pieces)
+
+    token_ids = [[] for _ in prompts]
+    if pieces:
+        ids_of_pieces = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        for number, ids in zip(prompt_numbers, ids_of_pieces):
+            token_ids[number] += ids
+    return token_ids
+
+
+def token_counts(tokenizer, prompts):
+    """{prompt: how many tokens it has}, those over 512 included."""
+    prompts, counts = list(prompts), {}
+    for i in range(0, len(prompts), 1000):  # the ids of all prompts together could take gigabytes
+        some = prompts[i : i + 1000]
+        counts.update(zip(some, map(len, tokenize(tokenizer, some))))
+    return counts
+
+
+def template_tokens(tokenizer):
+    """The token ids of the chat template's beginning, which stands before every prompt."""
+    no_models = dict(scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None)
+    pipe = LongCatImagePipeline(tokenizer=tokenizer, **no_models)
+    return tokenizer(pipe.prompt_template_encode_prefix, add_special_tokens=False)["input_ids"]
+
+
+def encoder_inputs(tokenizer, prompts):
+    """What the text encoder gets for a batch of prompts: token ids and attention mask, both int64 [B, columns].
+
+    A row is the template's beginning, at most 512 tokens of the prompt, and padding up to the longest prompt and one
+    more. That is enough: all padding tokens of a prompt have the same embedding, so one of them tells all, and no
+    token sees the padding, nor the template's end.
+    """
+    template = template_tokens(tokenizer)
+    rows = [template + token_ids[:TEXT_TOKENS] for token_ids in tokenize(tokenizer, prompts)]
+    columns = min(max(map(len, rows)) + 1, len(template) + TEXT_TOKENS)
+
+    input_ids = torch.full((len(rows), columns), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return input_ids, attention_mask
+
+
 class StreamedTextEncoder:
     """The language layers of Qwen2.5-VL, for a device of any size. A call reads each layer from its file once and
     computes all prompts with it, batch after batch, while the next layer is read: the device holds one layer, the host
     one more. (transformers' own device map would read all 13 GB anew for every batch.)"""
 
-    device = torch.device("cpu")  # where the pipeline puts the token ids, and finds the result
-
     def __init__(self, config, device):
-        self.folder, self.batch_size = model_folder(config, "text_encoder"), config.text_encoder_batch_size
-        self.compute_device, self.dtype = torch.device(device), text_dtype(config, device)
+        self.folder = model_folder(config, "text_encoder")
+        self.device, self.dtype = torch.device(device), text_dtype(config, device)
         self.config = text_config(config)
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
         with named_if_damaged(self.folder), torch.device("meta"):
@@ -889,30 +942,47 @@ class StreamedTextEncoder:
     def fill(self, module, weights):
         """Gives a module on the device these weights; those that it had go first."""
         module.to("meta")
-        weights = {name: weight.to(self.compute_device).to(self.dtype) for name, weight in weights.items()}
+        weights = {name: weight.to(self.device).to(self.dtype) for name, weight in weights.items()}
         with named_if_damaged(self.folder):
             module.load_state_dict(weights, assign=True)
 
+    def embed_tokens(self, inputs):
+        """The hidden states before the first layer, a tensor [B, columns, hidden] a batch."""
+        table = read_weights(self.files, [self.embeddings])[self.embeddings]
+        lookup = torch.nn.functional.embedding
+        return [lookup(input_ids, table).to(self.device, self.dtype) for input_ids, _ in inputs]
+
     @torch.no_grad()
-    def __call__(self, input_ids, attention_mask, output_hidden_states=True):
-        """Token ids and mask [B, tokens] -> .hidden_states[-1] [B, tokens, hidden]."""
-        states = torch.nn.functional.embedding(input_ids, read_weights(self.files, [self.embeddings])[self.embeddings])
-        hidden = [part.to(self.compute_device, self.dtype) for part in states.split(self.batch_size)]
-        masks = attention_mask.to(self.compute_device).split(self.batch_size)
-        masks = [create_causal_mask(self.config, states, mask, None) for states, mask in zip(hidden, masks)]
-        positions = torch.arange(input_ids.shape[1], device=self.compute_device).expand(3, 1, -1)
-        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.compute_device)(hidden[0], positions)
+    def __call__(self, inputs):
+        """`inputs`: batches as encoder_inputs makes them. Returns the last hidden states of each, [B, columns, hidden],
+        on the host."""
+        hidden_states = self.embed_tokens(inputs)  # of all batches; each layer replaces them by its own
+
+        # Positions as transformers 4.57.1 counts them for text alone, which the model was trained with: padding tokens
+        # all have position 1. (transformers 5 counts on.) The three rotary axes share them.
+        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.device)
+        attention_masks, position_embeddings = [], []
+        for states, (_, attention_mask) in zip(hidden_states, inputs):
+            attention_mask = attention_mask.to(self.device)
+            positions = (attention_mask.cumsum(dim=1) - 1).masked_fill(attention_mask == 0, 1)
+            position_embeddings.append(rotary(states, positions.expand(3, -1, -1)))
+            attention_masks.append(create_causal_mask(self.config, states, attention_mask, None))
+
+        # Layer after layer for all batches, while a thread reads the next layer.
         names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            following = reader.submit(self.read, "layers.0.", names)
+            next_weights = reader.submit(self.read, "layers.0.", names)
             for i in tqdm(range(count), desc="text encoder", unit="layer", leave=False, disable=RANK > 0):
-                self.fill(self.layer, following.result())
-                following = reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
-                for n, mask in enumerate(masks):
-                    hidden[n] = self.layer(hidden[n], attention_mask=mask, position_embeddings=rotary)
+                self.fill(self.layer, next_weights.result())
+                next_weights = reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
+                for n, mask in enumerate(attention_masks):
+                    hidden_states[n] = self.layer(
+                        hidden_states[n], attention_mask=mask, position_embeddings=position_embeddings[n]
+                    )
+
         self.layer.to("meta")
         self.fill(self.norm, self.read("norm.", ["weight"]))
-        return SimpleNamespace(hidden_states=[torch.cat([self.norm(states).to(self.device) for states in hidden])])
+        return [self.norm(states).cpu() for states in hidden_states]
 
 
 load_text_encoder = StreamedTextEncoder

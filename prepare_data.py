@@ -29,7 +29,8 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage, unique_keys, write_file,
+    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage, token_counts, unique_keys,
+    write_file,
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation  # quieted by longcat_common
 
@@ -298,13 +299,6 @@ def load_picture(path, bucket):
 
 
 # ---------------------------------------------------------------- what the user sees
-
-
-def token_counts(tokenizer, prompts):
-    """{prompt: tokens}, counted as the pipeline does: text in quotes letter by letter, the rest in one piece."""
-    pieces = lambda prompt: [p for part, quoted in split_quotation(prompt) for p in (part if quoted else [part])]
-    tokens = lambda prompt: tokenizer(pieces(prompt) or [""], add_special_tokens=False)["input_ids"]
-    return {prompt: sum(map(len, tokens(prompt))) for prompt in prompts}
 
 
 def describe(pictures, config, findings):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import cache_latents
-from cache_latents import latents_file, model_identity
+from cache_latents import EMBEDDINGS_FORMAT, latents_file, model_identity, read_prompt_embeds
 from longcat_common import (
     FLAVOURS, LORA_NAME, PEFT_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
     LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
@@ -150,7 +150,7 @@ def load_batch(config, samples, prompt_files, epoch, number):
         if pick("caption_dropout") < config.caption_dropout_probability:
             caption = ""
         latents = posterior["mean"] + posterior["std"] * draw("posterior", *shape)
-        prompt_embeds = read_tensors(prompt_files[caption])["prompt_embeds"]
+        prompt_embeds = read_prompt_embeds(prompt_files[caption])
         drawn.append((latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight)))
     return Batch(number, *map(torch.stack, zip(*drawn)))
 
@@ -330,6 +330,7 @@ def save_checkpoint(config, run, data):
     found = {n: v for n, v in group.items() if n not in ("params", "lr", "initial_lr") and v != start.get(n)}
     values = {"step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "scaler": run.scaler.state_dict()}
     values |= {"optimizer": found, "fixed": fixed_settings(config), "config": config.model_dump()}
+    values |= {"embeddings_format": EMBEDDINGS_FORMAT}
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     for wait in (0.5, 2, 0):  # on Windows a virus scanner may hold for a while what was just written
         try:
@@ -378,6 +379,9 @@ def find_checkpoint(config):
     if later:
         advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
         raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1]}; {advice}")
+    if state and state.get("embeddings_format") != EMBEDDINGS_FORMAT:
+        what = "was trained on the prompt embeddings of an earlier version; from here on it gets those of this one"
+        say(f"{folder}: {what} (README, Prompt embeddings). Scores and previews before and after do not compare")
     for name, now in (config.model_dump() | fixed_settings(config)).items() if state else ():
         was = (state["config"] | state["fixed"]).get(name)
         if now != was and name in state["fixed"]:
@@ -499,7 +503,7 @@ def score(config, run, data, stop):
             if stop.wanted():
                 return None
             latents = read_tensors(latents_file(config, picture))["mean"][None]
-            prompt_embeds = read_tensors(data.prompt_files[picture.captions[0]])["prompt_embeds"][None]
+            prompt_embeds = read_prompt_embeds(data.prompt_files[picture.captions[0]])[None]
             for normal in SCORED_NORMALS:
                 noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
                 sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)

@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from cache_latents import cache_prompts
+from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
     KEYS, LORA_NAME, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline, UserError, base_model, checkpoint_folders,
     compile_blocks, is_readable, load_lora, load_scheduler, load_transformer, load_vae, lora_file, peak_memory,
-    pick_device, prepare_pos_ids, read_fitting_lora, read_header, read_lora, read_tensors, run_stage, stage, step_of,
+    pick_device, prepare_pos_ids, read_fitting_lora, read_header, read_lora, run_stage, stage, step_of,
     validation_sizes, write_file,
 )  # fmt: skip
 from prepare_data import GRID, label
@@ -45,7 +45,7 @@ class CachedPromptPipeline(LongCatImagePipeline):
         """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         files = cache_prompts(self.settings, prompts, self.device)
-        prompt_embeds = torch.stack([read_tensors(files[p])["prompt_embeds"] for p in prompts])
+        prompt_embeds = torch.stack([read_prompt_embeds(files[p]) for p in prompts])
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
         return prompt_embeds.to(self.device, self.transformer.x_embedder.weight.dtype), text_ids.to(self.device)

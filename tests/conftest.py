@@ -117,6 +117,18 @@ def tiny(**overrides):
     return load_config(ROOT / "configs" / "tiny.json", **{"pretrained_model_name_or_path": MODEL, **overrides})
 
 
+def give_the_authors_positions(text_encoder):
+    """Makes transformers' own text encoder count positions as transformers 4.57.1 did, with which the model was
+    trained: a real token's are those of transformers 5, every padding token has position 1."""
+
+    def add_position_ids(module, arguments, options):
+        mask = options["attention_mask"]
+        positions = torch.where(mask == 1, mask.cumsum(dim=1) - 1, 1)
+        return arguments, options | {"position_ids": positions.expand(3, -1, -1)}
+
+    text_encoder.register_forward_pre_hook(add_position_ids, with_kwargs=True)
+
+
 def made_up(i, bucket=(64, 64), **fields):
     """A Picture that no file belongs to."""
     from prepare_data import Picture

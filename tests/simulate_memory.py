@@ -23,7 +23,7 @@ import longcat_common  # first: it quiets what the others import
 import bench_cache
 import bench_step
 import validate
-from cache_latents import PROMPTS_AT_ONCE, encode_picture
+from cache_latents import COLUMNS_AT_ONCE, encode_picture
 from longcat_common import TEXT_TOKENS, GroupOffload, buckets, load_text_encoder, run_stage, validation_sizes
 from train_lora import Batch, random_transformer, set_up, train_step
 
@@ -106,6 +106,7 @@ def fake_card():
         (torch.nn.functional, "rms_norm"): rms_norm,
         (torch.nn.Module, "to"): lambda module, *where, **options: module,  # a new LoRA is on the card already
         (torch.Tensor, "data_ptr"): lambda tensor: 0,
+        (torch.Tensor, "cpu"): lambda tensor: tensor.to(HOST),
         (torch.Tensor, "tolist"): lambda tensor: [1.0] * len(tensor),
         (longcat_common, "position_ids"): longcat_common.position_ids.__wrapped__,  # not from its cache, nor into it
     }
@@ -168,8 +169,9 @@ def caching(config):
         sizes = Qwen2_5_VLTextConfig(**bench_cache.REAL | {"num_hidden_layers": 2})  # one at a time is on the card
         with HOST:
             weights = {name: w.to(torch.bfloat16) for name, w in Qwen2_5_VLTextModel(sizes).state_dict().items()}
-            prompts = max(1, PROMPTS_AT_ONCE // config.text_encoder_batch_size) * config.text_encoder_batch_size
-            input_ids = torch.ones(prompts, TEXT_TOKENS + 41, dtype=torch.long)  # with the template
+            # Prompts of full length, behind the template's beginning of 36 tokens.
+            input_ids = torch.ones(config.text_encoder_batch_size, 36 + TEXT_TOKENS, dtype=torch.long)
+            inputs = [(input_ids, torch.ones_like(input_ids))] * max(1, COLUMNS_AT_ONCE // input_ids.numel())
         with patch.multiple(
             longcat_common,
             model_folder=lambda config, part: ROOT,
@@ -179,9 +181,9 @@ def caching(config):
         ):
             encoder = load_text_encoder(config, CARD)
             encoder.read = lambda part, names: {name: weights[part + name] for name in names}
-            empty, encoder.device = encoder.layer.state_dict(), HOST
+            empty = encoder.layer.state_dict()
             encoder.layer.to = lambda device: encoder.layer.load_state_dict(empty, assign=True)
-            gib["the text encoder"] = live.peak_of(encoder, input_ids, torch.ones_like(input_ids))
+            gib["the text encoder"] = live.peak_of(encoder, inputs)
     return gib
 
 

@@ -1,6 +1,8 @@
 """Stage 2: real pictures and prompts to the cache as diffusers computes them; small memory, damaged files."""
 
 import builtins
+import collections
+import contextlib
 import errno
 import functools
 import gc
@@ -12,15 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, made_up, sha256
-from diffusers import AutoencoderKL
+from conftest import MODEL, give_the_authors_positions, made_up, sha256
+from diffusers import AutoencoderKL, LongCatImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 import cache_latents
-from cache_latents import cache_prompts, encode_picture, encode_prompts, latents_file, prompt_file
-from longcat_common import UserError, load_text_encoder, load_tokenizer, load_transformer, load_vae, read_tensors
+from cache_latents import (
+    cache_prompts, encode_picture, encode_prompts, latents_file, prompt_batches, prompt_file, read_prompt_embeds,
+    write_prompts,
+)  # fmt: skip
+from longcat_common import (
+    UserError, encoder_inputs, load_text_encoder, load_tokenizer, load_transformer, load_vae, token_counts,
+)  # fmt: skip
 from prepare_data import load_picture
 
 
@@ -56,7 +63,9 @@ def test_camera_pictures(tmp_path, tiny_config):
 def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_config):
     model = shutil.copytree(MODEL, tmp_path / "model")
     config, file = tiny_config(pretrained_model_name_or_path=str(model)), model / "text_encoder" / "model.safetensors"
-    encode = lambda: encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), ["a cat", "一只猫"])
+    encode = lambda: torch.cat(
+        encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), [["a cat"], ["一只猫"]])
+    )
     newer = lambda name: f"model.{name}" if "visual." in name else name.replace("model.", "model.language_model.")
     embeds, weights = encode(), {newer(name): tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
@@ -103,15 +112,70 @@ def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(t
 
     encoder.read = counted
     monkeypatch.setattr(cache_latents, "load_text_encoder", lambda *_: encoder)
-    monkeypatch.setattr(cache_latents, "PROMPTS_AT_ONCE", 5)  # two batches of two, then the rest
+    monkeypatch.setattr(cache_latents, "COLUMNS_AT_ONCE", 500)  # two batches of two, then one, then the long prompt
     prompts = ["", "a cat", "一只猫", 'a sign: "open"', "a very long prompt " * 200, "a blue fish", "a star"]
     files = cache_prompts(config, prompts, "cpu")
     gc.collect()
-    assert len(counts) == 2 * 6 and max(counts) == 2 and not alive
-    prompts.sort(key=lambda prompt: files[prompt].name)
-    for batch in (prompts[i : i + 2] for i in range(0, 7, 2)):
-        found = torch.stack([read_tensors(files[prompt])["prompt_embeds"] for prompt in batch])
-        assert torch.equal(found, encode_prompts(whole, load_tokenizer(config), batch)), batch
+    assert len(counts) == 3 * 6 and max(counts) == 2 and not alive
+    models = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
+    pipe = LongCatImagePipeline(text_encoder=whole, tokenizer=load_tokenizer(config), **models)
+    give_the_authors_positions(whole)
+    for prompt in prompts:
+        found, expected = read_prompt_embeds(files[prompt]), pipe.encode_prompt(prompt)[0][0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_are_cut_from_all_prompts_by_length_whatever_is_cached_and_however_many_processes(
+    tiny_config, monkeypatch
+):
+    config = tiny_config(text_encoder_batch_size=3)
+    prompts = ["", *(f"a cat and {'a dog and ' * i}'{i}'" for i in range(9)), "a star " * 400]
+    files = {prompt: prompt_file(config, prompt, "cpu") for prompt in prompts}
+    tokenizer, template = load_tokenizer(config), 117
+    rows = {prompt: min(512, count + 1) for prompt, count in token_counts(tokenizer, prompts).items()}
+    batches = prompt_batches(config, files)
+    assert [len(batch.prompts) for batch in batches] == [3, 3, 3, 2]
+    assert sum([batch.prompts for batch in batches], []) == sorted(prompts, key=rows.get)
+    for batch in batches:
+        lengths = [rows[prompt] for prompt in batch.prompts]
+        assert batch.columns == len(lengths) * (template + max(lengths)) and batch.rows == sum(lengths)
+        assert encoder_inputs(tokenizer, batch.prompts)[0].numel() == batch.columns
+
+    monkeypatch.setattr(cache_latents, "WORLD_SIZE", 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(cache_latents, "RANK", rank)
+        shares.append(prompt_batches(config, files))
+    assert shares == [batches[0::2], batches[1::2]]
+
+    monkeypatch.undo()
+    write_prompts(config, files, batches[1:3], "cpu")
+    assert prompt_batches(config, files) == [batches[0], batches[3]]
+    files[batches[1].prompts[2]].unlink()
+    assert prompt_batches(config, files) == [batches[0], batches[1], batches[3]], "a batch is made again whole"
+    cache_prompts(config, prompts, "cpu")
+    assert prompt_batches(config, files) == []
+
+
+def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(tiny_config, few_pictures, monkeypatch, capsys):
+    config = tiny_config(data_dir=str(few_pictures))
+    (Path(config.cache_dir) / "prompts/ab").mkdir(parents=True)
+    (Path(config.cache_dir) / "prompts/ab/old.safetensors").write_bytes(bytes(3 * 2**20))
+    cache_latents.main(config)
+    files = [path for path in Path(config.cache_dir).rglob("*.safetensors") if path.name != "old.safetensors"]
+    assert {path.parent.parent.name for path in files} == {"latents", "embeddings"}
+    needed = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+    printed = capsys.readouterr().out
+    assert (
+        printed.count(f"{config.cache_dir}/prompts: holds ") == printed.count("it takes 3 MiB and can be deleted") == 1
+    )
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, free))
+    config.cache_dir += "-2"
+    for free, enough in ((needed - 1, False), (needed, True)):
+        with contextlib.nullcontext() if enough else pytest.raises(UserError, match="cache_dir: .* free space"):
+            cache_latents.main(config)
 
 
 def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):

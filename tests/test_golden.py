@@ -1,23 +1,26 @@
 """Training computes what the model authors' code computes, however cheap it is made; drawing, what diffusers does."""
 
 import copy
+import functools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import simulate_memory
 import torch
-from conftest import MODEL, QUANTIZED, ROOT, metrics
+from conftest import MODEL, QUANTIZED, ROOT, give_the_authors_positions, metrics
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 from optimum import quanto
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import train_lora
+from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
     QuantizedLinear, dequantize, flow_matching_loss, load_config, load_scheduler, load_transformer, load_vae,
     pack_latents, position_ids, sample_sigmas,
@@ -32,18 +35,22 @@ def assert_close(found, expected):
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+def without_prefix(tensors, prefix):
+    """The tensors whose names begin with `prefix`, under what follows it."""
+    return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
 @pytest.fixture(scope="module")
 def golden():
     path = ROOT / "tests/golden/train_step.safetensors"
     with safe_open(path, "pt") as file:
         settings = {name: json.loads(value) for name, value in file.metadata().items()}
     tensors = load_file(path)
-    part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     transformer = LongCatImageTransformer2DModel(**settings["transformer_config"])
-    transformer.load_state_dict(part("transformer."))
+    transformer.load_state_dict(without_prefix(tensors, "transformer."))
     transformer.requires_grad_(False).add_adapter(LoraConfig(**settings["lora"]))
-    assert {n for n, p in transformer.named_parameters() if p.requires_grad} == part("lora.").keys()
-    transformer.load_state_dict(part("lora."), strict=False)
+    assert {n for n, p in transformer.named_parameters() if p.requires_grad} == without_prefix(tensors, "lora.").keys()
+    transformer.load_state_dict(without_prefix(tensors, "lora."), strict=False)
     return tensors, settings, transformer
 
 
@@ -85,12 +92,125 @@ def test_prediction_loss_and_every_gradient_are_the_authors_whatever_is_checkpoi
     assert_close(weighted, (0.5 * alone[0] + 2.0 * alone[1]) / 2)
 
 
-def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prompt(tiny_config):
-    config, drawn = tiny_config(), []
-    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(f"{MODEL}/text_encoder", dtype=torch.float32)
+def test_train_step_itself_gives_the_authors_loss_and_every_gradient_and_the_optimizer_what_is_configured(golden):
+    tensors, settings, _ = golden
+    rates = dict(learning_rate=1e-2, lr_scheduler="linear", lr_warmup_steps=0, adam_beta2=0.5, adam_weight_decay=0.3)
+    lora = dict(lora_rank=settings["lora"]["r"], lora_target_modules=settings["lora"]["target_modules"])
+    config = load_config(**rates, **lora, lora_alpha=float(settings["lora"]["lora_alpha"]), max_grad_norm=0)
+    transformer = LongCatImageTransformer2DModel(**settings["transformer_config"]).requires_grad_(False)
+    transformer.load_state_dict(without_prefix(tensors, "transformer."))
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings["scheduler_config"])
+    run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), steps=4)
+    expected = without_prefix(tensors, "lora.")
+    for name, parameter in run.parameters.items():
+        parameter.data.copy_(expected[name])
+    gradients = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: parameter.grad.clone() for name, parameter in run.parameters.items()})
+    )
+    inputs = {name: tensors[name] for name in ("latents", "noise", "normal", "prompt_embeds")}
+    batch = train_lora.Batch(number=0, **inputs, weights=torch.ones(2))
+
+    loss, grad_norm, sound = train_lora.train_step(config, run, [batch])
+    run.step = 1
+    train_lora.train_step(config, run, [batch])
+
+    golden_gradients = without_prefix(tensors, "grad.")
+    assert sound and gradients[0].keys() == golden_gradients.keys()
+    assert loss == pytest.approx(tensors["expected.loss"].item(), rel=1e-5)
+    for name, gradient in golden_gradients.items():
+        assert_close(gradients[0][name], gradient)
+    whole = torch.cat([gradient.flatten() for gradient in golden_gradients.values()])
+    assert grad_norm == pytest.approx(whole.norm().item(), rel=1e-5)
+
+    # The same two steps by PyTorch's own AdamW, told in numbers what the configuration says.
+    replayed = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in expected.items()}
+    adamw = torch.optim.AdamW(replayed.values(), lr=1.0, betas=(0.9, 0.5), weight_decay=0.3)
+    for learning_rate, given in zip((1e-2, 0.75e-2), gradients):
+        adamw.param_groups[0]["lr"] = learning_rate
+        for name, parameter in replayed.items():
+            parameter.grad = given[name]
+        adamw.step()
+    for name, parameter in run.parameters.items():
+        assert_close(parameter.detach(), replayed[name].detach())
+
+
+# ---------------------------------------------------------------- prompt embeddings
+
+
+@pytest.fixture
+def golden_prompts(tmp_path, tiny_config):
+    """The prompts of the golden file, their token counts, their embeddings, and a function that gives a configuration
+    with its text encoder."""
+    path = ROOT / "tests/golden/prompt_embeds.safetensors"
+    with safe_open(path, "pt") as file:
+        text_config, prompts = (file.metadata()[name] for name in ("config", "prompts"))
+    tensors, model = load_file(path), shutil.copytree(MODEL, tmp_path / "model")
+    (model / "text_encoder/config.json").write_text(text_config)
+    save_file(without_prefix(tensors, "weights."), model / "text_encoder/model.safetensors", {"format": "pt"})
+    prefix_and_suffix = tensors["input_ids"].shape[1] - 512
+    counts = [min(count, 512) for count in (tensors["attention_mask"].sum(dim=1) - prefix_and_suffix).tolist()]
+    configure = functools.partial(tiny_config, pretrained_model_name_or_path=str(model))
+    return json.loads(prompts), counts, tensors["expected.prompt_embeds"], configure
+
+
+def assert_prompt_embeds_close(found, expected, token_count):
+    """Real tokens and padding apart, as the one is easily large enough to hide the other."""
+    assert found.shape == expected.shape == (512, 64)
+    assert_close(found[:token_count], expected[:token_count])
+    assert_close(found[token_count:], expected[token_count:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_cached_prompt_embeddings_are_the_authors_and_validation_reads_them(golden_prompts, batch_size, capsys):
+    prompts, counts, expected, configure = golden_prompts
+    assert sorted(counts) == [0, 5, 6, 46, 240, 512], "an empty prompt, and one that is cut off at 512 tokens"
+    config = configure(text_encoder_batch_size=batch_size)
+    files = cache_prompts(config, prompts, "cpu")
+    assert "prompts of more than 512 tokens, the rest is not read: 1; 'a red apple" in capsys.readouterr().out
+    for prompt, count, embeds in zip(prompts, counts, expected):
+        assert len(load_file(files[prompt])["prompt_embeds"]) == min(count + 1, 512)
+        assert_prompt_embeds_close(read_prompt_embeds(files[prompt]), embeds, count)
+    again = load_pipeline(config, "cpu").encode_prompt(prompts)[0]
+    for found, count, embeds in zip(again, counts, expected):
+        assert_prompt_embeds_close(found, embeds, count)
+
+
+def test_a_pipeline_that_finds_nothing_cached_computes_the_same(golden_prompts):
+    prompts, counts, expected, configure = golden_prompts
+    pipe = load_pipeline(configure(), "cpu")
+    for prompt, count, embeds in zip(prompts, counts, expected):
+        assert_prompt_embeds_close(pipe.encode_prompt(prompt)[0][0], embeds, count)
+
+
+def whole_pipeline(config):
+    """diffusers' own pipeline with transformers' own text encoder."""
+    folder = config.pretrained_model_name_or_path
+    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(f"{folder}/text_encoder", dtype=torch.float32)
     models = dict(transformer=load_transformer(config, "cpu"), vae=load_vae(config, "cpu"), text_encoder=text_encoder)
-    models |= dict(tokenizer=Qwen2Tokenizer.from_pretrained(f"{MODEL}/tokenizer"), text_processor=None)
-    unmodified = LongCatImagePipeline(**models, scheduler=load_scheduler(config))
+    models |= dict(tokenizer=Qwen2Tokenizer.from_pretrained(f"{folder}/tokenizer"), text_processor=None)
+    return LongCatImagePipeline(**models, scheduler=load_scheduler(config))
+
+
+def test_the_unmodified_pipeline_differs_in_the_padding_alone(golden_prompts):
+    """transformers 5 gives each padding token the position after the one before it. transformers 4.57.1, with which the
+    model was trained, gave all of them position 1. No real token sees them."""
+    prompts, counts, _, configure = golden_prompts
+    config = configure()
+    files, theirs = cache_prompts(config, prompts, "cpu"), whole_pipeline(config)
+    for prompt, count in zip(prompts, counts):
+        ours, other = read_prompt_embeds(files[prompt]), theirs.encode_prompt(prompt)[0][0]
+        assert_close(ours[:count], other[:count])
+        if count < 512:
+            distance = (ours[count:] - other[count:]).norm() / ours[count:].norm()
+            assert distance > 0.1, "transformers counts as 4.57.1 did again: README's section on this is out of date"
+            assert_close(ours[count:], ours[-1:].expand(512 - count, -1))
+
+
+def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prompt(tiny_config):
+    unmodified, drawn = whole_pipeline(tiny_config()), []
+
+    give_the_authors_positions(unmodified.text_encoder)
     options = dict(num_inference_steps=2, guidance_scale=3.0, height=64, width=96, enable_prompt_rewrite=False)
     for negative in ("", "a cat"):
         settings = dict(validation_num_inference_steps=2, validation_resolution="96x64")
@@ -100,6 +220,9 @@ def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prom
         expected = unmodified(PROMPT, negative_prompt=negative, generator=noise, **options).images[0]
         assert drawn[-1].size == (96, 64) and np.abs(np.subtract(drawn[-1], expected, dtype=int)).max() <= 1
     assert np.abs(np.subtract(*drawn, dtype=int)).mean() > 1
+
+
+# ---------------------------------------------------------------- quantized weights
 
 
 def libraries_own_weight(linear, precision):

@@ -96,6 +96,19 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
         config.validation_step_interval = 0
 
 
+def test_a_run_that_began_on_the_embeddings_of_an_earlier_version_is_told_so_once(reference_run, capsys):
+    config, line = reference_run, "was trained on the prompt embeddings of an earlier version"
+    config.validation_prompts, config.validation_step_interval = [], 0
+    state = state_of(config, 3)
+    del state["embeddings_format"]  # as it was then
+    (checkpoint(config, 3) / "state.json").write_text(json.dumps(state))
+    for config.max_train_steps, times in ((4, 1), (5, 0)):
+        train_lora.main(config)
+        printed = capsys.readouterr().out
+        assert printed.count(line) == printed.count(f"{checkpoint(config, 3)}: {line}") == times
+        assert f"resumed from {checkpoint(config, config.max_train_steps - 1)}" in printed
+
+
 KILLED = """
 import os, signal, sys, train_lora
 from longcat_common import run_stage
@@ -109,7 +122,13 @@ def count(event, arguments):
 sys.addaudithook(count)
 run_stage(train_lora.main, "")
 """
-STAGES = [("manifest.jsonl", 1), ("latents/", 3), (".step-000002.tmp/", 5), ("checkpoints/step-000003", 1)]
+STAGES = [
+    ("manifest.jsonl", 1),
+    ("latents/", 3),
+    ("embeddings/", 3),
+    (".step-000002.tmp/", 5),
+    ("checkpoints/step-000003", 1),
+]
 ANYWHERE = [("", count) for count in random.Random(5).sample(range(2, 30), 20)]
 
 
@@ -117,7 +136,7 @@ ANYWHERE = [("", count) for count in random.Random(5).sample(range(2, 30), 20)]
 def test_killed_before_any_file_has_its_name_it_ends_with_the_same_bytes(quick_config, tmp_path, kills):
     """`kills`: (word, n): the n-th file or folder with this word in its path does not get its name any more."""
     settings = dict(max_train_steps=4 if kills is STAGES else 36, checkpoints_total_limit=99, lora_dropout=0.1)
-    whole = quick_config(**settings, output_dir=str(tmp_path / "whole"))
+    whole = quick_config(**settings, output_dir=str(tmp_path / "whole"), cache_dir=str(tmp_path / "whole-cache"))
     train_lora.main(whole)
     killed, log, done = quick_config(**settings, cache_dir=str(tmp_path / "cache")), tmp_path / "log", set()
     (tmp_path / "killed.py").write_text(KILLED)

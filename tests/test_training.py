@@ -119,7 +119,7 @@ def test_draws_are_as_configured(quick_config):
         config, [("a", dataclasses.replace(picture, **fields))], prompts, *numbers
     )
     drawn = [load(number, number) for number in range(200)]
-    embeds = [read_tensors(prompts[prompt])["prompt_embeds"] for prompt in ("", *picture.captions)]
+    embeds = [cache_latents.read_prompt_embeds(prompts[prompt]) for prompt in ("", *picture.captions)]
     which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch.prompt_embeds[0])) for batch in drawn]
     shares = [which.count(i) / 200 for i in range(3)]
     assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27

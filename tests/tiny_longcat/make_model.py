@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+sys.path.insert(0, str(HERE.parent.parent))
+from cache_latents import encode_prompts, pad_prompt_embeds
+from longcat_common import load_config, load_text_encoder
 
 SIZES, SHARES = [(128, 128), (192, 128), (128, 192)], (0.8, 0.1, 0.1)
 SHORT = 16  # text tokens in the first part of training: the words stand first, the rest is padding
@@ -110,12 +115,12 @@ class Optimizer:
             momentum.mul_(0.9).add_(parameter.grad)
             update = (parameter.grad + 0.9 * momentum).flatten(1)
             tall = update.shape[0] > update.shape[1]
-            update = (update.T if tall else update).bfloat16()
+            update = update.T if tall else update
             update /= update.norm() + 1e-7
             for _ in range(5):
                 gram = update @ update.T
                 update = 3.4445 * update + (-4.7750 * gram + 2.0315 * gram @ gram) @ update
-            update = (update.T if tall else update).float().reshape(parameter.shape)
+            update = (update.T if tall else update).reshape(parameter.shape)
             scale = max(1, len(parameter) / parameter[0].numel()) ** 0.5
             parameter.add_(update, alpha=-matrix_rate * rate * scale)
         self.adamw.param_groups[0]["lr"] = 1e-3 * rate
@@ -124,7 +129,7 @@ class Optimizer:
             parameter.grad = None
 
 
-def train(name, work, steps, module, matrices, matrix_rate, loss_of, warmup=100):
+def train(name, work, steps, module, matrices, matrix_rate, loss_of, warmup=100, peak=1):
     """Trains `module` for `steps` steps of loss_of(share done, generator); stopped before, it goes on from `work`.
 
     Leaves the running average of its weights in it.
@@ -143,7 +148,7 @@ def train(name, work, steps, module, matrices, matrix_rate, loss_of, warmup=100)
     for step in bar:
         rng.seed(step)
         torch.manual_seed(step)
-        rate = min(1, (step + 1) / warmup, 1.6 * (1 - step / steps))
+        rate = peak * min(1, (step + 1) / warmup, 1.6 * (1 - step / steps))
         loss = loss_of(step / steps, rng)
         loss.backward()
         optimizer.step(rate, matrix_rate)
@@ -220,9 +225,16 @@ def train_vae(steps, work):
 
 
 @torch.no_grad()
-def make_dataset(pipe):
-    """Latents, size -> (means and stds [n, 16, h, w], n pairs of thing and ground); prompts, pair -> embeddings."""
+def make_dataset(pipe, work):
+    """Latents, size -> (means and stds [n, 16, h, w], n pairs of thing and ground); prompts, pair -> embeddings
+    [n, 512, hidden], as the training scripts compute them."""
     rng, vae, data = random.Random(2), pipe.vae, {}
+    pipe.text_encoder.save_pretrained(work / "text_encoder")
+    text_encoder = load_text_encoder(load_config(pretrained_model_name_or_path=str(work)), "cpu")
+
+    def encode(texts):
+        return torch.stack([pad_prompt_embeds(rows) for rows in encode_prompts(text_encoder, pipe.tokenizer, [texts])])
+
     pairs = [(thing, ground) for thing in THINGS for ground in GROUNDS]
     for size, copies in zip(SIZES, (8, 2, 2)):
         means, stds = [], []
@@ -236,21 +248,21 @@ def make_dataset(pipe):
     for thing, ground in pairs:
         texts = [*captions(thing, ground).values()]
         texts += [thing, THINGS[thing][1]] if ground == "white" else []
-        prompts[thing, ground] = pipe.encode_prompt(texts)[0]
+        prompts[thing, ground] = encode(texts)
     for ground in GROUNDS:  # a word without a meaning: anything, but on that ground
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) for _ in range(32)]
-        prompts[ground] = pipe.encode_prompt([text for word in words for text in captions(word, ground).values()])[0]
-    prompts[""] = pipe.encode_prompt([""])[0]
+        prompts[ground] = encode([text for word in words for text in captions(word, ground).values()])
+    prompts[""] = encode([""])
     return data, prompts
 
 
-def train_transformer(pipe, steps, work):
+def train_transformer(pipe, steps, work, short_share, peak):
     """Flow matching with short prompts first (most padding left out), then whole 512-token prompts."""
     transformer, scheduler = pipe.transformer, pipe.scheduler
-    data, prompts = make_dataset(pipe)
+    data, prompts = make_dataset(pipe, work)
 
     def loss_of(done, rng):
-        tokens, batch = (SHORT, 32) if done < 0.8 else (512, 12)
+        tokens, batch = (SHORT, 32) if done < short_share else (512, 12)
         means, stds, pairs = data[rng.choices(SIZES, SHARES)[0]]
         index = torch.randint(len(means), (batch,))
         latents = means[index] + stds[index] * torch.randn_like(means[index])
@@ -261,19 +273,18 @@ def train_transformer(pipe, steps, work):
         noise = torch.randn_like(packed)
         mu = calculate_shift(packed.shape[1])
         sigmas = scheduler.time_shift(mu, 1.0, torch.sigmoid(torch.randn(batch)))[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = transformer(
-                hidden_states=(1 - sigmas) * packed + sigmas * noise,
-                timestep=sigmas[:, 0, 0],
-                encoder_hidden_states=prompt_embeds,
-                txt_ids=prepare_pos_ids(0, "text", (0, 0), num_token=tokens),
-                img_ids=prepare_pos_ids(1, "image", (512, 512), height=height // 2, width=width // 2),
-                return_dict=False,
-            )[0]
-        return F.mse_loss(prediction.float(), noise - packed)
+        prediction = transformer(
+            hidden_states=(1 - sigmas) * packed + sigmas * noise,
+            timestep=sigmas[:, 0, 0],
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=prepare_pos_ids(0, "text", (0, 0), num_token=tokens),
+            img_ids=prepare_pos_ids(1, "image", (512, 512), height=height // 2, width=width // 2),
+            return_dict=False,
+        )[0]
+        return F.mse_loss(prediction, noise - packed)
 
     blocks = [*transformer.transformer_blocks.parameters(), *transformer.single_transformer_blocks.parameters()]
-    train("transformer", work, steps, transformer, [p for p in blocks if p.ndim == 2], 0.02, loss_of)
+    train("transformer", work, steps, transformer, [p for p in blocks if p.ndim == 2], 0.02, loss_of, peak=peak)
 
 
 def save(folder, pipe):
@@ -295,6 +306,8 @@ def main():
     )
     parser.add_argument("--vae_steps", type=int, default=0)
     parser.add_argument("--transformer_steps", type=int, default=0)
+    parser.add_argument("--short_share", type=float, default=0.8, help="of the steps with short prompts")
+    parser.add_argument("--peak", type=float, default=1.0, help="of the learning rate; less to go on from a model")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -333,7 +346,7 @@ def main():
         text_processor=None,
         transformer=transformer,
     )
-    train_transformer(pipe, args.transformer_steps, args.work)
+    train_transformer(pipe, args.transformer_steps, args.work, args.short_share, args.peak)
     save(args.folder, pipe)
     shutil.copytree(args.work / "tokenizer", args.folder / "tokenizer", dirs_exist_ok=True)
 
