@@ -1,17 +1,18 @@
 """Speed of caching beside the plain way, in one run:
 
-    python tests/bench_cache.py                      # a text encoder and pictures scaled to a CPU, about two minutes
+    python tests/bench_cache.py                      # a text encoder and images scaled to a CPU, a few minutes
     python tests/bench_cache.py --real --alone       # the real-size text encoder, random weights, bf16 (17 GB of disk)
     python tests/bench_cache.py --real --limit 8     # on a GPU, within 8 GB of its memory
 
-Prompts: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on the whole model (not with
---alone, or a limit under 18 GB). Pictures: `cache_pictures` beside a loop that decodes, encodes and writes one picture
-after another.
+Prompts of 10, 60 and 200 tokens: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on
+the whole model (not with --alone, or a limit under 18 GB). Images: `cache_pictures` beside a loop that decodes, encodes
+and writes one image after another.
 """
 
 import argparse
 import json
-import shutil
+import random
+import re
 import sys
 import tempfile
 import threading
@@ -23,7 +24,7 @@ import torch
 from diffusers import LongCatImagePipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests/tiny_longcat/model"
@@ -31,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 import cache_latents
 import prepare_data
 from cache_latents import cache_prompts
-from longcat_common import free_memory, load_config, load_tokenizer, load_vae, pick_device, write_tensors
+from longcat_common import (
+    free_memory, load_config, load_vae, pick_device, template_tokens, token_counts, write_tensors,
+)  # fmt: skip
 
 SCALED = dict(
     hidden_size=512,
@@ -105,46 +108,70 @@ class OwnMemory(threading.Thread):
             time.sleep(0.05)
 
 
+def make_tokenizer(folder):
+    """The tiny model's tokenizer with the words of the chat template as tokens: the template then has about 41 tokens,
+    as with the real tokenizer. Returns it."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(TINY / "tokenizer")
+    models = dict(scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None)
+    pipe = LongCatImagePipeline(tokenizer=tokenizer, **models)
+    template = pipe.prompt_template_encode_prefix + pipe.prompt_template_encode_suffix
+    tokenizer.add_tokens(sorted(set(re.findall(r" ?[a-zA-Z]+", re.sub(r"<.*?>", "", template)))))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_prompts(tokenizer, count, length):
+    """Different prompts of exactly so many tokens, of words that are a token each."""
+    words = [word for word in tokenizer.get_added_vocab() if word.startswith(" ")]
+    rng = random.Random(length)
+    prompts = ["".join(rng.choices(words, k=length)) for _ in range(count)]
+    assert set(token_counts(tokenizer, prompts).values()) == {length}
+    return prompts
+
+
 def bench_prompts(folder, real, count, rounds, batch_size, compare):
-    device = pick_device()
-    make_text_encoder(
-        folder / "model/text_encoder", REAL if real else SCALED, torch.bfloat16 if real else torch.float32
-    )
-    shutil.copytree(TINY / "tokenizer", folder / "model/tokenizer")
+    device, dtype = pick_device(), torch.bfloat16 if real else torch.float32
+    make_text_encoder(folder / "model/text_encoder", REAL if real else SCALED, dtype)
+    tokenizer = make_tokenizer(folder / "model/tokenizer")
     config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size)
-    prompts = [f"picture {i} of a cat in the night, and of many other things" for i in range(count)]
+    template = len(template_tokens(tokenizer))
+    memory = OwnMemory()
 
-    def ours(i):
-        config.cache_dir = str(folder / f"cache-{i}")
-        cache_prompts(config, prompts, device)
-
-    if device.type == "cuda":
-        ours(-1)
-        print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    ways = {"ours, with reading the model": ours}
+    pipe = None
     if compare:
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder / "model/text_encoder", dtype=torch.bfloat16 if real else torch.float32
-        )
-        parts = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
-        pipe = LongCatImagePipeline(text_encoder=whole.eval().to(device), tokenizer=load_tokenizer(config), **parts)
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model/text_encoder", dtype=dtype)
+        models = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
+        pipe = LongCatImagePipeline(text_encoder=text_encoder.eval().to(device), tokenizer=tokenizer, **models)
+
+    for length in (10, 60, 200):
+        prompts = make_prompts(tokenizer, count, length)
+
+        def ours(i):
+            config.cache_dir = str(folder / f"cache-{length}-{i}")
+            cache_prompts(config, prompts, device)
 
         def plain(i):
             for n, prompt in enumerate(prompts):
                 with torch.no_grad():
-                    write_tensors(
-                        folder / f"plain/{n}.safetensors", {"prompt_embeds": pipe.encode_prompt([prompt])[0][0]}
-                    )
+                    prompt_embeds = pipe.encode_prompt([prompt])[0][0]
+                write_tensors(folder / f"plain/{n}.safetensors", {"prompt_embeds": prompt_embeds})
 
-        ways["the pipeline, one by one, model loaded"] = plain
-    memory = OwnMemory()
-    times = median_of(ways, rounds)
+        times = median_of({"ours": ours} | ({"the pipeline": plain} if compare else {}), rounds)
+        size = sum(path.stat().st_size for path in Path(config.cache_dir).rglob("*.safetensors")) / count
+        print(f"{length} tokens: {count / times['ours']:.2f} prompts a second, with reading the model; ", end="")
+        if compare:
+            theirs = times["the pipeline"]
+            print(
+                f"encode_prompt, one by one, model loaded: {count / theirs:.2f}, ours is {theirs / times['ours']:.2f} ",
+                end="",
+            )
+            print(
+                f"times as fast; columns 553 to {template + length + 1}: {553 / (template + length + 1):.2f}; ", end=""
+            )
+        print(f"{size / 1e6:.2f} MB a prompt")
     print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
-    for name, seconds in times.items():
-        print(
-            f"prompts, {name}: {count / seconds:.2f} a second "
-            f"({seconds / times['ours, with reading the model']:.2f} times ours)"
-        )
+    if device.type == "cuda":
+        print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 def bench_pictures(folder, count, rounds):
