@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 import train_lora
 from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
-    QuantizedLinear, dequantize, flow_matching_loss, load_config, load_scheduler, load_transformer, load_vae,
-    pack_latents, position_ids, sample_sigmas,
+    QuantizedLinear, dequantize, encoder_inputs, flow_matching_loss, load_config, load_scheduler, load_tokenizer,
+    load_transformer, load_vae, pack_latents, position_ids, sample_sigmas,
 )  # fmt: skip
 from validate import generate, load_pipeline
 
@@ -181,6 +182,33 @@ def test_a_pipeline_that_finds_nothing_cached_computes_the_same(golden_prompts):
     pipe = load_pipeline(configure(), "cpu")
     for prompt, count, embeds in zip(prompts, counts, expected):
         assert_prompt_embeds_close(pipe.encode_prompt(prompt)[0][0], embeds, count)
+
+
+def test_tokens_are_the_pipelines_own_with_quoted_text_character_by_character(tiny_config):
+    tokenizer, seen = load_tokenizer(tiny_config()), []
+    prompts = [
+        "",
+        "a cat",
+        'a sign: "a cat on a blue background"',
+        "“一只猫”，黄色背景",
+        "a dog's bowl, 'a dog'",
+        "a " * 600,
+    ]
+
+    def text_encoder(input_ids, attention_mask, output_hidden_states):
+        seen.append((input_ids, attention_mask))
+        return SimpleNamespace(hidden_states=[torch.zeros(*input_ids.shape, 1)])
+
+    models = dict(scheduler=None, vae=None, transformer=None, text_processor=None)
+    pipe = LongCatImagePipeline(text_encoder=text_encoder, tokenizer=tokenizer, **models)
+    for batch in (prompts[:5], prompts):
+        seen.clear()
+        pipe.encode_prompt(batch)
+        (input_ids, attention_mask), found = seen[0], encoder_inputs(tokenizer, batch)
+        columns = found[0].shape[1]
+        assert torch.equal(found[0], input_ids[:, :columns]) and torch.equal(found[1], attention_mask[:, :columns])
+        longest = attention_mask[:, :-11].sum(dim=1).max().item()  # without the template's end
+        assert columns == min(longest + 1, input_ids.shape[1] - 11)
 
 
 def whole_pipeline(config):
