@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import prepare_data
 from longcat_common import (
-    RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, free_memory, in_parallel,
-    is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, model_folder, pick_device,
-    read_tensors, run_stage, say, say_once, stage, sum_over_processes, template_tokens, text_config, text_dtype,
-    token_counts, write_tensors,
+    RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, explain_out_of_memory,
+    free_memory, in_parallel, is_out_of_memory, is_readable, load_text_encoder, load_tokenizer,
+    load_vae, log, log_once, model_folder, pick_device, read_tensors, run_stage,
+    sum_over_processes, template_tokens, text_config, text_dtype, token_counts, write_tensors,
 )  # fmt: skip
 
 # Part of every file's name: another number makes all files of its kind anew.
@@ -45,7 +45,9 @@ def folder_identity(folder):
     """What tells two models apart without reading 16 GB: small files whole, of large ones the name, the size and 64
     pieces, the first of which holds a safetensors header."""
     digest, piece = hashlib.sha256(), 2**18
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")):
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
@@ -62,18 +64,30 @@ def model_identity(config, *parts):
 
 def latents_file(config, picture):
     """Where a picture's latents are kept: the name follows from its bytes, its bucket and the VAE."""
-    key = content_key("latents", LATENTS_FORMAT, picture.key, picture.bucket, model_identity(config, "vae"))
+    key = content_key(
+        "latents",
+        LATENTS_FORMAT,
+        picture.content_hash,
+        picture.bucket,
+        model_identity(config, "vae"),
+    )
     return Path(config.cache_dir) / "latents" / key[:2] / f"{key}.safetensors"
 
 
 def prompt_file(config, prompt, device):
     """Where a prompt's embedding is kept: the name follows from the prompt, the dtype and the text encoder."""
     how = (str(text_dtype(config, device)), "no_change")  # it is never quantized
-    key = content_key("prompt", EMBEDDINGS_FORMAT, prompt, how, model_identity(config, "text_encoder", "tokenizer"))
+    key = content_key(
+        "prompt",
+        EMBEDDINGS_FORMAT,
+        prompt,
+        how,
+        model_identity(config, "text_encoder", "tokenizer"),
+    )
     return Path(config.cache_dir) / "embeddings" / key[:2] / f"{key}.safetensors"
 
 
-def is_whole(path):
+def is_complete(path):
     """Whether a file of the cache is there and, by its header, whole. A damaged one is named and removed."""
     if is_readable(path):
         return True
@@ -90,23 +104,25 @@ def load_pixels(picture):
     """A picture as uint8 [3, height, width], cut to its bucket. Raises UserError if it is not what the manifest
     names."""
     try:
-        if picture.file != prepare_data.file_stamp(os.stat(picture.path)):
+        if picture.stamp != prepare_data.file_stamp(os.stat(picture.path)):
             raise ValueError("it has changed since prepare_data.py read it; start again")
-        image = prepare_data.load_picture(picture.path, picture.bucket)
+        image = prepare_data.load_image(picture.path, picture.bucket)
     except Exception as error:
         raise UserError(f"{picture.path}: cannot be used ({error}); mend or remove it") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @torch.no_grad()
-def encode_picture(vae, pixels):
+def encode_image(vae, pixels):
     """uint8 [3, H, W] -> the posterior's mean and std [16, H/8, W/8], in float32 and in the transformer's units:
     (mean - shift_factor) * scaling_factor and std * scaling_factor. A picture that the device has no memory for is
     encoded in tiles. Raises UserError if that does not help."""
     for tiling in (False, True):
         vae.use_tiling = tiling
         try:
-            posterior = vae.encode(pixels[None].to(vae.device).to(vae.dtype) / 127.5 - 1).latent_dist
+            posterior = vae.encode(
+                pixels[None].to(vae.device).to(vae.dtype) / 127.5 - 1
+            ).latent_dist
             break
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -114,19 +130,30 @@ def encode_picture(vae, pixels):
         free_memory()  # here, where the error no longer holds what was computed
     else:
         size = f"{pixels.shape[2]}x{pixels.shape[1]}"
-        raise UserError(f"the device has too little memory for a picture of {size}; choose a smaller resolution")
+        raise UserError(
+            f"the device has too little memory for a picture of {size}; choose a smaller resolution"
+        )
     mean = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
     return mean.cpu(), (posterior.std[0] * vae.config.scaling_factor).cpu()
 
 
-def cache_pictures(config, pictures, device):
-    """Encodes `pictures`, {file: Picture}; each file holds the picture's `mean` and `std`."""
+def cache_images(config, pictures, device):
+    """Encodes `pictures`, {file: ImageRecord}; each file holds the picture's `mean` and `std`."""
     vae = load_vae(config, device)
-    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 8  # its own size would cut no picture of 1024
+    vae.tile_sample_min_size, vae.tile_latent_min_size = (
+        TILE,
+        TILE // 8,
+    )  # its own size would cut no picture of 1024
     decoded = in_parallel(load_pixels, pictures.values())  # ahead of the VAE
-    bar = tqdm(zip(pictures, decoded), desc="latents", total=len(pictures), unit="picture", disable=RANK > 0)
+    bar = tqdm(
+        zip(pictures, decoded),
+        desc="latents",
+        total=len(pictures),
+        unit="picture",
+        disable=RANK > 0,
+    )
     for path, pixels in bar:
-        mean, std = encode_picture(vae, pixels)
+        mean, std = encode_image(vae, pixels)
         write_tensors(path, {"mean": mean, "std": std})
 
 
@@ -145,7 +172,9 @@ def encode_prompts(text_encoder, tokenizer, batches):
     embeddings = []
     for hidden_states, (_, attention_mask) in zip(text_encoder(inputs), inputs):
         for states, length in zip(hidden_states, attention_mask.sum(dim=1).tolist()):
-            embeddings.append(states[template : length + 1].clone())  # without that the whole batch stays in memory
+            embeddings.append(
+                states[template : length + 1].clone()
+            )  # without that the whole batch stays in memory
     return embeddings
 
 
@@ -185,7 +214,9 @@ def prompt_batches(config, files):
     too_long = [prompt for prompt, count in counts.items() if count > TEXT_TOKENS]
     if too_long:
         example = f"{too_long[0][:60]!r} has {counts[too_long[0]]}"
-        say(f"prompts of more than {TEXT_TOKENS} tokens, the rest is not read: {len(too_long)}; {example}")
+        log(
+            f"prompts of more than {TEXT_TOKENS} tokens, the rest is not read: {len(too_long)}; {example}"
+        )
 
     batches, size = [], config.text_encoder_batch_size
     prompts = sorted(files, key=lambda prompt: (rows[prompt], files[prompt].name))
@@ -194,7 +225,9 @@ def prompt_batches(config, files):
         columns = len(batch) * (template + rows[batch[-1]])
         batches.append(PromptBatch(batch, columns, sum(rows[prompt] for prompt in batch)))
     return [
-        batch for batch in batches[RANK::WORLD_SIZE] if not all([is_whole(files[prompt]) for prompt in batch.prompts])
+        batch
+        for batch in batches[RANK::WORLD_SIZE]
+        if not all([is_complete(files[prompt]) for prompt in batch.prompts])
     ]
 
 
@@ -235,13 +268,16 @@ def check_space(config, pictures, rows, device):
     """Raises UserError if the disk has no space for these pictures and so many rows of embeddings, and as many of each
     other process."""
     row_size = text_config(config).hidden_size * text_dtype(config, device).itemsize
-    latents_size = sum(2 * 4 * 16 * width * height // 64 for width, height in (picture.bucket for picture in pictures))
+    latents_size = sum(
+        2 * 4 * 16 * width * height // 64
+        for width, height in (picture.bucket for picture in pictures)
+    )
     needed = (latents_size + rows * row_size) * WORLD_SIZE
     folder = Path(config.cache_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    say(f"{needed / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
+    log(f"{needed / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free")
     if needed > free:
         what = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB are needed; free space or choose another"
         raise UserError(f"cache_dir: {config.cache_dir} has {what}")
@@ -253,10 +289,10 @@ def report_old_embeddings(config):
     if folder.is_dir():
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         what = "prompt embeddings in the format of an earlier version, which are not used any more"
-        say_once(f"{folder}: holds {what}; it takes {size / 2**20:.0f} MiB and can be deleted")
+        log_once(f"{folder}: holds {what}; it takes {size / 2**20:.0f} MiB and can be deleted")
 
 
-def read_pictures(config):
+def read_images(config):
     """This run's pictures; stage 1 runs first, so that they are up to date. Without a `data_dir` the manifest that is
     there is used. Under torchrun the first process does it for all."""
     manifest = Path(config.output_dir) / "manifest.jsonl"
@@ -269,25 +305,31 @@ def read_pictures(config):
     try:
         return prepare_data.read_manifest(manifest)
     except OSError as error:
-        why = f"cannot be read ({error.strerror}); machines that work together must share output_dir"
+        why = (
+            f"cannot be read ({error.strerror}); machines that work together must share output_dir"
+        )
         raise UserError(f"{manifest}: {why}") from None
     except ValueError:
         raise UserError(f"{manifest}: is damaged; set data_dir, and it is made again") from None
 
 
-@stage({"text_encoder_batch_size": 1})
+@explain_out_of_memory({"text_encoder_batch_size": 1})
 def main(config):
     """Fills the cache. Returns (pictures, {prompt: file of its embedding})."""
-    device, pictures = pick_device(), read_pictures(config)
+    device, pictures = pick_device(), read_images(config)
     latents = {latents_file(config, picture): picture for picture in pictures}
     captions = [caption for picture in pictures for caption in picture.captions]
-    prompts = dict.fromkeys(["", *captions, *config.validation_prompts, config.validation_negative_prompt])
+    prompts = dict.fromkeys(
+        ["", *captions, *config.validation_prompts, config.validation_negative_prompt]
+    )
     files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
 
     report_old_embeddings(config)
 
     all_latents = sorted(latents, key=lambda path: path.name)
-    pictures_to_do = {path: latents[path] for path in all_latents[RANK::WORLD_SIZE] if not is_whole(path)}
+    pictures_to_do = {
+        path: latents[path] for path in all_latents[RANK::WORLD_SIZE] if not is_complete(path)
+    }
     batches = prompt_batches(config, files)
     prompts_to_do = sum(len(batch.prompts) for batch in batches)
     if pictures_to_do or prompts_to_do:
@@ -298,13 +340,15 @@ def main(config):
         )
         check_space(config, pictures_to_do.values(), sum(batch.rows for batch in batches), device)
     if pictures_to_do:
-        cache_pictures(config, pictures_to_do, device)
+        cache_images(config, pictures_to_do, device)
     write_prompts(config, files, batches, device)
     wait_for_all()
     gone = [path for path in (*latents, *files.values()) if not path.exists()]
     if gone:
-        raise UserError(f"{gone[0]}: {len(gone)} files are not there; machines that work together must share cache_dir")
-    say(f"{len(pictures)} pictures and {len(prompts)} prompts are cached in {config.cache_dir}")
+        raise UserError(
+            f"{gone[0]}: {len(gone)} files are not there; machines that work together must share cache_dir"
+        )
+    log(f"{len(pictures)} pictures and {len(prompts)} prompts are cached in {config.cache_dir}")
     return pictures, files
 
 

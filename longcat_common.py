@@ -1,4 +1,4 @@
-"""What the stages share: configuration, files, devices, models and quantization, flow matching, LoRA files."""
+"""What the stages share: configuration, files, processes, devices, models and quantization, flow matching."""
 
 import collections
 import concurrent.futures
@@ -36,9 +36,15 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
 )  # fmt: skip
 from huggingface_hub import snapshot_download
 from optimum import quanto
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torchao.quantization import Float8Tensor
@@ -53,12 +59,21 @@ torch.zeros(1).exp()
 
 VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
-base_model = lambda config: config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
+base_model_name = lambda config: (
+    config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
+)
 RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun started, on all machines
-step_of = lambda folder: int(folder.name[5:])  # of a checkpoint, such as step-000500
-LORA_NAME, PEFT_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # of a LoRA in a folder
-open_tensors = functools.partial(safe_open, framework="pt", backend="pread")  # mapped, it would count as memory
+WORLD_SIZE = int(
+    os.environ.get("WORLD_SIZE", 1)
+)  # how many processes torchrun started, on all machines
+checkpoint_step = lambda folder: int(folder.name[5:])  # of a checkpoint, such as step-000500
+LORA_FILE, PEFT_FILE = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+)  # of a LoRA in a folder
+open_tensors = functools.partial(
+    safe_open, framework="pt", backend="pread"
+)  # mapped, it would count as memory
 TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
 # The list of the model authors' own LoRA script.
 TARGET_MODULES = [
@@ -85,7 +100,9 @@ def path_text(text):
 def several(value):
     """What may stand in the place of a list: one value."""
     if isinstance(value, str) and value.startswith("["):
-        raise ValueError('begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]')
+        raise ValueError(
+            'begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]'
+        )
     return value if isinstance(value, list) else [value]
 
 
@@ -98,7 +115,9 @@ def prompts(value):
     try:
         lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read as a UTF-8 text file ({error}); a prompt may stand in a list") from None
+        raise ValueError(
+            f"cannot be read as a UTF-8 text file ({error}); a prompt may stand in a list"
+        ) from None
     if not any(map(str.strip, lines)):
         raise ValueError("holds no prompt")
     return [line.strip() for line in lines if line.strip()]
@@ -135,50 +154,85 @@ class Source(BaseModel):
 
 
 Sources = Annotated[list[Source], BeforeValidator(sources)]
-Texts, Prompts = Annotated[list[Text], BeforeValidator(several)], Annotated[list[Text], BeforeValidator(prompts)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63 - 1)]], BeforeValidator(several), Field(min_length=1)]
+Texts, Prompts = (
+    Annotated[list[Text], BeforeValidator(several)],
+    Annotated[list[Text], BeforeValidator(prompts)],
+)
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**63 - 1)]], BeforeValidator(several), Field(min_length=1)
+]
 Floats = Annotated[list[float], BeforeValidator(several), Field(min_length=1)]
 Blocks = Annotated[bool | int, BeforeValidator(blocks)]
 Arithmetic = Literal["auto", "bf16", "fp16", "no"]
 Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
 Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
-plain_optimizer = lambda name: "adamw" if isinstance(name, str) and name.lower().startswith("adamw") else name
-Optimizer = Annotated[Literal["adamw", "prodigy"], BeforeValidator(plain_optimizer)]  # adamw_bf16, adamw8bit
+plain_optimizer = lambda name: (
+    "adamw" if isinstance(name, str) and name.lower().startswith("adamw") else name
+)
+Optimizer = Annotated[
+    Literal["adamw", "prodigy"], BeforeValidator(plain_optimizer)
+]  # adamw_bf16, adamw8bit
 
 
 class Config(BaseModel):
     """Every key: its name, type, default, description and limits. Flags, help, errors and the page follow from here."""
 
-    model_config = STRICT | ConfigDict(validate_assignment=True, validate_default=True, protected_namespaces=())
+    model_config = STRICT | ConfigDict(
+        validate_assignment=True, validate_default=True, protected_namespaces=()
+    )
 
     model_type: Literal["lora"] = key("lora", "what is trained")
     model_family: Literal["longcat_image"] = key("longcat_image", "the model family")
-    model_flavour: Literal["final", "dev"] = key("final", "the main release, or the mid-training checkpoint")
-    pretrained_model_name_or_path: PathText | None = key(None, "hub name or local folder; null: by model_flavour")
-    base_model_precision: Precision = key("int8-quanto", "storage of the base; int8-matmul: products in 8 bits, too")
+    model_flavour: Literal["final", "dev"] = key(
+        "final", "the main release, or the mid-training checkpoint"
+    )
+    pretrained_model_name_or_path: PathText | None = key(
+        None, "hub name or local folder; null: by model_flavour"
+    )
+    base_model_precision: Precision = key(
+        "int8-quanto", "storage of the base; int8-matmul: products in 8 bits, too"
+    )
     mixed_precision: Arithmetic = key("auto", "arithmetic; auto: the device's best; no: float32")
 
-    data_dir: Sources = key([], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}')
+    data_dir: Sources = key(
+        [], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'
+    )
     instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
-    aspect_bucket_alignment: int = key(64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64)
-    resolution: Size = key("1024", 'side of a square of the wanted area, or several, or buckets: "1024x1024,1344x768"')
-    validation_split: float = key(0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1)
-    caption_dropout_probability: float = key(0.1, "share of the samples trained with the empty prompt", ge=0, le=1)
-    cache_dir: PathText = key("cache", "folder of cached latents and prompt embeddings; several runs may share one")
+    aspect_bucket_alignment: int = key(
+        64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64
+    )
+    resolution: Size = key(
+        "1024", 'side of a square of the wanted area, or several, or buckets: "1024x1024,1344x768"'
+    )
+    validation_split: float = key(
+        0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1
+    )
+    caption_dropout_probability: float = key(
+        0.1, "share of the samples trained with the empty prompt", ge=0, le=1
+    )
+    cache_dir: PathText = key(
+        "cache", "folder of cached latents and prompt embeddings; several runs may share one"
+    )
     text_encoder_batch_size: int = key(4, "prompts a batch when embeddings are cached", ge=1)
 
     lora_rank: int = key(16, "rank", ge=1, le=4096)
-    lora_alpha: float | None = key(None, "strength is lora_alpha / lora_rank; null: equal to the rank", gt=0)
+    lora_alpha: float | None = key(
+        None, "strength is lora_alpha / lora_rank; null: equal to the rank", gt=0
+    )
     lora_dropout: float = key(0.0, "dropout on the LoRA's input", ge=0, lt=1)
     init_lora: PathText | None = key(None, "LoRA file or folder to start from")
-    lora_target_modules: Texts = key(TARGET_MODULES, "ends of the names of the layers that get a LoRA", min_length=1)
+    lora_target_modules: Texts = key(
+        TARGET_MODULES, "ends of the names of the layers that get a LoRA", min_length=1
+    )
     trigger_words: Texts = key([], "words that call up what was learned; noted in the LoRA's file")
     license: Text | None = key(None, "licence of the LoRA; noted in its file")
 
     train_batch_size: int = key(1, "pictures a batch", ge=1, le=10**6)
     gradient_accumulation_steps: int = key(1, "batches a step", ge=1, le=10**6)
     max_train_steps: int = key(1000, "steps to train", ge=1)
-    num_train_epochs: int = key(0, "if not 0: epochs to train, in place of max_train_steps", ge=0, le=10**6)
+    num_train_epochs: int = key(
+        0, "if not 0: epochs to train, in place of max_train_steps", ge=0, le=10**6
+    )
     optimizer: Optimizer = key("adamw", "AdamW, or Prodigy, which finds the learning rate itself")
     lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
     learning_rate: float = key(1e-4, "learning rate after warm-up; for prodigy 1", ge=0)
@@ -186,30 +240,56 @@ class Config(BaseModel):
     adam_beta2: float = key(0.999, "the optimizer's beta2; beta1 is 0.9", ge=0, lt=1)
     adam_weight_decay: float = key(0.01, "the optimizer's weight decay", ge=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", ge=0)
-    gradient_checkpointing: Blocks = key(True, "compute blocks again in the backward pass: all, none, or how many")
+    gradient_checkpointing: Blocks = key(
+        True, "compute blocks again in the backward pass: all, none, or how many"
+    )
     seed: int = key(42, "every random draw follows from it", ge=0)
 
-    enable_group_offload: bool = key(False, "keep frozen blocks in host memory; they visit the device in turn")
-    offloaded_blocks: int | None = key(None, "how many of the 30 blocks stay there; null: all", ge=0)
-    torch_compile: bool = key(False, "compile the blocks: minutes at the start, less time and memory a step")
-    benchmark: int = key(0, "train_lora.py: only measure so many steps, with random weights and data", ge=0)
+    enable_group_offload: bool = key(
+        False, "keep frozen blocks in host memory; they visit the device in turn"
+    )
+    offloaded_blocks: int | None = key(
+        None, "how many of the 30 blocks stay there; null: all", ge=0
+    )
+    torch_compile: bool = key(
+        False, "compile the blocks: minutes at the start, less time and memory a step"
+    )
+    benchmark: int = key(
+        0, "train_lora.py: only measure so many steps, with random weights and data", ge=0
+    )
 
     output_dir: PathText = key("output", "folder of this run's files")
     checkpoint_step_interval: int = key(500, "steps between checkpoints", ge=1)
     checkpoints_total_limit: int = key(3, "how many checkpoints are kept", ge=1)
-    resume_from_checkpoint: PathText = key("latest", 'checkpoint to go on from: "latest", a folder, or "none"')
-    report_to: Literal["tensorboard", "none"] = key("tensorboard", "where curves go, besides metrics.jsonl")
-    validation_step_interval: int = key(500, "steps between preview pictures and held-out scores; 0: none", ge=0)
+    resume_from_checkpoint: PathText = key(
+        "latest", 'checkpoint to go on from: "latest", a folder, or "none"'
+    )
+    report_to: Literal["tensorboard", "none"] = key(
+        "tensorboard", "where curves go, besides metrics.jsonl"
+    )
+    validation_step_interval: int = key(
+        500, "steps between preview pictures and held-out scores; 0: none", ge=0
+    )
 
-    validation_prompts: Prompts = key([], "prompts to draw: a list, one, or a .txt file with one a line")
+    validation_prompts: Prompts = key(
+        [], "prompts to draw: a list, one, or a .txt file with one a line"
+    )
     validation_negative_prompt: Text = key("", "negative prompt")
-    validation_resolution: Text = key("1024x1024", "width x height; validate.py takes several, with commas")
+    validation_resolution: Text = key(
+        "1024x1024", "width x height; validate.py takes several, with commas"
+    )
     validation_guidance: float = key(4.5, "guidance scale", ge=0)
     validation_num_inference_steps: int = key(30, "sampling steps", ge=1)
-    validation_seed: Seeds = key([42], "seed of every picture's first noise; validate.py takes a list")
+    validation_seed: Seeds = key(
+        [42], "seed of every picture's first noise; validate.py takes a list"
+    )
     validation_lora_strength: Floats = key([1.0], "validate.py: strength of the LoRA, or several")
-    lora: PathText | None = key(None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"')
-    compare_checkpoints: bool = key(False, "validate.py: a column for each checkpoint of output_dir")
+    lora: PathText | None = key(
+        None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"'
+    )
+    compare_checkpoints: bool = key(
+        False, "validate.py: a column for each checkpoint of output_dir"
+    )
 
     @field_validator("resolution", "validation_resolution", "learning_rate")
     def fits(cls, value, info):
@@ -263,7 +343,9 @@ def parse_json(text, where):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{where}: holds a {type(values).__name__}, not an object of keys and values")
+        raise UserError(
+            f"{where}: holds a {type(values).__name__}, not an object of keys and values"
+        )
     return values
 
 
@@ -278,7 +360,7 @@ def unique_keys(pairs):
 def load_config(path=None, /, **overrides):
     """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`. Keys may stand as
     flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
-    given = own_keys(read_json(path) if path else {}) | own_keys(overrides)
+    given = our_keys(read_json(path) if path else {}) | our_keys(overrides)
     if ignored := sorted(given.keys() & IGNORED):
         print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
     try:
@@ -291,10 +373,14 @@ def mistakes(error):
     """A line for each wrong key in pydantic's error: what was found, what it should be. Unknown keys share one."""
     unknown, lines = [], []
     for problem in error.errors():
-        name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[1:]
+        name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[
+            1:
+        ]
         if problem["type"] in ("extra_forbidden", "no_such_attribute"):
             names = KEYS if len(problem["loc"]) == 1 else Source.model_fields
-            near = difflib.get_close_matches(str(problem["loc"][-1]).lower(), names, n=1, cutoff=0.7)
+            near = difflib.get_close_matches(
+                str(problem["loc"][-1]).lower(), names, n=1, cutoff=0.7
+            )
             unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
         else:
             message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
@@ -302,12 +388,14 @@ def mistakes(error):
     return [f"unknown keys: {', '.join(unknown)}; --help lists all"] * bool(unknown) + lines
 
 
-def own_keys(values):
+def our_keys(values):
     """{key: value} under our names, a flag's text read. Raises UserError for a key that is there under two names."""
-    return unique_keys([(own_name(n), flag_value(n, v) if n.startswith("--") else v) for n, v in values.items()])
+    return unique_keys(
+        [(our_name(n), flag_value(n, v) if n.startswith("--") else v) for n, v in values.items()]
+    )
 
 
-def own_name(name):
+def our_name(name):
     """Our name of a key or flag. Half a character is written out, which would stop pydantic."""
     name = name.removeprefix("--").encode("utf-8", "backslashreplace").decode()
     return RENAMED.get(name, name)
@@ -315,11 +403,13 @@ def own_name(name):
 
 def flag_value(name, text):
     """What a flag's text stands for: null, a list in JSON, for a key of numbers also 4., .5,1 and true; else itself."""
-    if not isinstance(text, str) or own_name(name) not in KEYS:
+    if not isinstance(text, str) or our_name(name) not in KEYS:
         return text
     forms = [text] if text == "null" or text.startswith("[") else []
-    if re.search(r"\b(bool|int|float)\b", str(KEYS[own_name(name)].annotation)):
-        numbers = re.sub(r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower()))
+    if re.search(r"\b(bool|int|float)\b", str(KEYS[our_name(name)].annotation)):
+        numbers = re.sub(
+            r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower())
+        )
         forms = [numbers, f"[{numbers}]"]
     for form in forms:
         with contextlib.suppress(ValueError, RecursionError):
@@ -355,7 +445,9 @@ def parse_sizes(text, grid):
         match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part)
         size = tuple(map(int, match.groups())) if match else (0, 0)
         if not all(side and side % grid == 0 for side in size):
-            raise ValueError(f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024")
+            raise ValueError(
+                f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024"
+            )
         sizes[size] = True
     return list(sizes)
 
@@ -369,10 +461,21 @@ def bucket_sets(config):
     sides, sets = sorted({int(part[:5]) for part in parts}), []
     for side in sides:
         if side % grid or not 0 < side < 10000:
-            raise ValueError(f"must be multiples of {grid} under 10000, or sizes such as 1024x1024,1344x768")
-        sizes = {(width, round(side * side / width / grid) * grid) for width in range(grid, 2 * side + 1, grid)}
+            raise ValueError(
+                f"must be multiples of {grid} under 10000, or sizes such as 1024x1024,1344x768"
+            )
+        sizes = {
+            (width, round(side * side / width / grid) * grid)
+            for width in range(grid, 2 * side + 1, grid)
+        }
         sizes |= {(height, width) for width, height in sizes}  # a bucket for every turned bucket
-        sets.append(sorted((w, h) for w, h in sizes if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25))
+        sets.append(
+            sorted(
+                (w, h)
+                for w, h in sizes
+                if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25
+            )
+        )
     return sets
 
 
@@ -390,8 +493,14 @@ def run_stage(main, description):
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, interrupt)
     if WORLD_SIZE > 1:  # gradients are summed on the device, numbers on the host
-        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
-        torch.distributed.init_process_group(kind, timeout=datetime.timedelta(days=7))  # one may work for long
+        kind = (
+            "cpu:gloo,cuda:nccl"
+            if torch.cuda.is_available() and torch.distributed.is_nccl_available()
+            else "gloo"
+        )
+        torch.distributed.init_process_group(
+            kind, timeout=datetime.timedelta(days=7)
+        )  # one may work for long
     try:
         main(config_from_flags(description, sys.argv[1:]))
         if WORLD_SIZE > 1:  # not after an error: NCCL would wait here for the other processes
@@ -422,7 +531,9 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as error:
         advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # it is still there if something went wrong, a signal for one
@@ -430,30 +541,49 @@ def write_file(path, data):
 
 def write_tensors(path, tensors, metadata=None):
     """Writes a safetensors file, `metadata` as one sorted JSON string: safetensors orders several keys at random."""
-    header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
-    write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header))
+    header = (
+        {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)}
+        if metadata
+        else None
+    )
+    write_file(
+        path,
+        save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header
+        ),
+    )
 
 
 @contextlib.contextmanager
-def named_if_damaged(path):
+def named_if_corrupt(path):
     """Turns what a library raises about a cut-off or missing file into a UserError."""
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError, LookupError, SafetensorError, re.error) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        SafetensorError,
+        re.error,
+    ) as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"{path}: is missing or damaged; make or download it again ({repr(error)[:200]})") from None
+        raise UserError(
+            f"{path}: is missing or damaged; make or download it again ({repr(error)[:200]})"
+        ) from None
 
 
 def read_tensors(path):
     """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
-    with named_if_damaged(path), open_tensors(path) as file:
+    with named_if_corrupt(path), open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_header(path):
     """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
-    with named_if_damaged(path), open_tensors(path) as file:
+    with named_if_corrupt(path), open_tensors(path) as file:
         return file.metadata() or {}
 
 
@@ -467,7 +597,9 @@ def is_readable(path):
 def checkpoint_folders(config):
     """This run's checkpoints, oldest first. Folders with other names, such as a user's copies, are passed over."""
     folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
-    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of)
+    return sorted(
+        (folder for folder in folders if folder.name[5:].isdecimal()), key=checkpoint_step
+    )
 
 
 def content_key(*parts):
@@ -475,7 +607,7 @@ def content_key(*parts):
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8")).hexdigest()[:32]
 
 
-def generator(*what):
+def seeded_generator(*what):
     """A CPU generator for one random draw, seeded by what is drawn: (seed, purpose, step or epoch, sample)."""
     return torch.Generator().manual_seed(int(content_key(*what)[:15], 16))
 
@@ -505,13 +637,13 @@ def pick_device():
     return torch.device("cuda", number)
 
 
-def say(text):
+def log(text):
     """Prints a line, past any progress bar; under torchrun in the first process only."""
     if RANK == 0:
         tqdm.write(text)
 
 
-say_once = functools.cache(say)  # the same line only once
+log_once = functools.cache(log)  # the same line only once
 
 
 def sum_over_processes(number):
@@ -540,10 +672,14 @@ def check_precision(config, device):
     """Raises UserError for a `base_model_precision` that does not work on this device, or has never been tried."""
     precision, kind = config.base_model_precision, torch.device(device).type
     if kind == "mps" and precision in ("fp8-torchao", "int8-matmul"):
-        raise UserError(f"base_model_precision: {precision} has never been tried on a Mac's GPU; choose int8-quanto")
+        raise UserError(
+            f"base_model_precision: {precision} has never been tried on a Mac's GPU; choose int8-quanto"
+        )
     old = kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     if old and config.torch_compile and precision == "fp8-torchao":
-        raise UserError("base_model_precision: torch_compile takes fp8-torchao from RTX 40xx on; choose int8-quanto")
+        raise UserError(
+            "base_model_precision: torch_compile takes fp8-torchao from RTX 40xx on; choose int8-quanto"
+        )
 
 
 def peak_memory(device):
@@ -563,11 +699,19 @@ def free_memory():
 
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out, the device's or the host's; few have a class of their own."""
-    words = ("out of memory", "not enough memory", "t allocate memory", "alloc_failed", "paging file")
-    return isinstance(error, (RuntimeError, MemoryError, OSError)) and any(word in str(error).lower() for word in words)
+    words = (
+        "out of memory",
+        "not enough memory",
+        "t allocate memory",
+        "alloc_failed",
+        "paging file",
+    )
+    return isinstance(error, (RuntimeError, MemoryError, OSError)) and any(
+        word in str(error).lower() for word in words
+    )
 
 
-def stage(memory_advice):
+def explain_out_of_memory(memory_advice):
     """Decorates the `main(config)` of a stage: running out of memory is a UserError that names what of `memory_advice`,
     {key: value}, is not set so yet. And no model stays in a notebook's memory, not even in an error's traceback."""
 
@@ -582,11 +726,25 @@ def stage(memory_advice):
                     traceback.clear_frames(link.__traceback__)
                     link = link.__cause__ or link.__context__
                 if is_out_of_memory(error):
-                    other = {name: value for name, value in memory_advice.items() if getattr(config, name) != value}
-                    mac = torch.backends.mps.is_available()  # has but one memory: offloading gains nothing
-                    advice = [f"{n} {json.dumps(v)}" for n, v in other.items() if not (mac and "offload" in n)]
-                    advice = "; ".join([*advice, "a smaller resolution; no other program on the device"])
-                    raise UserError(f"out of memory; what to change, the cheapest first: {advice}") from None
+                    other = {
+                        name: value
+                        for name, value in memory_advice.items()
+                        if getattr(config, name) != value
+                    }
+                    mac = (
+                        torch.backends.mps.is_available()
+                    )  # has but one memory: offloading gains nothing
+                    advice = [
+                        f"{n} {json.dumps(v)}"
+                        for n, v in other.items()
+                        if not (mac and "offload" in n)
+                    ]
+                    advice = "; ".join(
+                        [*advice, "a smaller resolution; no other program on the device"]
+                    )
+                    raise UserError(
+                        f"out of memory; what to change, the cheapest first: {advice}"
+                    ) from None
                 raise
             finally:
                 free_memory()
@@ -601,7 +759,7 @@ def stage(memory_advice):
 
 def model_folder(config, part):
     """The local folder of a part: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError."""
-    name = base_model(config)
+    name = base_model_name(config)
     folder = Path(name if os.path.isdir(name) else download(name, part)) / part
     if not folder.is_dir():
         raise UserError(f"pretrained_model_name_or_path: {folder.parent} has no folder {part!r}")
@@ -638,10 +796,14 @@ def read_weights(files, names):
 
 def load_transformer(config, device):
     """The frozen transformer, see fill_transformer, from its files. Raises UserError if a weight is missing."""
-    with named_if_damaged(folder := model_folder(config, "transformer")):
+    with named_if_corrupt(folder := model_folder(config, "transformer")):
         with torch.device("meta"):
-            transformer = LongCatImageTransformer2DModel.from_config(LongCatImageTransformer2DModel.load_config(folder))
-        return fill_transformer(transformer, functools.partial(read_weights, tensor_files(folder)), config, device)
+            transformer = LongCatImageTransformer2DModel.from_config(
+                LongCatImageTransformer2DModel.load_config(folder)
+            )
+        return fill_transformer(
+            transformer, functools.partial(read_weights, tensor_files(folder)), config, device
+        )
 
 
 def fill_transformer(transformer, read, config, device):
@@ -649,11 +811,17 @@ def fill_transformer(transformer, read, config, device):
     mode. Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host:
     neither host nor device ever holds the whole unquantized model."""
     check_precision(config, device)
-    kind, dtype, offload = torch.device(device).type, compute_dtype(config, device), GroupOffload(device)
+    kind, dtype, offload = (
+        torch.device(device).type,
+        compute_dtype(config, device),
+        GroupOffload(device),
+    )
     transformer.requires_grad_(False).eval()
     block_of = lambda name: re.match(r"((single_)?transformer_blocks\.\d+)?", name)[0]
-    parts = [(block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)]
-    away = offloaded(config, sum(block != "" for block, _ in parts))
+    parts = [
+        (block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)
+    ]
+    away = offload_plan(config, sum(block != "" for block, _ in parts))
     for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
         state = {name: tensor.to(device, dtype) for name, tensor in read(names).items()}
         transformer.load_state_dict(state, strict=False, assign=True)
@@ -663,14 +831,16 @@ def fill_transformer(transformer, read, config, device):
                 offload.add(module)
     # Mixed precision, but for norms: CUDA's autocast would run them in float32 and keep such a copy of each input, and
     # their kernels sum in float32 anyway.
-    transformer.forward = torch.autocast(kind, dtype, enabled=dtype != torch.float32)(transformer.forward)
+    transformer.forward = torch.autocast(kind, dtype, enabled=dtype != torch.float32)(
+        transformer.forward
+    )
     for module in transformer.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
             module.forward = torch.autocast(kind, enabled=False)(module.forward)
     return transformer
 
 
-def offloaded(config, count):
+def offload_plan(config, count):
     """For each of `count` blocks, whether it lives on the host: `offloaded_blocks` of them, spread evenly."""
     wanted = count if config.offloaded_blocks is None else min(count, config.offloaded_blocks)
     wanted = wanted if config.enable_group_offload else 0
@@ -679,9 +849,13 @@ def offloaded(config, count):
 
 def compile_blocks(transformer):
     """Compiles the blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
-    torch._dynamo.config.recompile_limit = 64  # both kinds, sizes, training and drawing count together
+    torch._dynamo.config.recompile_limit = (
+        64  # both kinds, sizes, training and drawing count together
+    )
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.forward = torch.compile(block.forward)  # not the block: offloading's hook must stay outside
+        block.forward = torch.compile(
+            block.forward
+        )  # not the block: offloading's hook must stay outside
 
 
 class GroupOffload:
@@ -694,7 +868,13 @@ class GroupOffload:
     """
 
     def __init__(self, device):
-        self.device, self.groups, self.current, self.coming, self.reached = torch.device(device), [], None, {}, None
+        self.device, self.groups, self.current, self.coming, self.reached = (
+            torch.device(device),
+            [],
+            None,
+            {},
+            None,
+        )
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def add(self, block):
@@ -712,9 +892,13 @@ class GroupOffload:
         if self.stream:
             runtime = torch.cuda.cudart()
             if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-                say_once("offloading: host memory cannot be page-locked, so copies wait for the computation: slower")
+                log_once(
+                    "offloading: host memory cannot be page-locked, so copies wait for the computation: slower"
+                )
                 with contextlib.suppress(RuntimeError):
-                    torch.ones(1, device=self.device)  # takes the error away, or the next kernel would raise it
+                    torch.ones(
+                        1, device=self.device
+                    )  # takes the error away, or the next kernel would raise it
             else:
                 weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
         self.groups.append(SimpleNamespace(host=host, layout=layout))
@@ -774,7 +958,9 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         values, scale, shift = ctx.saved_tensors
         if ctx.in_8_bits:  # this product sums over the outputs, so their scales go first
-            x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(gradient.dtype)
+            x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(
+                gradient.dtype
+            )
         else:
             x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, values, scale, shift)
         return x_gradient, None, None, None, None, None
@@ -807,29 +993,45 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
 
     def __init__(self, linear, precision):
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+        )
         self.in_8_bits, shift = precision == "int8-matmul", None
         weight = linear.weight.detach()
         if precision == "fp8-torchao":
             made = Float8Tensor.from_hp(weight)
-            values, scale = made.qdata.view(torch.uint8), made.scale  # PEFT would make a LoRA float8, too
+            values, scale = (
+                made.qdata.view(torch.uint8),
+                made.scale,
+            )  # PEFT would make a LoRA float8, too
         elif precision == "int4-quanto":
             # quanto's own sizes: groups of 128, or of what divides a row
-            group = next((size for size in (128, 96, 64, 32) if self.in_features % size == 0), self.in_features)
+            group = next(
+                (size for size in (128, 96, 64, 32) if self.in_features % size == 0),
+                self.in_features,
+            )
             scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=group)
-            made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, group, optimized=False)
+            made = quanto.quantize_weight(
+                weight, quanto.qint4, 0, scale, shift, group, optimized=False
+            )
             values = made._data._data
         else:
             scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, axis=0)
             values = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)._data
-        frozen = lambda tensor: tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+        frozen = lambda tensor: (
+            tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+        )
         self.weight, self.scale, self.shift = frozen(values), frozen(scale), frozen(shift)
 
     def forward(self, x):
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        in_8_bits = self.in_8_bits and x.numel() > 16 * self.in_features  # the kernels want more rows
+        in_8_bits = (
+            self.in_8_bits and x.numel() > 16 * self.in_features
+        )  # the kernels want more rows
         shape = self.out_features, self.in_features
         y = QuantizedProduct.apply(x, shape, in_8_bits, self.weight, self.scale, self.shift)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -838,7 +1040,9 @@ class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
 def quantize(module, precision):
     """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place. Returns the module."""
     if precision not in get_args(Precision):
-        raise ValueError(f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}")
+        raise ValueError(
+            f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}"
+        )
     for parent in list(module.modules()) if precision != "no_change" else []:
         for name, child in parent.named_children():
             if isinstance(child, torch.nn.Linear):
@@ -848,7 +1052,7 @@ def quantize(module, precision):
 
 def load_part(config, part, kind):
     """One part of the model, as the class `kind` loads it. Raises UserError if it is missing or damaged."""
-    with named_if_damaged(folder := model_folder(config, part)):
+    with named_if_corrupt(folder := model_folder(config, part)):
         return kind.from_pretrained(folder)
 
 
@@ -859,7 +1063,9 @@ def load_vae(config, device):
 
 load_scheduler = lambda config: load_part(config, "scheduler", FlowMatchEulerDiscreteScheduler)
 load_tokenizer = lambda config: load_part(config, "tokenizer", Qwen2Tokenizer)
-text_config = lambda config: load_part(config, "text_encoder", AutoConfig).text_config  # of the language layers
+text_config = lambda config: (
+    load_part(config, "text_encoder", AutoConfig).text_config
+)  # of the language layers
 
 
 def tokenize(tokenizer, prompts):
@@ -891,7 +1097,9 @@ def token_counts(tokenizer, prompts):
 
 def template_tokens(tokenizer):
     """The token ids of the chat template's beginning, which stands before every prompt."""
-    no_models = dict(scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None)
+    no_models = dict(
+        scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None
+    )
     pipe = LongCatImagePipeline(tokenizer=tokenizer, **no_models)
     return tokenizer(pipe.prompt_template_encode_prefix, add_special_tokens=False)["input_ids"]
 
@@ -925,25 +1133,27 @@ class StreamedTextEncoder:
         self.device, self.dtype = torch.device(device), text_dtype(config, device)
         self.config = text_config(config)
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
-        with named_if_damaged(self.folder), torch.device("meta"):
+        with named_if_corrupt(self.folder), torch.device("meta"):
             self.files = tensor_files(self.folder)
             self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
             self.norm = qwen.Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
             # Checkpoints begin their names with "model." or with "model.language_model.".
-            (self.embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
+            (self.embeddings,) = [
+                name for name in self.files if name.endswith("embed_tokens.weight")
+            ]
         self.start = self.embeddings.removesuffix("embed_tokens.weight")
 
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
         names = {self.start + part + name: name for name in names}
-        with named_if_damaged(self.folder):
+        with named_if_corrupt(self.folder):
             return {names[name]: weight for name, weight in read_weights(self.files, names).items()}
 
     def fill(self, module, weights):
         """Gives a module on the device these weights; those that it had go first."""
         module.to("meta")
         weights = {name: weight.to(self.device).to(self.dtype) for name, weight in weights.items()}
-        with named_if_damaged(self.folder):
+        with named_if_corrupt(self.folder):
             module.load_state_dict(weights, assign=True)
 
     def embed_tokens(self, inputs):
@@ -956,7 +1166,9 @@ class StreamedTextEncoder:
     def __call__(self, inputs):
         """`inputs`: batches as encoder_inputs makes them. Returns the last hidden states of each, [B, columns, hidden],
         on the host."""
-        hidden_states = self.embed_tokens(inputs)  # of all batches; each layer replaces them by its own
+        hidden_states = self.embed_tokens(
+            inputs
+        )  # of all batches; each layer replaces them by its own
 
         # Positions as transformers 4.57.1 counts them for text alone, which the model was trained with: padding tokens
         # all have position 1. (transformers 5 counts on.) The three rotary axes share them.
@@ -972,12 +1184,18 @@ class StreamedTextEncoder:
         names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             next_weights = reader.submit(self.read, "layers.0.", names)
-            for i in tqdm(range(count), desc="text encoder", unit="layer", leave=False, disable=RANK > 0):
+            for i in tqdm(
+                range(count), desc="text encoder", unit="layer", leave=False, disable=RANK > 0
+            ):
                 self.fill(self.layer, next_weights.result())
-                next_weights = reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
+                next_weights = (
+                    reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
+                )
                 for n, mask in enumerate(attention_masks):
                     hidden_states[n] = self.layer(
-                        hidden_states[n], attention_mask=mask, position_embeddings=position_embeddings[n]
+                        hidden_states[n],
+                        attention_mask=mask,
+                        position_embeddings=position_embeddings[n],
                     )
 
         self.layer.to("meta")
@@ -1010,7 +1228,9 @@ def sample_sigmas(normal, token_count, scheduler):
     """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)), mu linear in the
     picture's `token_count`, as in the model authors' training."""
     c = scheduler.config
-    mu = calculate_shift(token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    mu = calculate_shift(
+        token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift
+    )
     return scheduler.time_shift(mu, 1.0, torch.sigmoid(normal))
 
 
@@ -1024,124 +1244,8 @@ def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weigh
     s = sigmas.float()[:, None, None]
     x_t = ((1 - s) * x0 + s * noise).to(dtype)
     rest = dict(timestep=sigmas, txt_ids=text_ids, img_ids=image_ids, return_dict=False)
-    prediction = transformer(hidden_states=x_t, encoder_hidden_states=prompt_embeds.to(dtype), **rest)[0]
+    prediction = transformer(
+        hidden_states=x_t, encoder_hidden_states=prompt_embeds.to(dtype), **rest
+    )[0]
     losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
     return (losses if weights is None else losses * weights).mean()
-
-
-# ---------------------------------------------------------------- LoRA files
-
-
-def save_lora(transformer, folder, metadata=None):
-    """Writes the LoRA "default" into `folder`, in two forms with alpha / rank folded into B, so that every loader
-    agrees on its strength: `pytorch_lora_weights.safetensors` (diffusers, ComfyUI), and `adapter_config.json` with
-    `adapter_model.safetensors` (PEFT). `metadata`: a dictionary for the files' header."""
-    folder, peft = Path(folder), transformer.peft_config["default"]
-    state = {name: v.detach().cpu().float() for name, v in sorted(get_peft_model_state_dict(transformer).items())}
-    state = {name: v * (peft.lora_alpha / peft.r) if "lora_B" in name else v for name, v in state.items()}
-    for file, prefix in ((LORA_NAME, "transformer"), (PEFT_NAME, "base_model.model")):
-        write_tensors(folder / file, {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
-    fields = LoraConfig(r=peft.r, lora_alpha=peft.r, target_modules=peft.target_modules, inference_mode=True).to_dict()
-    fields["target_modules"] = sorted(fields["target_modules"])
-    write_file(folder / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
-
-
-def lora_file(path):
-    """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
-    path, names = Path(path), (LORA_NAME, PEFT_NAME)
-    found = [file for file in ([path / name for name in names] if path.is_dir() else [path]) if file.is_file()]
-    if not found:
-        raise UserError(f"{path}: there is no such LoRA file, or the folder holds neither {names[0]} nor {names[1]}")
-    if found[0].suffix.lower() != ".safetensors":
-        raise UserError(f"{path}: is no .safetensors file; others are not opened, for a pickled one could run code")
-    return found[0]
-
-
-# What others put before a layer's name, and how they name the rest. Kohya's scripts have underscores for dots.
-LORA_PREFIXES = r"^(transformer\.|base_model\.model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
-WITH_DOTS = [*TARGET_MODULES, "norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear"]
-LORA_NAMES = {name.replace(".", "_"): name for name in WITH_DOTS}
-LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
-
-OTHER_KINDS = {
-    "lokr_": "it is a LoKr", "hada_": "it is a LoHa", "oft_": "it is an OFT", "dora_scale": "it is a DoRA",
-    "magnitude_vector": "it is a DoRA", "double_blocks": "it has the model's original layout, with q, k and v in one",
-}  # fmt: skip
-
-
-def lora_name(name):
-    """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
-    name = re.sub(r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", re.sub(LORA_PREFIXES, "", name))
-    for theirs, ours in LORA_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def read_lora(path):
-    """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
-
-    Opens what other trainers write, too, see lora_name. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA),
-    is folded into B; alpha is in `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or SimpleTuner's
-    simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
-    """
-    with named_if_damaged(path := lora_file(path)):
-        state, header, settings = read_tensors(path), read_header(path), {}
-        pefts, simpletuners = path.with_name("adapter_config.json"), path.with_name("simpletuner_config.json")
-        if any(name.startswith("base_model.model.") for name in state):
-            if not pefts.is_file():
-                raise UserError(f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it")
-            settings = read_json(pefts)
-        elif "lora_adapter_metadata" in header:
-            settings = json.loads(header["lora_adapter_metadata"])
-        elif simpletuners.is_file():
-            settings = read_json(simpletuners)
-        settings = {re.sub(r"^(transformer\.|--)", "", name): value for name, value in settings.items()}
-
-        state = {lora_name(name): tensor.float() for name, tensor in state.items()}
-        for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
-            say_once(f"{path}: its text encoder's part is left out, for only the transformer's is used here")
-            del state[name]
-        alphas = {name.removesuffix(".alpha"): state.pop(name).mean() for name in [*state] if name.endswith(".alpha")}
-        modules = {name.rsplit(".lora_", 1)[0] for name in state}
-        odd = sorted(state.keys() ^ {f"{module}.lora_{part}.weight" for module in modules for part in "AB"})
-        odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
-        other = [kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in state)]
-        if odd or other or not state:
-            what = (other or [f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"])[0]
-            raise UserError(f"{path}: is no LoRA that can be opened here: {what}")
-
-        if not alphas and not settings and "longcat_lora" not in header:
-            say_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
-        patterns = settings.get("alpha_pattern") or {}
-        for module in modules:
-            rank = state[f"{module}.lora_B.weight"].shape[1]
-            alpha = patterns.get(get_pattern_key(patterns, module), settings.get("lora_alpha") or rank)
-            strength = float(alphas.get(module, alpha)) / (rank**0.5 if settings.get("use_rslora") else rank)
-            state[f"{module}.lora_B.weight"] *= strength
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{path}: holds values that are not finite, in {bad[0]}; it is damaged, or its training failed")
-    return state
-
-
-def read_fitting_lora(transformer, path):
-    """read_lora, for this transformer. Raises UserError if it does not fit."""
-    state, layers = read_lora(path), dict(transformer.named_modules())
-    for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
-        layer, A, B = layers.get(module), state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
-        own = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-        if (B.shape[0], A.shape[1]) != own or A.shape[0] != B.shape[1]:
-            here = f"takes {own[1]} numbers and gives {own[0]}" if own[0] else "is missing"
-            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here it {here}"
-            raise UserError(f"{path}: was made for another model, has another layout or is damaged: {what}")
-    return state
-
-
-def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA, see read_lora, on the transformer, ready to draw, in the place of any other. Raises UserError."""
-    state = read_fitting_lora(transformer, path)
-    transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
-    transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
-    transformer.set_adapters(next(iter(transformer.peft_config)), strength)
-    for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(transformer.device)  # an offloaded block is not there

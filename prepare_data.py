@@ -32,7 +32,9 @@ from longcat_common import (
     TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage, token_counts, unique_keys,
     write_file,
 )  # fmt: skip
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation  # quieted by longcat_common
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    split_quotation,
+)  # quieted by longcat_common
 
 PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split())
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
@@ -40,36 +42,62 @@ CAPTION_NAMES = ("caption", "text", "prompt")
 GRID = "longcat grid"  # marks what these scripts draw of several pictures, which is not to be trained on
 SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
 SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: the Image.Transpose that turns it upright}
-SHEET_PICTURES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
-CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "STHeiti Light.ttc", "msyh.ttc")
-OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)  # for accents, Cyrillic, Greek
+TURNS = {
+    2: 0,
+    3: 3,
+    4: 1,
+    5: 5,
+    6: 4,
+    7: 6,
+    8: 2,
+}  # {EXIF's orientation: the Image.Transpose that turns it upright}
+SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
+CHINESE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "STHeiti Light.ttc",
+    "msyh.ttc",
+)
+OTHER_FONTS = (
+    "DejaVuSans.ttf",
+    "Arial.ttf",
+    "Helvetica.ttc",
+    *CHINESE_FONTS,
+)  # for accents, Cyrillic, Greek
 LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
 
 Findings = functools.partial(defaultdict, list)  # {title: lines} of what the user should know
-is_chinese = re.compile("[\u2e80-\U0010ffff]").search  # what only Chinese, Japanese and Korean fonts have
-file_stamp = lambda status: [status.st_size, status.st_mtime_ns]  # of os.stat: what tells that a file has not changed
-read_strictly = functools.partial(json.loads, object_pairs_hook=unique_keys)  # a key that is there twice is an error
+is_chinese = re.compile(
+    "[\u2e80-\U0010ffff]"
+).search  # what only Chinese, Japanese and Korean fonts have
+file_stamp = lambda status: [
+    status.st_size,
+    status.st_mtime_ns,
+]  # of os.stat: what tells that a file has not changed
+read_strictly = functools.partial(
+    json.loads, object_pairs_hook=unique_keys
+)  # a key that is there twice is an error
 
 
 @dataclass
-class Picture:
+class ImageRecord:
     """A picture to train on, in one bucket: a line of the manifest."""
 
     path: str
-    key: str  # hash of the file's bytes
+    content_hash: str  # hash of the file's bytes
     size: tuple[int, int]  # width and height in pixels, as a viewer shows it
     bucket: tuple[int, int]  # width and height
     captions: list[str]
     repeats: int  # times an epoch
     loss_weight: float
-    file: list[int]  # the file's bytes and time, which tell that it has not changed
+    stamp: list[int]  # the file's size and time, which tell that it has not changed
     source: str = ""  # the path in data_dir that it comes from
 
 
 def read_manifest(path):
     """The pictures in a manifest. Raises OSError, or ValueError for one that is damaged or of another kind."""
-    return list(map(TypeAdapter(Picture).validate_json, Path(path).read_bytes().splitlines()))
+    return list(map(TypeAdapter(ImageRecord).validate_json, Path(path).read_bytes().splitlines()))
 
 
 def reason(error):
@@ -105,11 +133,15 @@ def captions_in(value):
     if isinstance(value, str):
         value = " ".join(value.split())
         value.encode("utf-8")  # half an emoji is a ValueError
-        return [value] if any(letter.isprintable() and letter != " " for letter in value) else []  # zero width is empty
+        return (
+            [value] if any(letter.isprintable() and letter != " " for letter in value) else []
+        )  # zero width is empty
     if isinstance(value, dict):
         named = [value[name] for name in CAPTION_NAMES if name in value]
         if not named and not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", name) for name in value):
-            raise ValueError(f"is no object with one of {', '.join(CAPTION_NAMES)}, or with languages")
+            raise ValueError(
+                f"is no object with one of {', '.join(CAPTION_NAMES)}, or with languages"
+            )
         value = [next(filter(None, named), [])] if named else list(value.values())
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
@@ -121,7 +153,9 @@ def caption_rows(path, own, findings):
     file. Lines of JSON are not parsed yet, so that a bad one does not end its file."""
     text, kind = read_text(path, findings), path.suffix.lower()
     if own:
-        return [("", {"file_name": path.stem, "text": text if kind == ".txt" else read_strictly(text)})]
+        return [
+            ("", {"file_name": path.stem, "text": text if kind == ".txt" else read_strictly(text)})
+        ]
     if kind == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         return ((f", line {table.line_num}", row) for row in table)
@@ -130,7 +164,9 @@ def caption_rows(path, own, findings):
     table = read_strictly(text)
     if not isinstance(table, dict):
         raise ValueError("is no object of file names and captions")
-    return ((f", {name}", {"file_name": name, "text": captions}) for name, captions in table.items())
+    return (
+        (f", {name}", {"file_name": name, "text": captions}) for name, captions in table.items()
+    )
 
 
 def read_captions(path, find, findings, own=False):
@@ -141,17 +177,23 @@ def read_captions(path, find, findings, own=False):
         for where, row in caption_rows(path, own, findings):
             try:
                 row = read_strictly(row) if isinstance(row, str) else row
-                name = (row.get("file_name") or row.get("img_path")) if isinstance(row, dict) else None
+                name = (
+                    (row.get("file_name") or row.get("img_path")) if isinstance(row, dict) else None
+                )
                 if not isinstance(name, str):
                     raise ValueError("names no picture: 'file_name' is missing")
                 if None in row:
-                    raise ValueError("has more fields than there are columns; put a caption with commas in quotes")
+                    raise ValueError(
+                        "has more fields than there are columns; put a caption with commas in quotes"
+                    )
                 captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row})
                 pictures = find(path, os.path.normpath(name.replace("\\", "/")))
                 for picture in pictures:
                     found[picture] += captions
                 if not pictures or not captions:
-                    raise ValueError("holds no caption" if pictures else f"there is no picture {name!r}")
+                    raise ValueError(
+                        "holds no caption" if pictures else f"there is no picture {name!r}"
+                    )
             except (ValueError, OSError, RecursionError) as error:
                 findings[CAPTIONS].append(f"{path}{where}: {reason(error)}")
     except (ValueError, OSError, RecursionError, csv.Error) as error:
@@ -164,7 +206,10 @@ def walk(folder, skipped, findings):
     seen = {os.path.realpath(path) for path in skipped}
     failed = lambda error: findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
-        another_run, real = {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names}, os.path.realpath(root)
+        another_run, real = (
+            {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names},
+            os.path.realpath(root),
+        )
         if another_run or real in seen:
             findings["Output of a run, not read"] += [root] * another_run
             folders.clear()
@@ -178,28 +223,53 @@ def read_source(source, config, findings):
     """Pairs of picture and captions of one source, by the order of precedence in this file's first lines; a picture
     without captions has []. What an inner source holds is that one's."""
     folder = Path(source.path)
-    if folder.is_file():  # a list of pictures relative to the current directory or, if nothing is there, to the list
-        find = lambda file, name: [place for place in (Path(name), file.parent / name) if place.is_file()][:1]
+    if (
+        folder.is_file()
+    ):  # a list of pictures relative to the current directory or, if nothing is there, to the list
+        find = lambda file, name: [
+            place for place in (Path(name), file.parent / name) if place.is_file()
+        ][:1]
         return read_captions(folder, find, findings).items()
     if not folder.is_dir():
         raise UserError(f"data_dir: {folder} is no folder")
-    inner = [other.path for other in config.data_dir if os.path.realpath(other.path) != os.path.realpath(folder)]
+    inner = [
+        other.path
+        for other in config.data_dir
+        if os.path.realpath(other.path) != os.path.realpath(folder)
+    ]
     there = list(walk(folder, [config.output_dir, config.cache_dir, *inner], findings))
     paths = list(filter(Path.is_file, there))
-    findings[LEFT_OUT] += [f"{path}: is no file, or a link to none" for path in sorted({*there} - {*paths})]
+    findings[LEFT_OUT] += [
+        f"{path}: is no file, or a link to none" for path in sorted({*there} - {*paths})
+    ]
     pictures = [path for path in paths if path.suffix.lower() in PICTURES]
-    files = [path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES]
+    files = [
+        path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES
+    ]
     findings["Other files, not read"] += sorted({*paths} - {*pictures} - {*files})
-    plain_name = lambda path: unicodedata.normalize("NFC", str(path))  # accents and Korean may come composed or not
+    plain_name = lambda path: unicodedata.normalize(
+        "NFC", str(path)
+    )  # accents and Korean may come composed or not
     named, found = defaultdict(list), {picture: [] for picture in pictures}
     for picture in pictures:
         named[plain_name(picture.with_suffix(""))].append(picture)
-    named |= {plain_name(picture): [picture] for picture in pictures}  # a whole name counts before a stem
+    named |= {
+        plain_name(picture): [picture] for picture in pictures
+    }  # a whole name counts before a stem
     find = lambda file, name: named.get(plain_name(file.parent / name), [])
-    forms = [".txt", ".jsonl", ".csv", ".json"]  # a picture's own file counts first, then the nearest table
-    files.sort(key=lambda file: (file.name in TABLES, -len(file.parts), forms.index(file.suffix.lower())))
+    forms = [
+        ".txt",
+        ".jsonl",
+        ".csv",
+        ".json",
+    ]  # a picture's own file counts first, then the nearest table
+    files.sort(
+        key=lambda file: (file.name in TABLES, -len(file.parts), forms.index(file.suffix.lower()))
+    )
     for file in tqdm(files, desc=f"captions of {folder}", unit="file", leave=False):
-        for picture, captions in read_captions(file, find, findings, own=file.name not in TABLES).items():
+        for picture, captions in read_captions(
+            file, find, findings, own=file.name not in TABLES
+        ).items():
             found[picture] = found[picture] or captions
     return found.items()
 
@@ -212,7 +282,10 @@ def save_captions(picture, captions):
         write_file(os.path.realpath(text), captions[0] + "\n")
         return text
     old = read_json(several) if several.exists() else {}
-    write_file(os.path.realpath(several), json.dumps({**old, "caption": captions}, ensure_ascii=False, indent=2) + "\n")
+    write_file(
+        os.path.realpath(several),
+        json.dumps({**old, "caption": captions}, ensure_ascii=False, indent=2) + "\n",
+    )
     text.unlink(missing_ok=True)  # it would count before
     return several
 
@@ -224,7 +297,9 @@ def buckets_of(size, sets):
     """The buckets of a picture of this size (width, height): of each of the `sets` (see bucket_sets) the one with the
     nearest aspect ratio, of equal ones the larger, if the picture fills it; if it fills none, that of the first."""
     ratio = lambda bucket: abs(math.log(size[0] / size[1] * bucket[1] / bucket[0]))
-    nearest = [min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets]
+    nearest = [
+        min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets
+    ]
     filled = [bucket for bucket in nearest if bucket[0] <= size[0] and bucket[1] <= size[1]]
     return list(dict.fromkeys(filled or nearest[:1]))
 
@@ -237,13 +312,13 @@ def orientation_of(image):
     return 1
 
 
-def inspect_picture(path, known):
-    """{"file", "key", "size"} of a picture, as in Picture; from `known`, {(path, *file): facts}, if it has not
+def inspect_image(path, known):
+    """{"stamp", "content_hash", "size"} of a picture, as in ImageRecord; from `known`, {(path, *stamp): facts}, if it has not
     changed. Raises an exception for what cannot be used."""
     str(path).encode("utf-8")
-    file = file_stamp(os.stat(path))
-    if (str(path), *file) in known:
-        return known[(str(path), *file)]
+    stamp = file_stamp(os.stat(path))
+    if (str(path), *stamp) in known:
+        return known[(str(path), *stamp)]
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         if image.info.get("longcat") == GRID or image.info.get("comment") == GRID.encode():
@@ -257,7 +332,7 @@ def inspect_picture(path, known):
         if not (image.format in ("JPEG", "MPO") and end_marker):  # that tells that a JPEG is whole
             image.draft(None, (1, 1))
             image.load()
-    return {"file": file, "key": hashlib.sha256(data).hexdigest()[:32], "size": size}
+    return {"stamp": stamp, "content_hash": hashlib.sha256(data).hexdigest()[:32], "size": size}
 
 
 @functools.lru_cache(maxsize=64)
@@ -266,12 +341,16 @@ def srgb_transform(profile, mode):
     to nothing: many profiles are sRGB under some name."""
     colours = Image.frombytes(mode, (64, 64), np.random.default_rng(0).bytes(64 * 64 * len(mode)))
     with contextlib.suppress(ImageCms.PyCMSError):
-        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
-        change = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int)
+        transform = ImageCms.buildTransform(
+            io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB"
+        )
+        change = np.subtract(
+            ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int
+        )
         return transform if np.abs(change).max() > 3 else None
 
 
-def load_picture(path, bucket):
+def load_image(path, bucket):
     """The picture as the model will see it: RGB in sRGB, upright, transparency on white, resized to cover the bucket
     (width, height), centre cropped. Bicubic, as in the model authors' training. A JPEG of at least three times the size
     is decoded at reduced size: three times faster, and within 45 dB of the full path for camera pictures."""
@@ -285,12 +364,16 @@ def load_picture(path, bucket):
         scale = max(size[0] / image.width, size[1] / image.height)
         # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The
         # decoder rounds the reduced size up: its box tells where the picture itself lies in it.
-        reduced = image.draft(None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height)))
+        reduced = image.draft(
+            None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height))
+        )
         width, height = reduced[1][2:] if reduced else image.size
         crop = min(width / size[0], height / size[1])
         left, top = max(0, (width - crop * size[0]) / 2), max(0, (height - crop * size[1]) / 2)
         box = (left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1]))
-        picture = (image if image.mode == mode else image.convert(mode)).resize(size, Image.Resampling.BICUBIC, box)
+        picture = (image if image.mode == mode else image.convert(mode)).resize(
+            size, Image.Resampling.BICUBIC, box
+        )
     if mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture).convert("RGB")
     if profile and (transform := srgb_transform(profile, picture.mode)):
@@ -309,37 +392,65 @@ def describe(pictures, config, findings):
         path, (width, height), bucket = picture.path, picture.size, picture.bucket
         scale = max(bucket[0] / width, bucket[1] / height)
         kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        copies[picture.key].add(path)
+        copies[picture.content_hash].add(path)
         if scale > 1:
-            findings["Smaller than their bucket"].append(f"{path}: {width}x{height}, enlarged {scale:.2f} times")
+            findings["Smaller than their bucket"].append(
+                f"{path}: {width}x{height}, enlarged {scale:.2f} times"
+            )
         if kept < 0.5:
-            findings["More than half is cut away"].append(f"{path}: {width}x{height}, {kept:.0%} is kept")
-    findings["Exact duplicates"] = [" = ".join(sorted(paths)) for paths in copies.values() if len(paths) > 1]
+            findings["More than half is cut away"].append(
+                f"{path}: {width}x{height}, {kept:.0%} is kept"
+            )
+    findings["Exact duplicates"] = [
+        " = ".join(sorted(paths)) for paths in copies.values() if len(paths) > 1
+    ]
 
-    captions = dict.fromkeys((picture.path, text) for picture in pictures for text in picture.captions)
+    captions = dict.fromkeys(
+        (picture.path, text) for picture in pictures for text in picture.captions
+    )
     for word in config.trigger_words:
         count = sum(word in text for _, text in captions)
-        findings["Trigger words"].append(f"{word!r}: {count} captions have it, {len(captions) - count} have not")
+        findings["Trigger words"].append(
+            f"{word!r}: {count} captions have it, {len(captions) - count} have not"
+        )
     where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
-    findings["Placeholders, trained on as text"] = where(re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]").search)
-    lettering = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
-    unquoted = lambda text: lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
+    findings["Placeholders, trained on as text"] = where(
+        re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]").search
+    )
+    lettering = re.compile(
+        r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样"
+    )
+    unquoted = lambda text: (
+        lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
+    )
     findings["Text in the picture? Only quoted text is drawn letter by letter"] = where(unquoted)
     summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out; "
     summary += f"{sum(p.repeats for p in pictures)} samples an epoch; {len(captions)} captions"
     try:
         tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
-        findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(lambda text: tokens[text] > TEXT_TOKENS)
-        longest, short = max(tokens.values(), default=0), sum(tokens[text] < SHORT_CAPTION for _, text in captions)
+        findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(
+            lambda text: tokens[text] > TEXT_TOKENS
+        )
+        longest, short = (
+            max(tokens.values(), default=0),
+            sum(tokens[text] < SHORT_CAPTION for _, text in captions),
+        )
         summary += f" of at most {longest} tokens, {short} under {SHORT_CAPTION}; long descriptions teach best."
     except UserError as error:
         summary += f"; tokens were not counted ({error})."
     lines = ["# Data report", "", summary, "", "| bucket | pictures |", "| --- | ---: |"]
-    lines += [f"| {w}x{h} | {count} |" for (w, h), count in sorted(Counter(p.bucket for p in pictures).items())]
-    for title in sorted(filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)):
+    lines += [
+        f"| {w}x{h} | {count} |"
+        for (w, h), count in sorted(Counter(p.bucket for p in pictures).items())
+    ]
+    for title in sorted(
+        filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)
+    ):
         found = dict.fromkeys(findings[title])  # a picture may be there in several buckets
         lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in found)]
-    plain = (re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines)  # file names may hold anything
+    plain = (
+        re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines
+    )  # file names may hold anything
     return summary, "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
 
 
@@ -355,7 +466,11 @@ def label(text, size, instead="(no font for Chinese text)"):
     """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one
     accents are left out, and a Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
-    font = None if text.isascii() else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
+    font = (
+        None
+        if text.isascii()
+        else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
+    )
     if not font:
         plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         text, font = instead if is_chinese(text) else plain, ImageFont.load_default(size)
@@ -365,15 +480,22 @@ def label(text, size, instead="(no font for Chinese text)"):
 def contact_sheet(pictures):
     """A picture of what the model will see: cropped as in training, sorted by bucket, with the first words of each
     caption. Of a large data set an even choice from every bucket is shown."""
-    groups = [[p for p in pictures if p.bucket == bucket] for bucket in sorted({p.bucket for p in pictures})]
-    shown = [picture for group in groups for picture in group[:: math.ceil(len(pictures) / SHEET_PICTURES)]]
+    groups = [
+        [p for p in pictures if p.bucket == bucket]
+        for bucket in sorted({p.bucket for p in pictures})
+    ]
+    shown = [
+        picture for group in groups for picture in group[:: math.ceil(len(pictures) / SHEET_IMAGES)]
+    ]
     rows, step = math.ceil(len(shown) / SHEET_COLUMNS), SHEET_CELL + 60
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * step), "white")
 
     def tile(picture):
-        size = tuple(math.ceil(side * (SHEET_CELL - 8) / max(picture.bucket)) for side in picture.bucket)
+        size = tuple(
+            math.ceil(side * (SHEET_CELL - 8) / max(picture.bucket)) for side in picture.bucket
+        )
         try:
-            return load_picture(picture.path, size)
+            return load_image(picture.path, size)
         except Exception:  # caching will say why; here it is a red tile
             return Image.new("RGB", size, "#cc0000")
 
@@ -388,36 +510,65 @@ def contact_sheet(pictures):
 
 
 def main(config):
-    """Writes manifest, report and preview. Returns a list of Picture. Raises UserError if nothing can be used."""
+    """Writes manifest, report and preview. Returns a list of ImageRecord. Raises UserError if nothing can be used."""
     if not config.data_dir:
         raise UserError("data_dir: not set; name the folder with your pictures")
     for key in ("output_dir", "cache_dir"):
-        if os.path.realpath(getattr(config, key)) in [os.path.realpath(source.path) for source in config.data_dir]:
-            raise UserError(f"{key}: {getattr(config, key)} is the data folder itself; choose another")
+        if os.path.realpath(getattr(config, key)) in [
+            os.path.realpath(source.path) for source in config.data_dir
+        ]:
+            raise UserError(
+                f"{key}: {getattr(config, key)} is the data folder itself; choose another"
+            )
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    manifest, report, preview = (Path(config.output_dir) / n for n in ("manifest.jsonl", "report.md", "preview.jpg"))
+    manifest, report, preview = (
+        Path(config.output_dir) / n for n in ("manifest.jsonl", "report.md", "preview.jpg")
+    )
     findings, before, pictures, sets = Findings(), [], [], bucket_sets(config)
-    with contextlib.suppress(OSError, ValueError):  # there is no manifest yet, or one of another kind: all is read
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # there is no manifest yet, or one of another kind: all is read
         before = read_manifest(manifest)
-    known = {(p.path, *p.file): dict(file=p.file, key=p.key, size=p.size) for p in before}
+    known = {
+        (p.path, *p.stamp): dict(stamp=p.stamp, content_hash=p.content_hash, size=p.size)
+        for p in before
+    }
 
     def prepare(item):
         """A picture in each of its buckets, or as a text the reason to leave it out."""
         source, path, captions = item
         try:
-            facts = inspect_picture(path, known)
+            facts = inspect_image(path, known)
         except Exception as error:  # Pillow's plugins raise many kinds
             return reason(error)
         if not captions and not config.instance_prompt:
             return f"no caption; write it to {path.stem}.txt beside it, in UTF-8, or set instance_prompt"
         prefix, latin = source.caption_prefix, re.compile("[a-zA-Z0-9]{2}").match
-        space = lambda caption: " " if latin(prefix[-1:] + caption[:1]) else ""  # only between two Latin letters
-        captions = [prefix + space(caption) + caption for caption in captions or [config.instance_prompt]]
-        own = dict(captions=captions, repeats=source.repeats, loss_weight=source.loss_weight, source=source.path)
-        return [Picture(path=str(path), bucket=bucket, **own, **facts) for bucket in buckets_of(facts["size"], sets)]
+        space = lambda caption: (
+            " " if latin(prefix[-1:] + caption[:1]) else ""
+        )  # only between two Latin letters
+        captions = [
+            prefix + space(caption) + caption for caption in captions or [config.instance_prompt]
+        ]
+        own = dict(
+            captions=captions,
+            repeats=source.repeats,
+            loss_weight=source.loss_weight,
+            source=source.path,
+        )
+        return [
+            ImageRecord(path=str(path), bucket=bucket, **own, **facts)
+            for bucket in buckets_of(facts["size"], sets)
+        ]
 
-    found = [(source, *pair) for source in config.data_dir for pair in read_source(source, config, findings)]
-    prepared = tqdm(in_parallel(prepare, found), "pictures", len(found), leave=False, unit="picture")
+    found = [
+        (source, *pair)
+        for source in config.data_dir
+        for pair in read_source(source, config, findings)
+    ]
+    prepared = tqdm(
+        in_parallel(prepare, found), "pictures", len(found), leave=False, unit="picture"
+    )
     for (_, path, captions), result in zip(found, prepared):
         if isinstance(result, str):
             findings[LEFT_OUT].append(f"{path}: {result}")
@@ -427,10 +578,14 @@ def main(config):
             findings["Without a caption of their own, instance_prompt is used"].append(path)
     summary, text = describe(pictures, config, findings)
     if pictures and pictures != before:
-        write_file(manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures))
+        write_file(
+            manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures)
+        )
     write_file(report, text)
     if not pictures:
-        raise UserError(f"data_dir: no picture to train on; what was left out, and why, is in {report}")
+        raise UserError(
+            f"data_dir: no picture to train on; what was left out, and why, is in {report}"
+        )
     if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
         contact_sheet(pictures).save(data := io.BytesIO(), "JPEG", quality=88, comment=GRID)
         write_file(preview, data.getvalue())

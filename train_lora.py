@@ -34,17 +34,22 @@ import torch
 import cache_latents
 from cache_latents import EMBEDDINGS_FORMAT, latents_file, model_identity, read_prompt_embeds
 from longcat_common import (
-    FLAVOURS, LORA_NAME, PEFT_NAME, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE, FlowMatchEulerDiscreteScheduler,
-    LongCatImageTransformer2DModel, UserError, base_model, buckets, check_precision, checkpoint_folders,
-    compile_blocks, compute_dtype, fill_transformer, flow_matching_loss, free_memory, generator,
-    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, offloaded, peak_memory,
-    pick_device, read_json, read_lora, read_tensors, run_stage, sample_sigmas, save_lora, say, stage, step_of,
+    FLAVOURS, LORA_FILE, PEFT_FILE, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE,
+    FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel, UserError, base_model_name,
+    buckets, check_precision, checkpoint_folders, checkpoint_step, compile_blocks, compute_dtype,
+    explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory, is_out_of_memory,
+    is_readable, load_scheduler, load_transformer, load_vae, log, offload_plan, peak_memory,
+    pick_device, read_json, read_tensors, run_stage, sample_sigmas, seeded_generator,
     sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
-from validate import generate, make_pipeline, picture_grid, picture_settings, read_metrics, save_picture
+from validate import (
+    generate, generation_settings, image_grid, make_pipeline, read_lora, read_metrics, save_image,
+)  # fmt: skip
 
-from diffusers.optimization import get_scheduler  # after longcat_common, which quiets what this imports
+from diffusers.optimization import (
+    get_scheduler,
+)  # after longcat_common, which quiets what this imports
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -55,8 +60,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_EVERY = 10  # steps
-SCORED_PICTURES = 8  # held out at most: with as many trained ones, scoring takes as long as about 20 steps
-SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)  # the noise levels at which they are scored, as normal draws
+SCORED_IMAGES = (
+    8  # held out at most: with as many trained ones, scoring takes as long as about 20 steps
+)
+SCORED_NORMALS = (
+    -1.2,
+    -0.4,
+    0.4,
+    1.2,
+)  # the noise levels at which they are scored, as normal draws
 BAD_STEPS = 3  # not finite, in a row: the run has failed
 PROGRESS_COLUMNS = 6
 MEMORY_ADVICE = {  # the cheapest first
@@ -82,7 +94,7 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     """What the run is trained on, and what is scored."""
 
-    pictures: list  # of Picture, that are trained on
+    pictures: list  # of ImageRecord, that are trained on
     prompt_files: dict  # {prompt: file of its embedding}
     held_out: list  # pictures that are only scored
     trained: list  # as many that are trained on, of the same sources: scored beside them
@@ -91,14 +103,14 @@ class Data(NamedTuple):
 
 
 def hold_out(config, pictures):
-    """The content keys of the pictures that are never trained on: `validation_split` of every source, SCORED_PICTURES
+    """The content keys of the pictures that are never trained on: `validation_split` of every source, SCORED_IMAGES
     at most, one of each source at least."""
     keys = collections.defaultdict(set)
     for picture in pictures if config.validation_split else ():
-        keys[picture.source].add(picture.key)
+        keys[picture.source].add(picture.content_hash)
     share = lambda count: min(count - 1, max(1, round(config.validation_split * count)))
     counts = {source: share(len(own)) for source, own in keys.items()}
-    while sum(counts.values()) > max(SCORED_PICTURES, len(counts)):
+    while sum(counts.values()) > max(SCORED_IMAGES, len(counts)):
         counts[max(counts, key=counts.get)] -= 1
     return [key for source, count in counts.items() for key in sorted(keys[source])[:count]]
 
@@ -107,19 +119,31 @@ def read_data(config, state):
     """The data of this run, `state` being the checkpoint's that it goes on from, or None."""
     pictures, prompt_files = cache_latents.main(config)
     keys = state["held_out"] if state else hold_out(config, pictures)
-    held_out = [*{picture.key: picture for picture in pictures if picture.key in keys}.values()]  # each once
-    pictures = [picture for picture in pictures if picture.key not in keys]
+    held_out = [
+        *{
+            picture.content_hash: picture for picture in pictures if picture.content_hash in keys
+        }.values()
+    ]  # each once
+    pictures = [picture for picture in pictures if picture.content_hash not in keys]
     if not pictures:
-        raise UserError("validation_split: no picture is left to train on; it needs two different ones at least")
+        raise UserError(
+            "validation_split: no picture is left to train on; it needs two different ones at least"
+        )
     trained, counts = [], collections.Counter(picture.source for picture in held_out)
     for source, count in counts.items():
         own = [picture for picture in pictures if picture.source == source]
         trained += own[:: max(1, len(own) // count)][:count]
     if config.validation_split or keys:
         of = ", ".join(f"{n} of {source}" for source, n in counts.items()) or "none"
-        why = f"{len(keys)} chosen when the run began" if state else "of sources with two pictures, one at least"
-        say(f"held out, only scored and never trained on: {of} ({why})")
-    per_epoch = len(epoch_batches(pictures, config.train_batch_size, config.seed, 0))  # the same for every epoch
+        why = (
+            f"{len(keys)} chosen when the run began"
+            if state
+            else "of sources with two pictures, one at least"
+        )
+        log(f"held out, only scored and never trained on: {of} ({why})")
+    per_epoch = len(
+        epoch_batches(pictures, config.train_batch_size, config.seed, 0)
+    )  # the same for every epoch
     return Data(pictures, prompt_files, held_out, trained, keys, per_epoch)
 
 
@@ -128,13 +152,21 @@ def epoch_batches(pictures, batch_size, seed, epoch):
 
     Every picture comes `repeats` times; what does not fill a bucket's last batch makes a smaller one.
     """
-    name = lambda picture, n: f"{picture.key}-{picture.bucket[0]}x{picture.bucket[1]}:{n}"
+    name = lambda picture, n: f"{picture.content_hash}-{picture.bucket[0]}x{picture.bucket[1]}:{n}"
     samples = [(name(picture, n), picture) for picture in pictures for n in range(picture.repeats)]
     by_bucket = {}
-    for i in torch.randperm(len(samples), generator=generator(seed, "shuffle", epoch)).tolist():
+    for i in torch.randperm(
+        len(samples), generator=seeded_generator(seed, "shuffle", epoch)
+    ).tolist():
         by_bucket.setdefault(samples[i][1].bucket, []).append(samples[i])
-    batches = [own[i : i + batch_size] for _, own in sorted(by_bucket.items()) for i in range(0, len(own), batch_size)]
-    order = torch.randperm(len(batches), generator=generator(seed, "batches", epoch)).tolist()
+    batches = [
+        own[i : i + batch_size]
+        for _, own in sorted(by_bucket.items())
+        for i in range(0, len(own), batch_size)
+    ]
+    order = torch.randperm(
+        len(batches), generator=seeded_generator(seed, "batches", epoch)
+    ).tolist()
     return [batches[i] for i in order]
 
 
@@ -142,8 +174,12 @@ def load_batch(config, samples, prompt_files, epoch, number):
     """The Batch of these (sample name, picture), the `number`-th of the run, with its draws."""
     drawn = []
     for name, picture in samples:
-        draw = lambda purpose, *shape: torch.randn(shape, generator=generator(config.seed, purpose, number, name))
-        pick = lambda purpose: torch.rand((), generator=generator(config.seed, purpose, epoch, name)).item()
+        draw = lambda purpose, *shape: torch.randn(
+            shape, generator=seeded_generator(config.seed, purpose, number, name)
+        )
+        pick = lambda purpose: torch.rand(
+            (), generator=seeded_generator(config.seed, purpose, epoch, name)
+        ).item()
         posterior = read_tensors(latents_file(config, picture))
         shape = posterior["mean"].shape
         caption = picture.captions[int(pick("caption") * len(picture.captions))]
@@ -151,7 +187,15 @@ def load_batch(config, samples, prompt_files, epoch, number):
             caption = ""
         latents = posterior["mean"] + posterior["std"] * draw("posterior", *shape)
         prompt_embeds = read_prompt_embeds(prompt_files[caption])
-        drawn.append((latents, draw("noise", *shape), draw("sigma"), prompt_embeds, torch.tensor(picture.loss_weight)))
+        drawn.append(
+            (
+                latents,
+                draw("noise", *shape),
+                draw("sigma"),
+                prompt_embeds,
+                torch.tensor(picture.loss_weight),
+            )
+        )
     return Batch(number, *map(torch.stack, zip(*drawn)))
 
 
@@ -159,11 +203,19 @@ def step_batches(config, data, taken):
     """Yields for step after step (this process's batches, how many the whole run has taken by then, the epoch).
     `taken`: how many it has taken before. A thread loads the next step's while one computes."""
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
-    plan = functools.lru_cache(2)(functools.partial(epoch_batches, data.pictures, config.train_batch_size, config.seed))
+    plan = functools.lru_cache(2)(
+        functools.partial(epoch_batches, data.pictures, config.train_batch_size, config.seed)
+    )
 
     def load(first):
-        places = [(n, *divmod(n, data.per_epoch)) for n in range(first, first + per_step)[RANK::WORLD_SIZE]]
-        return [load_batch(config, plan(epoch)[i], data.prompt_files, epoch, number) for number, epoch, i in places]
+        places = [
+            (n, *divmod(n, data.per_epoch))
+            for n in range(first, first + per_step)[RANK::WORLD_SIZE]
+        ]
+        return [
+            load_batch(config, plan(epoch)[i], data.prompt_files, epoch, number)
+            for number, epoch, i in places
+        ]
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(load, taken)
@@ -184,40 +236,59 @@ class Run:
     parameters: dict  # {name: LoRA tensor}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does something in fp16 only
-    scheduler: object  # of the noise levels
-    lr_of: object  # the share of the learning rate at a step
+    noise_scheduler: object
+    lr_factor: object  # the share of the learning rate at a step
     device: torch.device
     step: int = 0  # steps done
-    taken: int = 0  # batches that all processes together have taken
-    torn: bool = False  # the optimizer is at work: the weights are no step's
+    batches_taken: int = 0  # batches that all processes together have taken
+    weights_in_flux: bool = False  # the optimizer is at work: the weights are no step's
 
 
 def add_lora(transformer, config):
     """Adds a trainable LoRA in float32, drawn from `seed` or taken from `init_lora`. Returns its parameters as
     {name: parameter}, sorted by name. Raises UserError if a target or `init_lora` does not fit."""
     alpha = config.lora_alpha or config.lora_rank
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [
+        name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
     for target in config.lora_target_modules:
         if not any(name.endswith(f".{target}") for name in linears):
-            raise UserError(f"lora_target_modules: {target!r} is the end of no layer's name in this transformer")
+            raise UserError(
+                f"lora_target_modules: {target!r} is the end of no layer's name in this transformer"
+            )
     targets = sorted(config.lora_target_modules)
-    settings = dict(r=config.lora_rank, lora_alpha=alpha, lora_dropout=config.lora_dropout, target_modules=targets)
-    torch.manual_seed(generator(config.seed, "lora").initial_seed())  # PEFT draws on the CPU: the same for all devices
+    settings = dict(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+    )
+    torch.manual_seed(
+        seeded_generator(config.seed, "lora").initial_seed()
+    )  # PEFT draws on the CPU: the same for all devices
     transformer.add_adapter(LoraConfig(**settings))
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # the LoRA gets its input as the base does: no float32 copy a layer
+            module.cast_input_dtype_enabled = (
+                False  # the LoRA gets its input as the base does: no float32 copy a layer
+            )
     parameters = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
-    for parameter in parameters.values():  # not to the base's own device: an offloaded block is not there
+    for (
+        parameter
+    ) in parameters.values():  # not to the base's own device: an offloaded block is not there
         parameter.data = parameter.data.to(transformer.device, torch.float32)
     if config.init_lora:
         state = read_init_lora(config)
         shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
         if wrong := shapes(state) ^ shapes(get_peft_model_state_dict(transformer)):
-            what = f"it has not one rank and the same layers in every block (first: {min(wrong)[0]})"
+            what = (
+                f"it has not one rank and the same layers in every block (first: {min(wrong)[0]})"
+            )
             raise UserError(f"init_lora: {config.init_lora} cannot be trained on: {what}")
         scale = config.lora_rank / alpha
-        set_peft_model_state_dict(transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()})
+        set_peft_model_state_dict(
+            transformer, {n: v * scale if "lora_B" in n else v for n, v in state.items()}
+        )
     return parameters
 
 
@@ -227,19 +298,27 @@ def read_init_lora(config):
     ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
     ends = sorted({re.sub(r"^.*transformer_blocks\.\d+\.|\.lora_.*$", "", name) for name in state})
     if ranks != [config.lora_rank] or ends != sorted(config.lora_target_modules):
-        has = f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
+        has = (
+            f"lora_rank {' and '.join(map(str, ranks))} and lora_target_modules {json.dumps(ends)}"
+        )
         raise UserError(f"init_lora: {config.init_lora} has {has}; set these to train on from it")
     return state
 
 
-def checkpoint_blocks(config, transformer):
+def set_gradient_checkpointing(config, transformer):
     """Chooses the blocks that are computed again in the backward pass: all, none or the number in
     `gradient_checkpointing`, double-stream blocks first, which keep the most. One that is offloaded always is."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-    count = double + single if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
-    again = [away or i < count for i, away in enumerate(offloaded(config, double + single))]
+    count = (
+        double + single
+        if config.gradient_checkpointing is True
+        else int(config.gradient_checkpointing)
+    )
+    again = [away or i < count for i, away in enumerate(offload_plan(config, double + single))]
     if any(again) and config.lora_dropout and transformer.device.type == "mps":
-        raise UserError("lora_dropout: a block that is computed again gets other dropout on a Mac's GPU; set it to 0")
+        raise UserError(
+            "lora_dropout: a block that is computed again gets other dropout on a Mac's GPU; set it to 0"
+        )
     transformer.enable_gradient_checkpointing()
     transformer.use_checkpoint, transformer.use_single_checkpoint = again[:double], again[double:]
 
@@ -248,18 +327,28 @@ def set_up(config, transformer, scheduler, device, steps):
     """Puts a LoRA on the transformer, and all around it that a step needs."""
     parameters = add_lora(transformer, config)
     transformer.train()
-    checkpoint_blocks(config, transformer)
-    settings = dict(lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.adam_weight_decay)
+    set_gradient_checkpointing(config, transformer)
+    settings = dict(
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+    )
     if config.optimizer == "prodigy":
-        optimizer = Prodigy(parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True)
+        optimizer = Prodigy(
+            parameters.values(), **settings, use_bias_correction=True, safeguard_warmup=True
+        )
     else:
         optimizer = torch.optim.AdamW(parameters.values(), **settings, fused=device.type != "mps")
     warmup = dict(num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)
-    lr_of = get_scheduler(config.lr_scheduler, optimizer, **warmup).lr_lambdas[0]  # of the step: no state to save
-    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(config, device) == torch.float16)
+    lr_factor = get_scheduler(config.lr_scheduler, optimizer, **warmup).lr_lambdas[
+        0
+    ]  # of the step: no state to save
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=compute_dtype(config, device) == torch.float16
+    )
     if config.torch_compile:
         compile_blocks(transformer)
-    return Run(transformer, parameters, optimizer, scaler, scheduler, lr_of, device)
+    return Run(transformer, parameters, optimizer, scaler, scheduler, lr_factor, device)
 
 
 def train_step(config, run, batches):
@@ -267,47 +356,100 @@ def train_step(config, run, batches):
     the step was sound. What is not finite is not learned from; if only fp16's scale was too large for the gradients,
     the step is left out, and yet sound."""
     for group in run.optimizer.param_groups:
-        group["lr"] = config.learning_rate * run.lr_of(run.step)
+        group["lr"] = config.learning_rate * run.lr_factor(run.step)
     losses, scale = [], run.scaler.get_scale()
     for batch in batches:
-        torch.manual_seed(generator(config.seed, "lora_dropout", batch.number).initial_seed())  # for dropout
-        sigmas = sample_sigmas(batch.normal, batch.latents[0, 0].numel() // 4, run.scheduler)
+        torch.manual_seed(
+            seeded_generator(config.seed, "lora_dropout", batch.number).initial_seed()
+        )  # for dropout
+        sigmas = sample_sigmas(batch.normal, batch.latents[0, 0].numel() // 4, run.noise_scheduler)
         tensors = (batch.latents, batch.noise, sigmas, batch.prompt_embeds, batch.weights)
-        loss = flow_matching_loss(run.transformer, *(tensor.to(run.device) for tensor in tensors)) / len(batches)
+        loss = flow_matching_loss(
+            run.transformer, *(tensor.to(run.device) for tensor in tensors)
+        ) / len(batches)
         run.scaler.scale(loss).backward()
         losses.append(loss.detach())
     if WORLD_SIZE > 1:  # all processes learn from the mean of their gradients
         gradients = [parameter.grad.div_(WORLD_SIZE) for parameter in run.parameters.values()]
-        for coming in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        for coming in [
+            torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients
+        ]:
             coming.wait()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm or math.inf)
-    loss, grad_norm = torch.stack([torch.stack(losses).sum(), grad_norm]).tolist()  # waits for the device
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        run.parameters.values(), config.max_grad_norm or math.inf
+    )
+    loss, grad_norm = torch.stack(
+        [torch.stack(losses).sum(), grad_norm]
+    ).tolist()  # waits for the device
     loss = sum_over_processes(loss) / WORLD_SIZE
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    run.torn = True
+    run.weights_in_flux = True
     if finite:
         run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.torn = False
+    run.weights_in_flux = False
     run.optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, finite or (math.isfinite(loss) and run.scaler.is_enabled() and scale > 1)
+    return (
+        loss,
+        grad_norm,
+        finite or (math.isfinite(loss) and run.scaler.is_enabled() and scale > 1),
+    )
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
+def save_lora(transformer, folder, metadata=None):
+    """Writes the LoRA "default" into `folder`, in two forms with alpha / rank folded into B, so that every loader
+    agrees on its strength: `pytorch_lora_weights.safetensors` (diffusers, ComfyUI), and `adapter_config.json` with
+    `adapter_model.safetensors` (PEFT). `metadata`: a dictionary for the files' header."""
+    folder, peft = Path(folder), transformer.peft_config["default"]
+    state = {
+        name: v.detach().cpu().float()
+        for name, v in sorted(get_peft_model_state_dict(transformer).items())
+    }
+    state = {
+        name: v * (peft.lora_alpha / peft.r) if "lora_B" in name else v for name, v in state.items()
+    }
+    for file, prefix in ((LORA_FILE, "transformer"), (PEFT_FILE, "base_model.model")):
+        write_tensors(folder / file, {f"{prefix}.{n}": v for n, v in state.items()}, metadata)
+    fields = LoraConfig(
+        r=peft.r, lora_alpha=peft.r, target_modules=peft.target_modules, inference_mode=True
+    ).to_dict()
+    fields["target_modules"] = sorted(fields["target_modules"])
+    write_file(
+        folder / "adapter_config.json",
+        json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n",
+    )
+
+
 def fixed_settings(config):
     """What a resumed run must have in common with its checkpoint."""
-    alpha, targets = float(config.lora_alpha or config.lora_rank), sorted(config.lora_target_modules)
-    own = dict(lora_rank=config.lora_rank, lora_alpha=alpha, lora_target_modules=targets, optimizer=config.optimizer)
+    alpha, targets = (
+        float(config.lora_alpha or config.lora_rank),
+        sorted(config.lora_target_modules),
+    )
+    own = dict(
+        lora_rank=config.lora_rank,
+        lora_alpha=alpha,
+        lora_target_modules=targets,
+        optimizer=config.optimizer,
+    )
     return own | {"pretrained_model_name_or_path": model_identity(config, "transformer")}
 
 
 def write_lora(config, run, folder):
     """Writes the LoRA as it is now, ready to use; its header says how it was made."""
-    made = {"base_model": base_model(config), "steps": run.step, "trained_with": f"LongCat-Image scripts {VERSION}"}
-    made |= {name: getattr(config, name) for name in ("lora_rank", "resolution", "trigger_words", "license")}
+    made = {
+        "base_model": base_model_name(config),
+        "steps": run.step,
+        "trained_with": f"LongCat-Image scripts {VERSION}",
+    }
+    made |= {
+        name: getattr(config, name)
+        for name in ("lora_rank", "resolution", "trigger_words", "license")
+    }
     save_lora(run.transformer, folder, made)
 
 
@@ -318,23 +460,42 @@ def save_checkpoint(config, run, data):
         return
     folder = Path(config.output_dir) / "checkpoints" / f"step-{run.step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    for left in folder.parent.glob(".step-*.tmp"):  # of a killed run; a whole one could only not be renamed
+    for left in folder.parent.glob(
+        ".step-*.tmp"
+    ):  # of a killed run; a whole one could only not be renamed
         if left == temporary or not (left / "state.json").exists():
             shutil.rmtree(left, ignore_errors=True)
     write_lora(config, run, temporary)
     tensors = {f"lora.{name}": parameter for name, parameter in run.parameters.items()}
     for i, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{part}": torch.as_tensor(value) for part, value in state.items()}
+        tensors |= {
+            f"optimizer.{i}.{part}": torch.as_tensor(value) for part, value in state.items()
+        }
     write_tensors(temporary / "state.safetensors", tensors)
     group, start = run.optimizer.param_groups[0], run.optimizer.defaults
-    found = {n: v for n, v in group.items() if n not in ("params", "lr", "initial_lr") and v != start.get(n)}
-    values = {"step": run.step, "taken": run.taken, "held_out": data.held_out_keys, "scaler": run.scaler.state_dict()}
+    found = {
+        n: v
+        for n, v in group.items()
+        if n not in ("params", "lr", "initial_lr") and v != start.get(n)
+    }
+    values = {
+        "step": run.step,
+        "taken": run.batches_taken,
+        "held_out": data.held_out_keys,
+        "scaler": run.scaler.state_dict(),
+    }
     values |= {"optimizer": found, "fixed": fixed_settings(config), "config": config.model_dump()}
     values |= {"embeddings_format": EMBEDDINGS_FORMAT}
     write_file(temporary / "state.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    for wait in (0.5, 2, 0):  # on Windows a virus scanner may hold for a while what was just written
+    for wait in (
+        0.5,
+        2,
+        0,
+    ):  # on Windows a virus scanner may hold for a while what was just written
         try:
-            if folder.exists():  # one that is no whole checkpoint, or this run would have gone on from it
+            if (
+                folder.exists()
+            ):  # one that is no whole checkpoint, or this run would have gone on from it
                 shutil.rmtree(folder)
             temporary.rename(folder)
             break
@@ -343,7 +504,7 @@ def save_checkpoint(config, run, data):
             if not wait:
                 what = f"is whole, but cannot be renamed to {folder.name} ({error.strerror})"
                 raise UserError(f"{temporary}: {what}") from None
-    for old in [*whole_checkpoints(config)][: -config.checkpoints_total_limit]:
+    for old in [*complete_checkpoints(config)][: -config.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -351,11 +512,15 @@ def read_state(folder):
     """A checkpoint's state.json; None if a file is missing or cut off."""
     with contextlib.suppress(UserError):
         state = read_json(folder / "state.json")
-        if "fixed" in state and is_readable(folder / "state.safetensors") and is_readable(folder / LORA_NAME):
+        if (
+            "fixed" in state
+            and is_readable(folder / "state.safetensors")
+            and is_readable(folder / LORA_FILE)
+        ):
             return state
 
 
-def whole_checkpoints(config):
+def complete_checkpoints(config):
     """{folder: its state.json} of this run's checkpoints that are whole, oldest first."""
     return {folder: state for folder in checkpoint_folders(config) if (state := read_state(folder))}
 
@@ -363,9 +528,14 @@ def whole_checkpoints(config):
 def find_checkpoint(config):
     """The checkpoint to go on from, as (folder, its state.json); (None, None) to start anew. Raises UserError if there
     is none of that name, it does not fit, or `output_dir` holds later ones, which this run would come to overwrite."""
-    whole, wanted, folder, state = whole_checkpoints(config), config.resume_from_checkpoint, None, None
+    whole, wanted, folder, state = (
+        complete_checkpoints(config),
+        config.resume_from_checkpoint,
+        None,
+        None,
+    )
     for damaged in [folder for folder in checkpoint_folders(config) if folder not in whole]:
-        say(f"{damaged}: is no whole checkpoint, and passed over")
+        log(f"{damaged}: is no whole checkpoint, and passed over")
     if wanted == "latest" and whole:
         folder, state = [*whole.items()][-1]
     elif wanted not in ("latest", "none"):
@@ -374,23 +544,37 @@ def find_checkpoint(config):
         state = read_state(folder)
         if not state:
             advice = f"name a folder such as {own / 'step-000500'}; to start from a LoRA's weights set init_lora"
-            raise UserError(f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}")
-    later = [other.name for other in whole if not state or step_of(other) > state["step"]]
+            raise UserError(
+                f"resume_from_checkpoint: {folder} is no whole checkpoint of these scripts; {advice}"
+            )
+    later = [other.name for other in whole if not state or checkpoint_step(other) > state["step"]]
     if later:
-        advice = 'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
-        raise UserError(f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1]}; {advice}")
+        advice = (
+            'to go on there set resume_from_checkpoint to "latest", else choose another output_dir'
+        )
+        raise UserError(
+            f"output_dir: {config.output_dir} holds later checkpoints, up to {later[-1]}; {advice}"
+        )
     if state and state.get("embeddings_format") != EMBEDDINGS_FORMAT:
         what = "was trained on the prompt embeddings of an earlier version; from here on it gets those of this one"
-        say(f"{folder}: {what} (README, Prompt embeddings). Scores and previews before and after do not compare")
+        log(
+            f"{folder}: {what} (README, Prompt embeddings). Scores and previews before and after do not compare"
+        )
     for name, now in (config.model_dump() | fixed_settings(config)).items() if state else ():
         was = (state["config"] | state["fixed"]).get(name)
         if now != was and name in state["fixed"]:
             if name == "pretrained_model_name_or_path":  # these are hashes
-                now, was = base_model(config), "a model of other files"
-            raise UserError(f"{name}: found {now!r}, but {folder} was trained with {was!r}; choose another output_dir")
+                now, was = base_model_name(config), "a model of other files"
+            raise UserError(
+                f"{name}: found {now!r}, but {folder} was trained with {was!r}; choose another output_dir"
+            )
         if now != was:
-            late = " (of no effect on a run that has begun)" * (name in ("init_lora", "validation_split"))
-            say(f"{name}: {json.dumps(was, ensure_ascii=False)} -> {json.dumps(now, ensure_ascii=False)}{late}")
+            late = " (of no effect on a run that has begun)" * (
+                name in ("init_lora", "validation_split")
+            )
+            log(
+                f"{name}: {json.dumps(was, ensure_ascii=False)} -> {json.dumps(now, ensure_ascii=False)}{late}"
+            )
     return folder, state
 
 
@@ -407,7 +591,7 @@ def load_checkpoint(folder, state, run):
     run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
-    run.step, run.taken = state["step"], state["taken"]
+    run.step, run.batches_taken = state["step"], state["taken"]
 
 
 def lock(folder):
@@ -417,11 +601,16 @@ def lock(folder):
         locked = FileLock(folder / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout:
         whose = owner.read_text(encoding="utf-8") if owner.exists() else "another run"
-        raise UserError(f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder") from None
+        raise UserError(
+            f"output_dir: {folder} is in use by {whose}; stop that one, or choose another folder"
+        ) from None
     except OSError as error:
-        say(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
+        log(f"output_dir: {folder} cannot be locked ({error}); make sure that no other run uses it")
         return contextlib.nullcontext()
-    write_file(owner, f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+    write_file(
+        owner,
+        f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}",
+    )
     return locked
 
 
@@ -442,17 +631,23 @@ def prepare_folder(config, checkpoint):
         raise UserError(f"{trial.parent}: {why}; choose another output_dir") from None
     if checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve():
         return  # it goes on here
-    if any((output / name).exists() for name in (LORA_NAME, PEFT_NAME)):
+    if any((output / name).exists() for name in (LORA_FILE, PEFT_FILE)):
         advice = "move it away, or choose another output_dir"
-        raise UserError(f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}")
+        raise UserError(
+            f"output_dir: {output} holds a finished LoRA, and no checkpoint of its run; {advice}"
+        )
     metrics = output / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
         aside = output / time.strftime("before-%Y-%m-%d-%H%M%S")
         aside.mkdir()
-        for path in (output / "logs", output / "validation", metrics):  # last what tells that it is to be done
+        for path in (
+            output / "logs",
+            output / "validation",
+            metrics,
+        ):  # last what tells that it is to be done
             if path.exists():
                 path.rename(aside / path.name)
-        say(f"{aside}: here are metrics and previews of a run that came to no checkpoint")
+        log(f"{aside}: here are metrics and previews of a run that came to no checkpoint")
 
 
 # ---------------------------------------------------------------- what the user sees
@@ -463,7 +658,7 @@ class Metrics:
 
     def __init__(self, config, step):
         """`step`: with which this start begins. What was written of later ones, which are done again, is dropped."""
-        output, self.begun, self.board = Path(config.output_dir), step, None
+        output, self.first_step, self.board = Path(config.output_dir), step, None
         self.path = output / "metrics.jsonl"
         kept = [values for values in read_metrics(self.path) if values["step"] <= step]
         self.scores = {values["step"]: values for values in kept if "held_out_loss" in values}
@@ -471,11 +666,15 @@ class Metrics:
             write_file(self.path, "".join(json.dumps(values) + "\n" for values in kept))
             if config.report_to == "tensorboard":
                 self.board = SummaryWriter(output / "logs", purge_step=step + 1)
-                self.board.add_custom_scalars({"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}})
+                self.board.add_custom_scalars(
+                    {"held out and trained on": {"loss": ["Multiline", ["validation/.*"]]}}
+                )
 
     def write(self, step, group, **values):
         """Writes a step's numbers; in TensorBoard they are `group`/name."""
-        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
+        values = {
+            name: value for name, value in values.items() if math.isfinite(value)
+        }  # JSON has no infinity
         if group == "validation":
             self.scores[step] = values
         if RANK == 0:
@@ -488,7 +687,11 @@ class Metrics:
         """The step with the lowest held-out loss, or None. Steps that scored other pictures, as the base's loss tells,
         do not count."""
         base = self.scores[max(self.scores)]["held_out_base"] if self.scores else None
-        same = [step for step in self.scores if math.isclose(self.scores[step]["held_out_base"], base, rel_tol=1e-3)]
+        same = [
+            step
+            for step in self.scores
+            if math.isclose(self.scores[step]["held_out_base"], base, rel_tol=1e-3)
+        ]
         return min(same, key=lambda step: self.scores[step]["held_out_loss"], default=None)
 
 
@@ -505,9 +708,15 @@ def score(config, run, data, stop):
             latents = read_tensors(latents_file(config, picture))["mean"][None]
             prompt_embeds = read_prompt_embeds(data.prompt_files[picture.captions[0]])[None]
             for normal in SCORED_NORMALS:
-                noise = torch.randn(latents.shape, generator=generator("score", picture.key, normal))
-                sigmas = sample_sigmas(torch.tensor([normal]), latents[0, 0].numel() // 4, run.scheduler)
-                tensors = [tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)]
+                noise = torch.randn(
+                    latents.shape, generator=seeded_generator("score", picture.content_hash, normal)
+                )
+                sigmas = sample_sigmas(
+                    torch.tensor([normal]), latents[0, 0].numel() // 4, run.noise_scheduler
+                )
+                tensors = [
+                    tensor.to(run.device) for tensor in (latents, noise, sigmas, prompt_embeds)
+                ]
                 run.transformer.disable_adapters()
                 losses[f"{name}_base"].append(flow_matching_loss(run.transformer, *tensors).item())
                 run.transformer.enable_adapters()
@@ -516,11 +725,14 @@ def score(config, run, data, stop):
     return means if all(map(math.isfinite, means.values())) else None
 
 
-def previews_in(folder, wanted):
+def find_previews(folder, wanted):
     """{(step, number): path} of the previews in a folder that are drawn of `wanted`, {number: (prompt, settings)}."""
     found = {}
     for path in folder.glob("step-*.png"):
-        with contextlib.suppress(Exception), Image.open(path) as image:  # it is not ours; Pillow raises many kinds
+        with (
+            contextlib.suppress(Exception),
+            Image.open(path) as image,
+        ):  # it is not ours; Pillow raises many kinds
             step, number = map(int, re.fullmatch(r"step-(\d+)-(\d+)", path.stem).groups())
             image.load()
             if (image.text["prompt"], image.text["settings"]) == wanted[number]:
@@ -533,39 +745,69 @@ def preview(config, run, metrics):
     previews so far. Those that a resumed run begins with are not drawn again. A preview that fails is reported, and
     never ends the training."""
     folder, prompts = Path(config.output_dir) / "validation", config.validation_prompts
-    settings = picture_settings(config, "validation_prompts") | {"base_model": base_model(config)}
+    settings = generation_settings(config, "validation_prompts") | {
+        "base_model": base_model_name(config)
+    }
     settings = json.dumps(settings, ensure_ascii=False)
     wanted = {i: (prompt, settings) for i, prompt in enumerate(prompts)}
     try:
-        there = previews_in(folder, wanted) if run.step == metrics.begun else {}
+        there = find_previews(folder, wanted) if run.step == metrics.first_step else {}
         missing = [i for i in wanted if (run.step, i) not in there]
-        pipe = make_pipeline(config, run.transformer, load_vae(config, run.device)) if missing else None
+        pipe = (
+            make_pipeline(config, run.transformer, load_vae(config, run.device))
+            if missing
+            else None
+        )
         for i in missing:
             (image,) = generate(pipe, config, [prompts[i]])
             path = folder / f"step-{run.step:06d}-{i:02d}.png"
-            save_picture(image, path, longcat=GRID, prompt=prompts[i], settings=settings)
+            save_image(image, path, longcat=GRID, prompt=prompts[i], settings=settings)
             if metrics.board:
-                metrics.board.add_image(f"previews/{i}", np.asarray(image), run.step, dataformats="HWC")
-        there, best = previews_in(folder, wanted), metrics.best()
+                metrics.board.add_image(
+                    f"previews/{i}", np.asarray(image), run.step, dataformats="HWC"
+                )
+        there, best = find_previews(folder, wanted), metrics.best()
         steps = sorted({step for step, _ in there if step <= run.step})
-        shown = {steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
-        labels = {step: f"step {step}" if step else "before (step 0)" for step in sorted(shown | ({best} & {*steps}))}
+        shown = {
+            steps[round(i * (len(steps) - 1) / (PROGRESS_COLUMNS - 1))]
+            for i in range(PROGRESS_COLUMNS)
+        }
+        labels = {
+            step: f"step {step}" if step else "before (step 0)"
+            for step in sorted(shown | ({best} & {*steps}))
+        }
         if best in labels and len(labels) > 1:
             labels[best] += ", lowest held-out loss"
-        empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")  # another prompt stood there then
-        rows = [[Image.open(there[step, i]) if (step, i) in there else empty for step in labels] for i in wanted]
-        save_picture(picture_grid(rows, prompts, labels.values()), folder / "progress.png", longcat=GRID)
+        empty = Image.new(
+            "RGB", validation_sizes(config)[0], "#eeeeee"
+        )  # another prompt stood there then
+        rows = [
+            [Image.open(there[step, i]) if (step, i) in there else empty for step in labels]
+            for i in wanted
+        ]
+        save_image(
+            image_grid(rows, prompts, labels.values()), folder / "progress.png", longcat=GRID
+        )
     except Exception as error:
-        smaller = "; a smaller validation_resolution needs less memory" if is_out_of_memory(error) else ""
-        say(f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on")
+        smaller = (
+            "; a smaller validation_resolution needs less memory" if is_out_of_memory(error) else ""
+        )
+        log(
+            f"preview at step {run.step} failed: {type(error).__name__}: {error}{smaller}; training goes on"
+        )
 
 
 def model_card(config):
     """The text of the hub's model card."""
-    base, words = base_model(config), ", ".join(config.trigger_words)
+    base, words = base_model_name(config), ", ".join(config.trigger_words)
     hub = FLAVOURS[config.model_flavour] if Path(base).exists() else base
     tags = ["lora", "text-to-image", "longcat-image", "diffusers"]
-    about = dict(base_model=hub, library_name="diffusers", pipeline_tag="text-to-image", license=config.license)
+    about = dict(
+        base_model=hub,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=config.license,
+    )
     return f"""---
 {ModelCardData(**about, tags=tags, instance_prompt=words or None).to_yaml()}
 ---
@@ -573,7 +815,7 @@ def model_card(config):
 # A LoRA for {hub}
 
 Rank {config.lora_rank}, trained at {config.resolution} px. In ComfyUI: in `models/loras`, by the LoraLoader node.
-With diffusers: `pipe.transformer.load_lora_adapter("{LORA_NAME}")`, then `pipe(..., enable_prompt_rewrite=False)`.
+With diffusers: `pipe.transformer.load_lora_adapter("{LORA_FILE}")`, then `pipe(..., enable_prompt_rewrite=False)`.
 
 {"![before, while and after it was trained](validation/progress.png)" * bool(config.validation_prompts)}
 """
@@ -595,17 +837,31 @@ def stop_signals():
         if len(stop.numbers) > 1:
             raise KeyboardInterrupt(number)
         try:  # not print(), which may be at work
-            os.write(2, b"\nstopping, as soon as this step is finished and saved; a second signal leaves at once\n")
+            os.write(
+                2,
+                b"\nstopping, as soon as this step is finished and saved; a second signal leaves at once\n",
+            )
         except OSError:  # the terminal is gone: nothing that is printed from here on must fail
             for descriptor in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if stop.at_once:
             raise KeyboardInterrupt(number)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")  # the last is Ctrl-Break on Windows
+    names = (
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGXCPU",
+        "SIGBREAK",
+    )  # the last is Ctrl-Break on Windows
     in_main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in names if in_main and hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.signal(number, note)
+        for number in numbers
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield stop
     finally:
@@ -619,23 +875,47 @@ def stop_signals():
 def benchmark(config, device):
     """Runs `benchmark` steps of the configuration with random weights and data, at its largest bucket; nothing is read
     or written. Prints and returns the seconds a step and the peak memory in GiB (nan on a CPU)."""
-    sizes, (width, height) = dict(num_layers=10, num_single_layers=20), max(buckets(config), key=math.prod)
+    sizes, (width, height) = (
+        dict(num_layers=10, num_single_layers=20),
+        max(buckets(config), key=math.prod),
+    )
     if device.type == "cpu":
-        sizes, (width, height) = dict(num_layers=1, num_single_layers=2, num_attention_heads=4), (256, 256)
-        say("no GPU, so only a model of 3 small blocks; tests/simulate_memory.py tells the real one's memory")
-    transformer, scheduler = random_transformer(config, device, sizes), FlowMatchEulerDiscreteScheduler()
+        sizes, (width, height) = (
+            dict(num_layers=1, num_single_layers=2, num_attention_heads=4),
+            (256, 256),
+        )
+        log(
+            "no GPU, so only a model of 3 small blocks; tests/simulate_memory.py tells the real one's memory"
+        )
+    transformer, scheduler = (
+        random_transformer(config, device, sizes),
+        FlowMatchEulerDiscreteScheduler(),
+    )
     run = set_up(config, transformer, scheduler, device, config.max_train_steps)
     count, hidden, seconds = config.train_batch_size, transformer.config.joint_attention_dim, []
     latents, noise = torch.randn(2, count, 16, height // 8, width // 8)
-    batch = Batch(0, latents, noise, torch.randn(count), torch.randn(count, TEXT_TOKENS, hidden), torch.ones(count))
-    for run.step in tqdm(range(config.benchmark), desc="benchmark", unit="step", leave=False, disable=RANK > 0):
+    batch = Batch(
+        0,
+        latents,
+        noise,
+        torch.randn(count),
+        torch.randn(count, TEXT_TOKENS, hidden),
+        torch.ones(count),
+    )
+    for run.step in tqdm(
+        range(config.benchmark), desc="benchmark", unit="step", leave=False, disable=RANK > 0
+    ):
         start = time.perf_counter()
         train_step(config, run, [batch] * config.gradient_accumulation_steps)
         seconds.append(time.perf_counter() - start)
     a_step, peak = statistics.median(seconds[1:] or seconds), peak_memory(device)
-    hours = f"{config.max_train_steps} steps take {a_step * config.max_train_steps / 3600:.3g} hours"
-    say(f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; {hours}")
-    say(f"without caching and previews; peak device memory {peak:.1f} GiB")
+    hours = (
+        f"{config.max_train_steps} steps take {a_step * config.max_train_steps / 3600:.3g} hours"
+    )
+    log(
+        f"{a_step:.3g} s a step of {count} x {config.gradient_accumulation_steps} at {width}x{height}; {hours}"
+    )
+    log(f"without caching and previews; peak device memory {peak:.1f} GiB")
     return {"seconds_per_step": a_step, "peak_memory_gib": peak}
 
 
@@ -644,7 +924,9 @@ def random_transformer(config, device, sizes):
     with torch.device("meta"):
         transformer = LongCatImageTransformer2DModel(**sizes)
     empty, dtype = transformer.state_dict(), compute_dtype(config, device)
-    read = lambda names: {name: torch.randn(empty[name].shape, device=device, dtype=dtype) * 0.02 for name in names}
+    read = lambda names: {
+        name: torch.randn(empty[name].shape, device=device, dtype=dtype) * 0.02 for name in names
+    }
     return fill_transformer(transformer, read, config, device)
 
 
@@ -657,12 +939,17 @@ def train(config, run, data, steps):
     metrics, recent, saved, bad, skipped = Metrics(config, run.step), [], run.step, 0, 0
     bar = tqdm(initial=run.step, total=steps, desc="training", unit="step", disable=RANK > 0)
     due = lambda every: every and (run.step % every == 0 or run.step == steps)
-    batches_of_steps = step_batches(config, data, run.taken)
+    batches_of_steps = step_batches(config, data, run.batches_taken)
     with stop_signals() as stop, bar, contextlib.closing(batches_of_steps):
         try:
             while True:
-                passed = run.step // config.checkpoint_step_interval > saved // config.checkpoint_step_interval
-                if not bad and (passed or run.step == steps > saved):  # after a bad step not before the next good one
+                passed = (
+                    run.step // config.checkpoint_step_interval
+                    > saved // config.checkpoint_step_interval
+                )
+                if not bad and (
+                    passed or run.step == steps > saved
+                ):  # after a bad step not before the next good one
                     saved = run.step
                     save_checkpoint(config, run, data)
                 if due(config.validation_step_interval):
@@ -673,26 +960,48 @@ def train(config, run, data, steps):
                 start = time.perf_counter()
                 batches, taken, epoch = next(batches_of_steps)
                 loss, grad_norm, sound = train_step(config, run, batches)
-                run.step, run.taken = run.step + 1, taken
+                run.step, run.batches_taken = run.step + 1, taken
                 recent.append((loss if sound else math.nan, grad_norm, time.perf_counter() - start))
                 bad, skipped = (0, skipped) if sound else (bad + 1, skipped + 1)
                 if not sound:
-                    say(f"step {run.step}: loss {loss}, gradient norm {grad_norm}: not learned from")
+                    log(
+                        f"step {run.step}: loss {loss}, gradient norm {grad_norm}: not learned from"
+                    )
                 if due(LOG_EVERY) or bad == BAD_STEPS:
-                    finite = (list(filter(math.isfinite, values)) or [math.nan] for values in zip(*recent))
+                    finite = (
+                        list(filter(math.isfinite, values)) or [math.nan] for values in zip(*recent)
+                    )
                     loss, grad_norm, seconds = map(statistics.fmean, finite)
                     lr, memory = run.optimizer.param_groups[0]["lr"], peak_memory(run.device)
-                    numbers = dict(loss=loss, grad_norm=grad_norm, lr=lr, epoch=epoch, skipped_steps=skipped)
-                    metrics.write(run.step, "train", **numbers, seconds_per_step=seconds, peak_memory_gib=memory)
+                    numbers = dict(
+                        loss=loss, grad_norm=grad_norm, lr=lr, epoch=epoch, skipped_steps=skipped
+                    )
+                    metrics.write(
+                        run.step,
+                        "train",
+                        **numbers,
+                        seconds_per_step=seconds,
+                        peak_memory_gib=memory,
+                    )
                     recent.clear()
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 if bad == BAD_STEPS:
                     what = f"were not finite {bad} times in a row; the newest checkpoint is step {saved}"
-                    fp16 = ", or set mixed_precision to no: fp16 may be too narrow" * run.scaler.is_enabled()
-                    raise UserError(f"step {run.step}: loss or gradients {what}; lower learning_rate{fp16}")
+                    fp16 = (
+                        ", or set mixed_precision to no: fp16 may be too narrow"
+                        * run.scaler.is_enabled()
+                    )
+                    raise UserError(
+                        f"step {run.step}: loss or gradients {what}; lower learning_rate{fp16}"
+                    )
                 bar.update()
         finally:  # whatever came: the last complete step is saved, but not after a second signal
-            if run.step > saved and not run.torn and bad < BAD_STEPS and len(stop.numbers) < 2:
+            if (
+                run.step > saved
+                and not run.weights_in_flux
+                and bad < BAD_STEPS
+                and len(stop.numbers) < 2
+            ):
                 save_checkpoint(config, run, data)
             if metrics.board:
                 metrics.board.close()
@@ -704,9 +1013,17 @@ def train(config, run, data, steps):
 def show(config, run, data, metrics, stop):
     """Scores the pictures held out and draws a preview, which the first signal to stop ends at once."""
     run.transformer.eval()
-    if data.held_out and run.step not in metrics.scores and (scores := score(config, run, data, stop)):
+    if (
+        data.held_out
+        and run.step not in metrics.scores
+        and (scores := score(config, run, data, stop))
+    ):
         metrics.write(run.step, "validation", **scores)
-        say("step {}: held-out loss {held_out_loss:.4f}, the base's {held_out_base:.4f}".format(run.step, **scores))
+        log(
+            "step {}: held-out loss {held_out_loss:.4f}, the base's {held_out_base:.4f}".format(
+                run.step, **scores
+            )
+        )
     if config.validation_prompts and RANK == 0:
         with contextlib.suppress(KeyboardInterrupt):
             stop.at_once = True
@@ -717,7 +1034,7 @@ def show(config, run, data, metrics, stop):
     free_memory()  # of the VAE
 
 
-@stage(MEMORY_ADVICE)
+@explain_out_of_memory(MEMORY_ADVICE)
 def main(config):
     """Trains the LoRA. Returns the path of the finished `pytorch_lora_weights.safetensors`; with `benchmark` its
     figures. Raises UserError for what the user has to mend, and KeyboardInterrupt with the number of a signal to stop
@@ -726,8 +1043,10 @@ def main(config):
     check_precision(config, device)
     if config.benchmark:
         return benchmark(config, device)
-    if base_model(config) == FLAVOURS["final"]:
-        say("model_flavour: final; its authors advise dev to train on, and the LoRA works on final, too")
+    if base_model_name(config) == FLAVOURS["final"]:
+        log(
+            "model_flavour: final; its authors advise dev to train on, and the LoRA works on final, too"
+        )
     with lock(output) if RANK == 0 else contextlib.nullcontext():
         checkpoint, state = find_checkpoint(config)
         if config.init_lora and not checkpoint:
@@ -736,24 +1055,40 @@ def main(config):
             prepare_folder(config, checkpoint)
         data = read_data(config, state)
         per_step, steps = config.gradient_accumulation_steps * WORLD_SIZE, config.max_train_steps
-        if config.num_train_epochs:  # the steps that are done may have been taken by another number of processes
+        if (
+            config.num_train_epochs
+        ):  # the steps that are done may have been taken by another number of processes
             done, taken = (state["step"], state["taken"]) if state else (0, 0)
-            steps = done + max(0, math.ceil((config.num_train_epochs * data.per_epoch - taken) / per_step))
+            steps = done + max(
+                0, math.ceil((config.num_train_epochs * data.per_epoch - taken) / per_step)
+            )
         seen = steps * per_step / data.per_epoch
-        say(f"{steps} steps of {config.train_batch_size * per_step} pictures, each seen {seen:.1f} times its repeats")
+        log(
+            f"{steps} steps of {config.train_batch_size * per_step} pictures, each seen {seen:.1f} times its repeats"
+        )
         if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
-            say(f"lr_warmup_steps: {config.lr_warmup_steps}, so the full learning rate is never reached; lower it")
+            log(
+                f"lr_warmup_steps: {config.lr_warmup_steps}, so the full learning rate is never reached; lower it"
+            )
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-            say(f"learning_rate: {config.learning_rate} is a factor of the rate that prodigy finds; set it to 1")
+            log(
+                f"learning_rate: {config.learning_rate} is a factor of the rate that prodigy finds; set it to 1"
+            )
 
-        begun = config.model_copy(update={"init_lora": None}) if checkpoint else config  # it has gone on from there
+        begun = (
+            config.model_copy(update={"init_lora": None}) if checkpoint else config
+        )  # it has gone on from there
         run = set_up(begun, load_transformer(config, device), load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
-            say(f"resumed from {checkpoint}, in epoch {run.taken // data.per_epoch}, of {data.per_epoch} batches")
+            log(
+                f"resumed from {checkpoint}, in epoch {run.batches_taken // data.per_epoch}, of {data.per_epoch} batches"
+            )
         if run.step >= steps:
             more = "raise max_train_steps or num_train_epochs"
-            say(f"nothing to train: {checkpoint} has {run.step} steps; {more}, or choose another output_dir")
+            log(
+                f"nothing to train: {checkpoint} has {run.step} steps; {more}, or choose another output_dir"
+            )
         elif RANK == 0:
             write_file(output / "config.json", config.model_dump_json(indent=2) + "\n")
         best = train(config, run, data, steps)
@@ -762,12 +1097,12 @@ def main(config):
             write_lora(config, run, output)
             if not (output / "README.md").exists():  # the user may have changed it
                 write_file(output / "README.md", model_card(config))
-            print(f"LoRA: {output / LORA_NAME}")
+            print(f"LoRA: {output / LORA_FILE}")
             if config.validation_step_interval and config.validation_prompts:
                 print(f"before and after: {output / 'validation' / 'progress.png'}")
             if best is not None:
                 print(f"lowest held-out loss: step {best}")
-    return output / LORA_NAME
+    return output / LORA_FILE
 
 
 if __name__ == "__main__":

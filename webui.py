@@ -41,12 +41,18 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    KEYS, LORA_NAME, UserError, in_parallel, load_config, own_keys, parse_json, read_json, write_file,
+    KEYS, LORA_FILE, UserError, in_parallel, load_config, our_keys, parse_json, read_json, write_file,
 )  # fmt: skip
 from validate import read_metrics
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = ("data", "cache", "models", "configs", "tests/tiny_longcat")  # open to the page, beside --output
+FOLDERS = (
+    "data",
+    "cache",
+    "models",
+    "configs",
+    "tests/tiny_longcat",
+)  # open to the page, beside --output
 # The keys that have fields, with labels and help in webui_texts.json; all others are lines of JSON.
 FRONT = [
     "data_dir", "trigger_words", "instance_prompt", "validation_prompts", "output_dir",
@@ -58,8 +64,19 @@ TRY = [
     "validation_num_inference_steps", "validation_guidance", "validation_resolution",
 ]  # fmt: skip
 LISTS = ("trigger_words", "validation_prompts")  # one a line
-PATHS = ("output_dir", "cache_dir", "init_lora", "lora", "resume_from_checkpoint", "pretrained_model_name_or_path")
-CURVES = {"loss": "#9ca3af", "held_out_loss": "#ea580c", "held_out_base": "#2563eb"}  # from metrics.jsonl
+PATHS = (
+    "output_dir",
+    "cache_dir",
+    "init_lora",
+    "lora",
+    "resume_from_checkpoint",
+    "pretrained_model_name_or_path",
+)
+CURVES = {
+    "loss": "#9ca3af",
+    "held_out_loss": "#ea580c",
+    "held_out_base": "#2563eb",
+}  # from metrics.jsonl
 THUMBNAILS, LOG_LINES, REFRESH_SECONDS = 200, 14, 2
 ONE_AT_A_TIME = threading.RLock()
 PICTURE = dict(show_label=False, interactive=False, buttons=["download", "fullscreen"])
@@ -80,11 +97,19 @@ def texts_of(config):
     values = config.model_dump()
     values |= {name: "\n".join(values[name]) for name in LISTS}
     sources = [source.model_dump(exclude_defaults=True) for source in config.data_dir]
-    values["data_dir"] = sources[0]["path"] if [[*source] for source in sources] == [["path"]] else sources or None
+    values["data_dir"] = (
+        sources[0]["path"] if [[*source] for source in sources] == [["path"]] else sources or None
+    )
     others = [name for name in KEYS if name not in FRONT]
-    lines = [f"  // {KEYS[name].description}\n  {json.dumps(name)}: {json.dumps(values[name])},\n" for name in others]
+    lines = [
+        f"  // {KEYS[name].description}\n  {json.dumps(name)}: {json.dumps(values[name])},\n"
+        for name in others
+    ]
     shown = [values[name] for name in FRONT]
-    shown = ["" if value is None else value if isinstance(value, str) else json.dumps(value) for value in shown]
+    shown = [
+        "" if value is None else value if isinstance(value, str) else json.dumps(value)
+        for value in shown
+    ]
     return ["{\n" + "".join(lines) + "}", *shown]
 
 
@@ -97,7 +122,7 @@ def read_form(place, fields, others):
         if lines:
             several = name in LISTS and len(lines) > 1
             others = {**others, f"--{name}": lines if several else text.strip()}
-    prompts = own_keys(others).get("validation_prompts")
+    prompts = our_keys(others).get("validation_prompts")
     if str(prompts).lower().endswith(".txt"):  # load_config reads it
         confine(place, "validation_prompts", prompts)
     config = load_config(**others)
@@ -106,20 +131,29 @@ def read_form(place, fields, others):
     for source in config.data_dir:
         confine(place, "data_dir", source.path)
         if not os.path.isdir(source.path):  # a list could name pictures anywhere
-            raise UserError(f"data_dir: {source.path} is no folder; lists of pictures are for the command line")
+            raise UserError(
+                f"data_dir: {source.path} is no folder; lists of pictures are for the command line"
+            )
     return config
 
 
 def confine(place, name, path):
     """Raises UserError if this key's path lies outside the page's folders."""
-    is_hub = name == "pretrained_model_name_or_path" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path))
+    is_hub = name == "pretrained_model_name_or_path" and re.fullmatch(
+        r"\w[\w.-]*/\w[\w.-]*", str(path)
+    )
     is_word = name in ("lora", "resume_from_checkpoint") and path in ("latest", "none")
     if path is None or is_word or (is_hub and not os.path.exists(path)):
         return
     flag, folders = ("--output", []) if name == "output_dir" else ("--folders", place.folders)
-    if not is_inside(path, [place.output, *folders]) or ".webui" in Path(os.path.realpath(path)).parts:
+    if (
+        not is_inside(path, [place.output, *folders])
+        or ".webui" in Path(os.path.realpath(path)).parts
+    ):
         where = f"outside this page's folders ({', '.join(map(str, [place.output, *folders]))})"
-        raise UserError(f"{name}: found {path!r}, which is {where}; start webui.py with {flag} {path}")
+        raise UserError(
+            f"{name}: found {path!r}, which is {where}; start webui.py with {flag} {path}"
+        )
 
 
 def is_inside(path, folders):
@@ -130,7 +164,9 @@ def is_inside(path, folders):
 
 def field(name, text, form):
     """The component of a key: a choice where there are few values, else a text."""
-    shared = dict(value=text, label=t(name), info=t(f"help_{name}"), elem_id=f"{form}-{name}", min_width=320)
+    shared = dict(
+        value=text, label=t(name), info=t(f"help_{name}"), elem_id=f"{form}-{name}", min_width=320
+    )
     if get_origin(KEYS[name].annotation) is Literal:
         return gr.Dropdown(get_args(KEYS[name].annotation), **shared)
     return gr.Textbox(lines=3 if name in LISTS else 1, max_lines=8, **shared)
@@ -139,7 +175,9 @@ def field(name, text, form):
 def said(error):
     """What is wrong as Markdown, a paragraph a line; before a key that has a field stands the field's label."""
     lines = [(re.split(r"[:.\[]", line)[0], plain(line)) for line in str(error).splitlines()]
-    return "\n\n".join(f"⚠ **{t(key)}** – {line}" if key in FRONT + TRY else f"⚠ {line}" for key, line in lines)
+    return "\n\n".join(
+        f"⚠ **{t(key)}** – {line}" if key in FRONT + TRY else f"⚠ {line}" for key, line in lines
+    )
 
 
 def told(action):
@@ -171,10 +209,17 @@ def start_job(place, script, config):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(f"busy: a job is at work in {json.load(lock)['run']}; stop that, or wait") from None
+            raise UserError(
+                f"busy: a job is at work in {json.load(lock)['run']}; stop that, or wait"
+            ) from None
         write_file(folder / f"{name}.json", config.model_dump_json(indent=2) + "\n")
         environment = {**os.environ, "PYTHONUTF8": "1", "TQDM_MININTERVAL": "1"}
-        detached = dict(stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock.fileno()], env=environment)
+        detached = dict(
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+            env=environment,
+        )
         with open(folder / f"{name}.log", "wb") as log:
             command = [sys.executable, str(HERE / script), str(folder / f"{name}.json")]
             process = subprocess.Popen(command, stdout=log, stderr=log, **detached)
@@ -210,34 +255,56 @@ def state_of(place, name, run):
     job = at_work(place, name, run)
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", path.read_bytes().decode("utf-8", "replace"))
     lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
-    bar = lambda line: re.sub(r": +\d+%\|.*", "", line)  # a progress bar's name, of another line all
+    bar = lambda line: re.sub(
+        r": +\d+%\|.*", "", line
+    )  # a progress bar's name, of another line all
     last = sorted({bar(line): i for i, line in enumerate(lines) if line}.values())
     log = "\n".join(lines[i] for i in last[-LOG_LINES:])
     if job:
         return ("running" if job["pid"] else "stopping"), log
     finished = re.search(r"^(LoRA|base beside LoRA): ", log, re.MULTILINE)
-    return "finished" if finished else "stopped" if re.search(r"^stopp", log, re.MULTILINE) else "failed", log
+    return "finished" if finished else "stopped" if re.search(
+        r"^stopp", log, re.MULTILINE
+    ) else "failed", log
 
 
 def find_runs(place):
     """{a run's folder: its config file}, newest first, under the output folder and up to two deep in it."""
-    names = [depth + name for depth in ("", "*/", "*/*/") for name in ("config.json", ".webui/train_lora.json")]
+    names = [
+        depth + name
+        for depth in ("", "*/", "*/*/")
+        for name in ("config.json", ".webui/train_lora.json")
+    ]
     found = [path for name in names for path in place.output.glob(name)]
-    found = {str(path.parent.parent if path.parent.name == ".webui" else path.parent): path for path in found}
-    found = {run: path for run, path in found.items() if run.isprintable() and is_inside(path, [place.output])}
+    found = {
+        str(path.parent.parent if path.parent.name == ".webui" else path.parent): path
+        for path in found
+    }
+    found = {
+        run: path
+        for run, path in found.items()
+        if run.isprintable() and is_inside(path, [place.output])
+    }
     return dict(sorted(found.items(), key=lambda item: item[1].stat().st_mtime, reverse=True))
 
 
 def find_loras(place):
     """{path of a LoRA: its run's folder}: of the newest run first, the last, then those of its checkpoints."""
-    files = lambda run: [run / LORA_NAME, *sorted(run.glob(f"checkpoints/step-*/{LORA_NAME}"), reverse=True)]
-    return {str(file): run for run in find_runs(place) for file in files(Path(run)) if file.is_file()}
+    files = lambda run: [
+        run / LORA_FILE,
+        *sorted(run.glob(f"checkpoints/step-*/{LORA_FILE}"), reverse=True),
+    ]
+    return {
+        str(file): run for run in find_runs(place) for file in files(Path(run)) if file.is_file()
+    }
 
 
 def curves(metrics):
     """The losses in a run's metrics.jsonl as the plot's table. Every curve has a row, or it could not come later."""
     table = pd.DataFrame(read_metrics(Path(metrics)), columns=["step", *CURVES])
-    return pd.concat([pd.DataFrame({"curve": [*CURVES]}), table.melt("step", var_name="curve").dropna()])
+    return pd.concat(
+        [pd.DataFrame({"curve": [*CURVES]}), table.melt("step", var_name="curve").dropna()]
+    )
 
 
 newest = lambda found: next(iter(found), "")  # of find_runs or find_loras
@@ -260,7 +327,9 @@ def set_up_tab(place, start):
     with gr.Row():
         form = [field(name, text, "key") for name, text in zip(FRONT, texts[1:])]
     with gr.Accordion(t("more"), open=False, elem_id="more-box"):
-        more = gr.Code(texts[0], "javascript", show_label=False, wrap_lines=True, max_lines=30, elem_id="more")
+        more = gr.Code(
+            texts[0], "javascript", show_label=False, wrap_lines=True, max_lines=30, elem_id="more"
+        )
     message = gr.Markdown(elem_id="set-up-message")
     components = [more, *form]
 
@@ -284,7 +353,9 @@ def data_tab(place, settings):
         with gr.Row():
             gallery = gr.Gallery(columns=6, height=560, scale=2, elem_id="pictures", **PICTURE)
             with gr.Column():
-                caption = gr.Textbox(label=t("caption"), lines=4, elem_id="caption", interactive=True)
+                caption = gr.Textbox(
+                    label=t("caption"), lines=4, elem_id="caption", interactive=True
+                )
                 save = gr.Button(t("save_caption"), elem_id="save-caption")
                 saved = gr.Markdown(elem_id="caption-message")
     found = gr.State([])  # a dictionary for each picture
@@ -295,18 +366,44 @@ def data_tab(place, settings):
         try:
             config = read_form(place, dict(zip(FRONT, texts)), more)
             for source in config.data_dir:
-                for path, captions in prepare_data.read_source(source, config, prepare_data.Findings()):
+                for path, captions in prepare_data.read_source(
+                    source, config, prepare_data.Findings()
+                ):
                     files = [path.with_suffix(".txt"), path.with_suffix(".json")]  # there or not
-                    entries.append(dict(picture=path, captions=captions, files=files, stamps=[*map(stamp, files)]))
+                    entries.append(
+                        dict(
+                            picture=path,
+                            captions=captions,
+                            files=files,
+                            stamps=[*map(stamp, files)],
+                        )
+                    )
             prepare_data.main(config)
-            text, preview = (Path(config.output_dir) / name for name in ("report.md", "preview.jpg"))
+            text, preview = (
+                Path(config.output_dir) / name for name in ("report.md", "preview.jpg")
+            )
             text = text.read_text(encoding="utf-8")
             summary = plain(text.split("\n")[2])
         except (UserError, OSError) as error:
             summary = said(error)
         entries = sorted(entries, key=lambda entry: bool(entry["captions"]))[:THUMBNAILS]
-        images = [*in_parallel(lambda entry: (thumbnail(entry["picture"]), *(entry["captions"] or "⚠")[:1]), entries)]
-        return summary, gr.update(visible=bool(entries)), preview, text, entries, images, None, "", ""
+        images = [
+            *in_parallel(
+                lambda entry: (thumbnail(entry["picture"]), *(entry["captions"] or "⚠")[:1]),
+                entries,
+            )
+        ]
+        return (
+            summary,
+            gr.update(visible=bool(entries)),
+            preview,
+            text,
+            entries,
+            images,
+            None,
+            "",
+            "",
+        )
 
     def choose(entries, event: gr.SelectData):
         entry = entries[event.index]
@@ -347,7 +444,14 @@ def train_tab(place, settings):
     start = gr.Button(t("start"), variant="primary", elem_id="start")
     message = gr.Markdown(elem_id="train-message")
     with gr.Row():
-        chosen = gr.Dropdown([*find_runs(place)], value=None, label=t("run"), info=t("newest"), elem_id="run", scale=3)
+        chosen = gr.Dropdown(
+            [*find_runs(place)],
+            value=None,
+            label=t("run"),
+            info=t("newest"),
+            elem_id="run",
+            scale=3,
+        )
         stop = gr.Button(t("stop"), variant="stop", elem_id="stop")
     state = gr.Markdown(elem_id="state")
     with gr.Row():
@@ -356,7 +460,9 @@ def train_tab(place, settings):
         log = gr.Textbox(label=t("log"), elem_id="log", **LOG)
     preview = gr.Image(visible=False, elem_id="previews", **PICTURE)
     lora = gr.DownloadButton(t("download"), visible=False, elem_id="download")
-    made = gr.State()  # the files of these three, with their stamps: they are shown again when one has changed
+    made = (
+        gr.State()
+    )  # the files of these three, with their stamps: they are shown again when one has changed
 
     @told
     def begin(more, *texts):
@@ -365,8 +471,14 @@ def train_tab(place, settings):
     def refresh(run):
         run = run or newest(find_runs(place))
         name, text = state_of(place, "train_lora", run)
-        files = [os.path.join(run, file) for file in ("metrics.jsonl", "validation/progress.png", LORA_NAME)]
-        files = [(file, stamp(file)) if is_inside(file, [place.output]) else (file, None) for file in files]
+        files = [
+            os.path.join(run, file)
+            for file in ("metrics.jsonl", "validation/progress.png", LORA_FILE)
+        ]
+        files = [
+            (file, stamp(file)) if is_inside(file, [place.output]) else (file, None)
+            for file in files
+        ]
         return f"{plain(run)}: **{t(name or 'elsewhere')}**" if run else t("no_run"), text, files
 
     def show(made):
@@ -376,7 +488,9 @@ def train_tab(place, settings):
 
     start.click(begin, settings, message).then(lambda: None, None, chosen)  # the newest
     stop.click(lambda run: stop_job(place, "train_lora", run or newest(find_runs(place))), chosen)
-    chosen.focus(lambda: gr.update(choices=[*find_runs(place)]), None, chosen, show_progress="hidden")
+    chosen.focus(
+        lambda: gr.update(choices=[*find_runs(place)]), None, chosen, show_progress="hidden"
+    )
     made.change(show, made, [plot, preview, lora], show_progress="hidden")
     gr.Timer(REFRESH_SECONDS).tick(refresh, chosen, [state, log, made], show_progress="hidden")
 
@@ -385,7 +499,9 @@ def try_tab(place):
     """Prompts drawn with the base and with a LoRA, side by side, by validate.py."""
     with gr.Row():
         with gr.Column():
-            lora = gr.Dropdown([*find_loras(place)], value=None, label=t("lora"), info=t("newest"), elem_id="lora")
+            lora = gr.Dropdown(
+                [*find_loras(place)], value=None, label=t("lora"), info=t("newest"), elem_id="lora"
+            )
             form = [field(name, "", "try") for name in TRY]
             draw = gr.Button(t("draw"), variant="primary", elem_id="draw")
             message = gr.Markdown(elem_id="try-message")
@@ -402,19 +518,38 @@ def try_tab(place):
             raise UserError("lora: none yet; train one first")
         lora = lora or newest(loras)
         typed = {name: text for name, text in zip(TRY, texts) if text.strip()}
-        given = {name: value for name, value in read_json(find_runs(place)[loras[lora]]).items() if name not in typed}
-        given |= {"data_dir": None, "output_dir": loras[lora], "lora": lora, "compare_checkpoints": False}
+        given = {
+            name: value
+            for name, value in read_json(find_runs(place)[loras[lora]]).items()
+            if name not in typed
+        }
+        given |= {
+            "data_dir": None,
+            "output_dir": loras[lora],
+            "lora": lora,
+            "compare_checkpoints": False,
+        }
         start_job(place, "validate.py", read_form(place, typed, given))
 
     def refresh(lora):
         loras = find_loras(place)
         name, text = state_of(place, "validate", loras.get(lora or newest(loras)))
         grid = re.findall(r"^base beside LoRA: (.+)$", text, re.MULTILINE)
-        return t(name) if name else "", text, grid[-1] if grid and is_inside(grid[-1], [place.output]) else None
+        return (
+            t(name) if name else "",
+            text,
+            grid[-1] if grid and is_inside(grid[-1], [place.output]) else None,
+        )
 
     def show(grid):
-        files = sorted(Path(grid).parent.glob("*.png"), key=lambda path: path != Path(grid)) if grid else []
-        return gr.update(value=[(path, path.stem) for path in files], selected_index=0 if files else None)
+        files = (
+            sorted(Path(grid).parent.glob("*.png"), key=lambda path: path != Path(grid))
+            if grid
+            else []
+        )
+        return gr.update(
+            value=[(path, path.stem) for path in files], selected_index=0 if files else None
+        )
 
     draw.click(begin, [lora, *form], message)
     lora.focus(lambda: gr.update(choices=[*find_loras(place)]), None, lora, show_progress="hidden")
@@ -424,7 +559,9 @@ def try_tab(place):
 
 def make_page(place, start):
     """The page. `start`: the config file that it opens with."""
-    with gr.Blocks(title="LongCat-Image LoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with gr.Blocks(
+        title="LongCat-Image LoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)
+    ) as page:
         gr.Markdown(f"# {t('title')}")
         with gr.Tab(t("set_up")):
             gr.Markdown(t("about_set_up"))
@@ -438,7 +575,9 @@ def make_page(place, start):
         with gr.Tab(t("try_it")):
             gr.Markdown(t("about_try_it"))
             try_tab(place)
-    for function in page.fns.values():  # Gradio would describe public ones, with what the fields hold, to anybody
+    for function in (
+        page.fns.values()
+    ):  # Gradio would describe public ones, with what the fields hold, to anybody
         function.api_visibility = "private"
     return page
 
@@ -450,7 +589,11 @@ async def refuse_other_sites(request, call_next):
     """Another site's page, open in the same browser, must not use this one; it may link here. A browser names the
     origin with all that changes something, and with all that a script may read."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
-    own = site == "same-origin" if site else origin and urlsplit(origin).netloc == request.headers.get("host")
+    own = (
+        site == "same-origin"
+        if site
+        else origin and urlsplit(origin).netloc == request.headers.get("host")
+    )
     if origin and not own:
         return PlainTextResponse("this page takes no orders from another site", 403)
     return await call_next(request)
@@ -458,29 +601,57 @@ async def refuse_other_sites(request, call_next):
 
 def main(arguments=None):
     """Serves the page, until Ctrl-C; in a notebook it shows it and returns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others need a password")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others need a password"
+    )
     parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--password", default=os.environ.get("WEBUI_PASSWORD"), help="or as WEBUI_PASSWORD")
-    parser.add_argument("--output", default="output", help="folder of all runs; nothing else is served as it is")
-    parser.add_argument("--folders", nargs="+", default=[], help=f"folders open to the page, besides {FOLDERS}")
+    parser.add_argument(
+        "--password", default=os.environ.get("WEBUI_PASSWORD"), help="or as WEBUI_PASSWORD"
+    )
+    parser.add_argument(
+        "--output", default="output", help="folder of all runs; nothing else is served as it is"
+    )
+    parser.add_argument(
+        "--folders", nargs="+", default=[], help=f"folders open to the page, besides {FOLDERS}"
+    )
     options = parser.parse_args(arguments)
     own_machine = options.host == "localhost" or options.host.startswith("127.")
-    if not own_machine and len(options.password or "") < 8:  # nothing limits how often one may guess
-        sys.exit(f"error: --host {options.host}: others could use this page; give it a --password of 8 letters or more")
-    place = SimpleNamespace(output=Path(options.output), folders=[Path(path) for path in (*FOLDERS, *options.folders)])
+    if (
+        not own_machine and len(options.password or "") < 8
+    ):  # nothing limits how often one may guess
+        sys.exit(
+            f"error: --host {options.host}: others could use this page; give it a --password of 8 letters or more"
+        )
+    place = SimpleNamespace(
+        output=Path(options.output), folders=[Path(path) for path in (*FOLDERS, *options.folders)]
+    )
     place.lock = place.output / ".webui" / "lock"
-    os.environ["GRADIO_TEMP_DIR"] = str((place.lock.parent / "shown").absolute())  # what the page has shown
+    os.environ["GRADIO_TEMP_DIR"] = str(
+        (place.lock.parent / "shown").absolute()
+    )  # what the page has shown
     # Names that lead to this machine; the last are Colab's. A site that gives its own name to 127.0.0.1 is turned away.
-    hosts = ["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"] if own_machine else ["*"]
+    hosts = (
+        ["localhost", "127.0.0.1", options.host, "*.googleusercontent.com"]
+        if own_machine
+        else ["*"]
+    )
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     guards.append(Middleware(BaseHTTPMiddleware, dispatch=refuse_other_sites))
     texts = json.loads((HERE / "webui_texts.json").read_text(encoding="utf-8"))
     languages = {"en": 0, "pt": 1, "pt-BR": 1, "zh": 2, "zh-CN": 2, "zh-TW": 2}
-    translations = {language: {name: text[i] for name, text in texts.items()} for language, i in languages.items()}
+    translations = {
+        language: {name: text[i] for name, text in texts.items()}
+        for language, i in languages.items()
+    }
     gpu, mac = torch.cuda.is_available(), torch.backends.mps.is_available()
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    print(f"open http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}", flush=True)
+    print(
+        f"open http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}",
+        flush=True,
+    )
     try:
         place.lock.parent.mkdir(parents=True, exist_ok=True)
         make_page(place, "24gb.json" if gpu else "mps.json" if mac else "tiny.json").launch(

@@ -5,7 +5,7 @@
     python tests/bench_cache.py --real --limit 8     # on a GPU, within 8 GB of its memory
 
 Prompts of 10, 60 and 200 tokens: `cache_prompts` beside the pipeline's own `encode_prompt`, one prompt at a time, on
-the whole model (not with --alone, or a limit under 18 GB). Images: `cache_pictures` beside a loop that decodes, encodes
+the whole model (not with --alone, or a limit under 18 GB). Images: `cache_images` beside a loop that decodes, encodes
 and writes one image after another.
 """
 
@@ -64,11 +64,15 @@ def make_text_encoder(folder, sizes, dtype):
     config.vision_config.out_hidden_size = sizes["hidden_size"]
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()}
+        shapes = {
+            name: p.shape
+            for name, p in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()
+        }
     groups = {}
     for name in shapes:
         groups.setdefault(
-            name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest", []
+            name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else "rest",
+            [],
         ).append(name)
     files, noise = {}, (torch.randn(2**20 + 7) * 0.02).to(dtype)
     for group, names in groups.items():
@@ -77,9 +81,15 @@ def make_text_encoder(folder, sizes, dtype):
             if len(shape) == 1
             else noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()
         )
-        save_file({name: make(shapes[name]) for name in names}, folder / f"model-{group}.safetensors", {"format": "pt"})
+        save_file(
+            {name: make(shapes[name]) for name in names},
+            folder / f"model-{group}.safetensors",
+            {"format": "pt"},
+        )
         files |= {name: f"model-{group}.safetensors" for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
 
 
 def median_of(ways, rounds):
@@ -112,7 +122,9 @@ def make_tokenizer(folder):
     """The tiny model's tokenizer with the words of the chat template as tokens: the template then has about 41 tokens,
     as with the real tokenizer. Returns it."""
     tokenizer = Qwen2Tokenizer.from_pretrained(TINY / "tokenizer")
-    models = dict(scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None)
+    models = dict(
+        scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None
+    )
     pipe = LongCatImagePipeline(tokenizer=tokenizer, **models)
     template = pipe.prompt_template_encode_prefix + pipe.prompt_template_encode_suffix
     tokenizer.add_tokens(sorted(set(re.findall(r" ?[a-zA-Z]+", re.sub(r"<.*?>", "", template)))))
@@ -133,15 +145,21 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
     device, dtype = pick_device(), torch.bfloat16 if real else torch.float32
     make_text_encoder(folder / "model/text_encoder", REAL if real else SCALED, dtype)
     tokenizer = make_tokenizer(folder / "model/tokenizer")
-    config = load_config(pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size)
+    config = load_config(
+        pretrained_model_name_or_path=str(folder / "model"), text_encoder_batch_size=batch_size
+    )
     template = len(template_tokens(tokenizer))
     memory = OwnMemory()
 
     pipe = None
     if compare:
-        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model/text_encoder", dtype=dtype)
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "model/text_encoder", dtype=dtype
+        )
         models = dict(vae=None, transformer=None, scheduler=None, text_processor=None)
-        pipe = LongCatImagePipeline(text_encoder=text_encoder.eval().to(device), tokenizer=tokenizer, **models)
+        pipe = LongCatImagePipeline(
+            text_encoder=text_encoder.eval().to(device), tokenizer=tokenizer, **models
+        )
 
     for length in (10, 60, 200):
         prompts = make_prompts(tokenizer, count, length)
@@ -157,8 +175,14 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
                 write_tensors(folder / f"plain/{n}.safetensors", {"prompt_embeds": prompt_embeds})
 
         times = median_of({"ours": ours} | ({"the pipeline": plain} if compare else {}), rounds)
-        size = sum(path.stat().st_size for path in Path(config.cache_dir).rglob("*.safetensors")) / count
-        print(f"{length} tokens: {count / times['ours']:.2f} prompts a second, with reading the model; ", end="")
+        size = (
+            sum(path.stat().st_size for path in Path(config.cache_dir).rglob("*.safetensors"))
+            / count
+        )
+        print(
+            f"{length} tokens: {count / times['ours']:.2f} prompts a second, with reading the model; ",
+            end="",
+        )
         if compare:
             theirs = times["the pipeline"]
             print(
@@ -166,7 +190,8 @@ def bench_prompts(folder, real, count, rounds, batch_size, compare):
                 end="",
             )
             print(
-                f"times as fast; columns 553 to {template + length + 1}: {553 / (template + length + 1):.2f}; ", end=""
+                f"times as fast; columns 553 to {template + length + 1}: {553 / (template + length + 1):.2f}; ",
+                end="",
             )
         print(f"{size / 1e6:.2f} MB a prompt")
     print(f"peak memory of the process for its own: {memory.peak:.1f} GiB")
@@ -178,32 +203,40 @@ def bench_pictures(folder, count, rounds):
     device, rng = pick_device(), np.random.default_rng(0)
     (folder / "data").mkdir()
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((2000, 1500)).save(
-            folder / "data" / f"{i}.jpg", quality=90
-        )
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
+            (2000, 1500)
+        ).save(folder / "data" / f"{i}.jpg", quality=90)
     paths = dict(
-        pretrained_model_name_or_path=str(TINY), data_dir=str(folder / "data"), output_dir=str(folder / "output")
+        pretrained_model_name_or_path=str(TINY),
+        data_dir=str(folder / "data"),
+        output_dir=str(folder / "output"),
     )
     config = load_config(resolution=384, instance_prompt="x", **paths)
     found = prepare_data.main(config)
 
     def ours(i):
         config.cache_dir = str(folder / f"latents-{i}")
-        cache_latents.cache_pictures(config, {cache_latents.latents_file(config, p): p for p in found}, device)
+        cache_latents.cache_images(
+            config, {cache_latents.latents_file(config, p): p for p in found}, device
+        )
 
     def plain(i):
         vae = load_vae(config, device)
         for n, picture in enumerate(found):
-            mean, std = cache_latents.encode_picture(vae, cache_latents.load_pixels(picture))
+            mean, std = cache_latents.encode_image(vae, cache_latents.load_pixels(picture))
             write_tensors(folder / f"plain/{n}.safetensors", {"mean": mean, "std": std})
 
     times = median_of({"ours": ours, "one by one": plain}, rounds)
     for name, seconds in times.items():
-        print(f"pictures, {name}: {count / seconds:.2f} a second ({seconds / times['ours']:.2f} times ours)")
+        print(
+            f"pictures, {name}: {count / seconds:.2f} a second ({seconds / times['ours']:.2f} times ours)"
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--limit", type=float, default=0, help="GB of device memory")
     parser.add_argument("--prompts", type=int, default=24)
@@ -217,7 +250,14 @@ if __name__ == "__main__":
         )
     with tempfile.TemporaryDirectory() as folder:
         compare = not arguments.alone and (not arguments.limit or arguments.limit > 18)
-        bench_prompts(Path(folder), arguments.real, arguments.prompts, arguments.rounds, arguments.batch, compare)
+        bench_prompts(
+            Path(folder),
+            arguments.real,
+            arguments.prompts,
+            arguments.rounds,
+            arguments.batch,
+            compare,
+        )
         free_memory()
         if not arguments.real:
             bench_pictures(Path(folder), arguments.prompts, arguments.rounds)

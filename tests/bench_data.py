@@ -36,10 +36,16 @@ def camera_picture(rng, width=4000, height=3000):
     picture = np.zeros((height, width, 3), np.float32)
     for octave in range(1, 12):
         small = (
-            rng.normal(size=(3, max(2, height >> octave), max(2, width >> octave))).astype(np.float32) * 1.6**octave / 8
+            rng.normal(size=(3, max(2, height >> octave), max(2, width >> octave))).astype(
+                np.float32
+            )
+            * 1.6**octave
+            / 8
         )
         for channel in range(3):
-            colour = small[0] if octave < 4 else 0.7 * small[0] + 0.3 * small[channel]  # fine detail is mostly grey
+            colour = (
+                small[0] if octave < 4 else 0.7 * small[0] + 0.3 * small[channel]
+            )  # fine detail is mostly grey
             picture[..., channel] += np.asarray(
                 Image.fromarray(colour).resize((width, height), Image.Resampling.BICUBIC)
             )
@@ -54,7 +60,9 @@ def make_pictures(folder, count):
         if i % 10 == 0:
             picture = camera_picture(rng)
         shifted = np.roll(picture, (i % 10) * 300, axis=1)
-        Image.fromarray(shifted if i % 4 else np.rot90(shifted)).save(folder / f"{i:04d}.jpg", quality=92)
+        Image.fromarray(shifted if i % 4 else np.rot90(shifted)).save(
+            folder / f"{i:04d}.jpg", quality=92
+        )
 
 
 def whole_way(path, sizes):
@@ -66,7 +74,9 @@ def whole_way(path, sizes):
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     tensor = (
-        torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1).contiguous()
+        torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+        .permute(2, 0, 1)
+        .contiguous()
     )
     return tensor.float().div(255).sub_(0.5).div_(0.5)
 
@@ -92,7 +102,9 @@ def likeness(path, sizes):
         whole = image.convert("RGB")
     data = io.BytesIO()
     whole.save(data, "PNG", compress_level=0)  # a PNG is always decoded whole
-    whole, reduced = (np.asarray(prepare_data.load_picture(source, bucket)).astype(float) for source in (data, path))
+    whole, reduced = (
+        np.asarray(prepare_data.load_image(source, bucket)).astype(float) for source in (data, path)
+    )
     return 10 * math.log10(255**2 / np.square(whole - reduced).mean())
 
 
@@ -116,18 +128,24 @@ def camera(count, rounds):
             f"{count} JPEGs of 4000x3000, {sum(p.stat().st_size for p in paths) / count / 1e6:.1f} MB each, to "
             f"buckets of about 1024x1024"
         )
-        print(f"reduced decoding against the whole: {min(likeness(p, sizes) for p in paths[::20]):.1f} dB at least")
+        print(
+            f"reduced decoding against the whole: {min(likeness(p, sizes) for p in paths[::20]):.1f} dB at least"
+        )
         ways = {"whole way": [], "one core": [], f"{len(cores)} cores": []}
         for i in range(rounds):
             os.sched_setaffinity(0, {min(cores)})
-            ways["whole way"].append(timed(lambda: [whole_way(path, sizes) for path in tqdm(paths)]))
+            ways["whole way"].append(
+                timed(lambda: [whole_way(path, sizes) for path in tqdm(paths)])
+            )
             ways["one core"].append(timed(lambda: our_way(config(2 * i))))
             os.sched_setaffinity(0, cores)
             ways[f"{len(cores)} cores"].append(timed(lambda: our_way(config(2 * i + 1))))
         for name, times in ways.items():
             wall, cpu = (np.median([t[n] for t in times]) / count * 1000 for n in (0, 1))
             ratios = sorted(whole[0] / t[0] for whole, t in zip(ways["whole way"], times))
-            times_as_fast = f"{np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times as fast"
+            times_as_fast = (
+                f"{np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times as fast"
+            )
             print(f"{name:12s} {wall:6.0f} ms a picture, {cpu:4.0f} ms of CPU; {times_as_fast}")
 
 
@@ -138,8 +156,12 @@ def small(count):
             sub = folder / "data" / f"{i // 1000:03d}"
             sub.mkdir(parents=True, exist_ok=True)
             size = (96 + i % 64, 96 + i // 64 % 64)
-            Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size).save(sub / f"{i:06d}.jpg")
-            (sub / f"{i:06d}.txt").write_text(f"a small picture, number {i}, " + "with a caption of some length " * 20)
+            Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size).save(
+                sub / f"{i:06d}.jpg"
+            )
+            (sub / f"{i:06d}.txt").write_text(
+                f"a small picture, number {i}, " + "with a caption of some length " * 20
+            )
         config = load_config(
             data_dir=str(folder / "data"),
             resolution=128,
@@ -158,7 +180,9 @@ def small(count):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", type=int, default=0)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import cache_latents
 import train_lora
 from longcat_common import (
-    TARGET_MODULES, compute_dtype, flow_matching_loss, free_memory, generator, load_config, load_scheduler,
+    TARGET_MODULES, compute_dtype, flow_matching_loss, free_memory, seeded_generator, load_config, load_scheduler,
     pack_latents, pick_device, position_ids, quantize, sample_sigmas,
 )  # fmt: skip
 
@@ -36,7 +36,9 @@ WAYS = {
     "ours, every block checkpointed": dict(gradient_checkpointing=True),
     "nothing checkpointed": dict(gradient_checkpointing=False),
     "nothing checkpointed, compiled": dict(gradient_checkpointing=False, torch_compile=True),
-    "nothing checkpointed, 8-bit products": dict(gradient_checkpointing=False, base_model_precision="int8-matmul"),
+    "nothing checkpointed, 8-bit products": dict(
+        gradient_checkpointing=False, base_model_precision="int8-matmul"
+    ),
     "nothing checkpointed, compiled, 8-bit products": dict(
         gradient_checkpointing=False, base_model_precision="int8-matmul", torch_compile=True
     ),
@@ -44,7 +46,10 @@ WAYS = {
         gradient_checkpointing=False, base_model_precision="no_change", torch_compile=True
     ),
 }
-REAL, SMALL = dict(num_layers=10, num_single_layers=20), dict(num_layers=2, num_single_layers=4, num_attention_heads=6)
+REAL, SMALL = (
+    dict(num_layers=10, num_single_layers=20),
+    dict(num_layers=2, num_single_layers=4, num_attention_heads=6),
+)
 
 
 def plain_loop(transformer, device, dtype):
@@ -64,7 +69,12 @@ def plain_loop(transformer, device, dtype):
         noisy = (1 - sigmas[:, None, None]) * x0 + sigmas[:, None, None] * noise
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction = transformer(
-                noisy.to(dtype), prompt_embeds.to(dtype), sigmas, image_ids, text_ids, return_dict=False
+                noisy.to(dtype),
+                prompt_embeds.to(dtype),
+                sigmas,
+                image_ids,
+                text_ids,
+                return_dict=False,
             )[0]
             loss = (prediction.float() - (noise - x0)).square().mean()
         loss.backward()
@@ -83,13 +93,21 @@ def run_way(name, steps, limit):
     resolution = "1024x1024" if on_gpu else "256x256"
     config = load_config(resolution=resolution, lr_warmup_steps=0, **WAYS[name])
     if limit:
-        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    dtype, sizes, side = compute_dtype(config, device), REAL if on_gpu else SMALL, 1024 if on_gpu else 256
+        torch.cuda.set_per_process_memory_fraction(
+            limit * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
+    dtype, sizes, side = (
+        compute_dtype(config, device),
+        REAL if on_gpu else SMALL,
+        1024 if on_gpu else 256,
+    )
     draw = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 1, 16, side // 8, side // 8, generator=draw)
     prompt_embeds, normal = torch.randn(1, 512, 3584, generator=draw), torch.zeros(1)
     seconds, inner = [], []
-    transformer = train_lora.random_transformer(config, device, sizes)  # loaded block by block, for the plain loop too
+    transformer = train_lora.random_transformer(
+        config, device, sizes
+    )  # loaded block by block, for the plain loop too
     if name == "plain":
         for module in transformer.modules():
             module.__dict__.pop("forward", None)  # ours, with autocast where it should be
@@ -97,11 +115,19 @@ def run_way(name, steps, limit):
             quanto.quantize(block, weights=quanto.qint8)
             quanto.freeze(block)
         step, _ = plain_loop(transformer, device, dtype)
-        sigmas = sample_sigmas(normal, side * side // 256, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-        do = lambda n: step(*(tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds)))
+        sigmas = sample_sigmas(
+            normal, side * side // 256, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        )
+        do = lambda n: step(
+            *(tensor.to(device) for tensor in (latents, noise, sigmas, prompt_embeds))
+        )
     else:
         run = train_lora.set_up(
-            config, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device, steps
+            config,
+            transformer,
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            device,
+            steps,
         )
         do = lambda n: train_lora.train_step(
             config, run, [train_lora.Batch(n, latents, noise, normal, prompt_embeds, torch.ones(1))]
@@ -110,7 +136,12 @@ def run_way(name, steps, limit):
         def forward_and_backward():
             tensors = [
                 tensor.to(device)
-                for tensor in (latents, noise, sample_sigmas(normal, side * side // 256, run.scheduler), prompt_embeds)
+                for tensor in (
+                    latents,
+                    noise,
+                    sample_sigmas(normal, side * side // 256, run.noise_scheduler),
+                    prompt_embeds,
+                )
             ]
             flow_matching_loss(run.transformer, *tensors).backward()
             run.optimizer.zero_grad()
@@ -131,7 +162,9 @@ def run_way(name, steps, limit):
     seconds, first = statistics.median(seconds[3:]), seconds[0]
     outside = 1 - statistics.median(inner) / seconds if inner else None
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    flops = needed_flops(transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256)
+    flops = needed_flops(
+        transformer.inner_dim, sum(list(sizes.values())[:2]), 512 + side * side // 256
+    )
     free_memory()
     return dict(
         seconds=seconds,
@@ -152,7 +185,10 @@ def needed_flops(d, blocks, tokens):
 
 def matmul_rate(device, dtype, d, tokens):
     """The device's speed in products [tokens, d] x [d, 4 d], in FLOP/s."""
-    a, b = torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(tokens, d, device=device, dtype=dtype),
+        torch.randn(d, 4 * d, device=device, dtype=dtype),
+    )
     for repeats in (3, 20):  # the first warms up
         synchronize(device)
         start = time.perf_counter()
@@ -190,7 +226,9 @@ def losses(steps):
         config, device = load_config(ROOT / "configs/tiny.json", **base), pick_device()
         entries, prompts = cache_latents.main(config)
         transformer = (
-            LongCatImageTransformer2DModel.from_pretrained(ROOT / "tests/tiny_longcat/model/transformer")
+            LongCatImageTransformer2DModel.from_pretrained(
+                ROOT / "tests/tiny_longcat/model/transformer"
+            )
             .to(device)
             .requires_grad_(False)
         )
@@ -199,16 +237,22 @@ def losses(steps):
         step, optimizer = plain_loop(transformer, device, torch.float32)
         for name, p in transformer.named_parameters():
             if "lora_A" in name:  # as in ours
-                torch.nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator(config.seed, "lora", name))
+                torch.nn.init.kaiming_uniform_(
+                    p, a=5**0.5, generator=seeded_generator(config.seed, "lora", name)
+                )
         optimizer.param_groups[0]["lr"], found = 1e-3, []
-        data = train_lora.Data(entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0)))
+        data = train_lora.Data(
+            entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0))
+        )
         for _, ((batch,), _, _) in zip(range(steps), train_lora.step_batches(config, data, 0)):
             _, latents, noise, normal, prompt_embeds, _ = batch
             found.append(
                 step(
                     latents,
                     noise,
-                    sample_sigmas(normal, latents.shape[2] * latents.shape[3] // 4, load_scheduler(config)),
+                    sample_sigmas(
+                        normal, latents.shape[2] * latents.shape[3] // 4, load_scheduler(config)
+                    ),
                     prompt_embeds,
                 )
             )
@@ -216,16 +260,22 @@ def losses(steps):
         print(f"plain loop: {plain:.5f}")
         for name, way in WAYS.items():
             if way and not way.get("torch_compile"):
-                ours = load_config(ROOT / "configs/tiny.json", **{**base, **way, "output_dir": f"{folder}/{name}"})
+                ours = load_config(
+                    ROOT / "configs/tiny.json", **{**base, **way, "output_dir": f"{folder}/{name}"}
+                )
                 train_lora.main(ours)
                 lines = (Path(ours.output_dir) / "metrics.jsonl").read_text().splitlines()
-                last = [line for line in map(json.loads, lines) if line["step"] > steps - steps // 4]
+                last = [
+                    line for line in map(json.loads, lines) if line["step"] > steps - steps // 4
+                ]
                 mean = statistics.fmean(line["loss"] for line in last)
                 print(f"{name}, {ours.base_model_precision}: {mean:.5f}, {mean / plain - 1:+.2%}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float)
     parser.add_argument("--losses", type=int, default=0)
@@ -250,7 +300,9 @@ def main():
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("figures ")]
         if not lines:
-            print(f"| {name} | {(done.stderr.strip().splitlines() or ['nothing printed'])[-1][:100]} |")
+            print(
+                f"| {name} | {(done.stderr.strip().splitlines() or ['nothing printed'])[-1][:100]} |"
+            )
             continue
         f = json.loads(lines[0][8:])
         plain = plain or f["seconds"]

@@ -56,7 +56,10 @@ def start_script(log, script, *arguments, errors=None, **environment):
 def run_child(log, errors, script, arguments, environment):
     for number, path in enumerate((log, errors), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", buffering=1, encoding="utf-8")
+    sys.stdout, sys.stderr = (
+        open(1, "w", encoding="utf-8"),
+        open(2, "w", buffering=1, encoding="utf-8"),
+    )
     os.chdir(ROOT)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -75,7 +78,9 @@ def run_script(script, *arguments, check=True):
         process.join()
         printed = [log.read_text(encoding="utf-8") for log in logs]
     if check and process.exitcode:
-        pytest.fail(f"{script} {arguments} exited with {process.exitcode}:\n" + "\n".join(printed)[-5000:])
+        pytest.fail(
+            f"{script} {arguments} exited with {process.exitcode}:\n" + "\n".join(printed)[-5000:]
+        )
     return subprocess.CompletedProcess([script, *arguments], process.exitcode, *printed)
 
 
@@ -100,11 +105,16 @@ def lora_bytes(config):
 
 
 def checkpoints(config):
-    return sorted(folder.name for folder in Path(config.output_dir, "checkpoints").glob("step-??????"))
+    return sorted(
+        folder.name for folder in Path(config.output_dir, "checkpoints").glob("step-??????")
+    )
 
 
 def metrics(config):
-    return [json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 # ---------------------------------------------------------------- configurations, and what tests share
@@ -114,7 +124,9 @@ def tiny(**overrides):
     """The demo's configuration on the tiny model."""
     from longcat_common import load_config
 
-    return load_config(ROOT / "configs" / "tiny.json", **{"pretrained_model_name_or_path": MODEL, **overrides})
+    return load_config(
+        ROOT / "configs" / "tiny.json", **{"pretrained_model_name_or_path": MODEL, **overrides}
+    )
 
 
 def give_the_authors_positions(text_encoder):
@@ -130,11 +142,17 @@ def give_the_authors_positions(text_encoder):
 
 
 def made_up(i, bucket=(64, 64), **fields):
-    """A Picture that no file belongs to."""
-    from prepare_data import Picture
+    """A ImageRecord that no file belongs to."""
+    from prepare_data import ImageRecord
 
-    what = dict(path=f"{i}.png", key=f"{i:032x}", size=bucket, bucket=bucket, captions=[f"picture {i}"])
-    return Picture(**{**what, "repeats": 1, "loss_weight": 1.0, "file": [], **fields})
+    what = dict(
+        path=f"{i}.png",
+        content_hash=f"{i:032x}",
+        size=bucket,
+        bucket=bucket,
+        captions=[f"picture {i}"],
+    )
+    return ImageRecord(**{**what, "repeats": 1, "loss_weight": 1.0, "stamp": [], **fields})
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +176,9 @@ def made_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def few_pictures(made_once):
     """A folder of seven captioned pictures, in three sizes."""
-    copy = lambda folder: [shutil.copy(p, folder) for i in range(7) for p in TINY.glob(f"pictures/zumi-{i:02d}.*")]
+    copy = lambda folder: [
+        shutil.copy(p, folder) for i in range(7) for p in TINY.glob(f"pictures/zumi-{i:02d}.*")
+    ]
     return made_once("few", copy)
 
 

@@ -22,70 +22,107 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 import cache_latents
 from cache_latents import (
-    cache_prompts, encode_picture, encode_prompts, latents_file, prompt_batches, prompt_file, read_prompt_embeds,
+    cache_prompts, encode_image, encode_prompts, latents_file, prompt_batches, prompt_file, read_prompt_embeds,
     write_prompts,
 )  # fmt: skip
 from longcat_common import (
     UserError, encoder_inputs, load_text_encoder, load_tokenizer, load_transformer, load_vae, token_counts,
 )  # fmt: skip
-from prepare_data import load_picture
+from prepare_data import load_image
 
 
 def cached_files(config):
-    return {p.relative_to(config.cache_dir): sha256(p) for p in Path(config.cache_dir).rglob("*.safetensors")}
+    return {
+        p.relative_to(config.cache_dir): sha256(p)
+        for p in Path(config.cache_dir).rglob("*.safetensors")
+    }
 
 
 def test_camera_pictures(tmp_path, tiny_config):
     """A large JPEG is decoded at reduced size, within 45 dB of the whole one; its latents are the VAE's own."""
-    exif, noise = Image.Exif(), np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    exif, noise = (
+        Image.Exif(),
+        np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8),
+    )
     exif[0x0112], camera = 6, Image.fromarray(noise).resize((2001, 1501), Image.Resampling.BICUBIC)
     (tmp_path / "photos").mkdir()
     camera.save(tmp_path / "photos" / "landscape.jpg")
     camera.save(tmp_path / "photos" / "turned.jpg", exif=exif)
-    config = tiny_config(data_dir=str(tmp_path / "photos"), instance_prompt="a photo", validation_prompts=[])
+    config = tiny_config(
+        data_dir=str(tmp_path / "photos"), instance_prompt="a photo", validation_prompts=[]
+    )
     (entry, turned), _ = cache_latents.main(config)
     assert (entry.bucket, turned.bucket, turned.size) == ((192, 128), (128, 192), (1501, 2001))
-    seen = np.array(load_picture(entry.path, entry.bucket))
-    assert np.array_equal(load_picture(turned.path, turned.bucket).transpose(Image.Transpose.ROTATE_90), seen)
+    seen = np.array(load_image(entry.path, entry.bucket))
+    assert np.array_equal(
+        load_image(turned.path, turned.bucket).transpose(Image.Transpose.ROTATE_90), seen
+    )
     with Image.open(entry.path) as image:
         image.convert("RGB").save(tmp_path / "whole.bmp")
-    error = np.square(np.subtract(seen, load_picture(tmp_path / "whole.bmp", entry.bucket), dtype=float)).mean()
+    error = np.square(
+        np.subtract(seen, load_image(tmp_path / "whole.bmp", entry.bucket), dtype=float)
+    ).mean()
     assert 45 < 10 * np.log10(255**2 / error) < 99
     vae = AutoencoderKL.from_pretrained(f"{MODEL}/vae")
     with torch.no_grad():
-        posterior = vae.encode(torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+        posterior = vae.encode(
+            torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1
+        ).latent_dist
     cached = load_file(latents_file(config, entry))
     restored = cached["mean"] / vae.config.scaling_factor + vae.config.shift_factor
     torch.testing.assert_close(restored, posterior.mean[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cached["std"] / vae.config.scaling_factor, posterior.std[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        cached["std"] / vae.config.scaling_factor, posterior.std[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_both_key_layouts_load_and_a_missing_key_is_an_error(tmp_path, tiny_config):
     model = shutil.copytree(MODEL, tmp_path / "model")
-    config, file = tiny_config(pretrained_model_name_or_path=str(model)), model / "text_encoder" / "model.safetensors"
-    encode = lambda: torch.cat(
-        encode_prompts(load_text_encoder(config, "cpu"), load_tokenizer(config), [["a cat"], ["一只猫"]])
+    config, file = (
+        tiny_config(pretrained_model_name_or_path=str(model)),
+        model / "text_encoder" / "model.safetensors",
     )
-    newer = lambda name: f"model.{name}" if "visual." in name else name.replace("model.", "model.language_model.")
+    encode = lambda: torch.cat(
+        encode_prompts(
+            load_text_encoder(config, "cpu"), load_tokenizer(config), [["a cat"], ["一只猫"]]
+        )
+    )
+    newer = lambda name: (
+        f"model.{name}" if "visual." in name else name.replace("model.", "model.language_model.")
+    )
     embeds, weights = encode(), {newer(name): tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
     assert torch.equal(encode(), embeds)
-    save_file({n: t for n, t in weights.items() if "layers.1.mlp.up_proj" not in n}, file, {"format": "pt"})
+    save_file(
+        {n: t for n, t in weights.items() if "layers.1.mlp.up_proj" not in n},
+        file,
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="missing.*layers.1.mlp.up_proj.weight"):
         encode()
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
-    save_file({n: t for n, t in load_file(file).items() if "blocks.1.proj_out.bias" not in n}, file, {"format": "pt"})
+    save_file(
+        {n: t for n, t in load_file(file).items() if "blocks.1.proj_out.bias" not in n},
+        file,
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="missing.*single_transformer_blocks.1.proj_out.bias"):
         load_transformer(config, "cpu")
 
 
 def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     model = shutil.copytree(MODEL, tmp_path / "model")
-    entry, same, other = made_up(0), tiny_config(), tiny_config(pretrained_model_name_or_path=str(model))
+    entry, same, other = (
+        made_up(0),
+        tiny_config(),
+        tiny_config(pretrained_model_name_or_path=str(model)),
+    )
     names = lambda config: (latents_file(config, entry), prompt_file(config, "a", "cpu"))
     assert names(same) == names(other)
     assert latents_file(same, entry) != latents_file(same, made_up(0, bucket=(192, 128)))
-    assert prompt_file(same, "a", "cpu") != prompt_file(tiny_config(mixed_precision="bf16"), "a", "cpu")
+    assert prompt_file(same, "a", "cpu") != prompt_file(
+        tiny_config(mixed_precision="bf16"), "a", "cpu"
+    )
     for number, file in enumerate(("vae/diffusion_pytorch_model", "text_encoder/model")):
         file = model / f"{file}.safetensors"
         save_file({**load_file(file), "extra": torch.zeros(1)}, file)
@@ -93,14 +130,18 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
         assert [a != b for a, b in zip(names(same), names(other))] == [True, number == 1]
 
 
-def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(tiny_config, tmp_path, monkeypatch):
+def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(
+    tiny_config, tmp_path, monkeypatch
+):
     shutil.copytree(MODEL, tmp_path / "model")
     sizes = AutoConfig.from_pretrained(f"{MODEL}/text_encoder")
     sizes.text_config.num_hidden_layers, sizes.text_config.layer_types = 6, ["full_attention"] * 6
     whole = Qwen2_5_VLForConditionalGeneration(sizes).eval()
     (tmp_path / "model/text_encoder/model.safetensors").unlink()
     whole.save_pretrained(tmp_path / "model/text_encoder", max_shard_size="200KB")
-    config = tiny_config(pretrained_model_name_or_path=str(tmp_path / "model"), text_encoder_batch_size=2)
+    config = tiny_config(
+        pretrained_model_name_or_path=str(tmp_path / "model"), text_encoder_batch_size=2
+    )
     encoder, alive, counts = load_text_encoder(config, "cpu"), weakref.WeakSet(), []
 
     def counted(part, names, read=encoder.read):
@@ -112,8 +153,18 @@ def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(t
 
     encoder.read = counted
     monkeypatch.setattr(cache_latents, "load_text_encoder", lambda *_: encoder)
-    monkeypatch.setattr(cache_latents, "COLUMNS_AT_ONCE", 500)  # two batches of two, then one, then the long prompt
-    prompts = ["", "a cat", "一只猫", 'a sign: "open"', "a very long prompt " * 200, "a blue fish", "a star"]
+    monkeypatch.setattr(
+        cache_latents, "COLUMNS_AT_ONCE", 500
+    )  # two batches of two, then one, then the long prompt
+    prompts = [
+        "",
+        "a cat",
+        "一只猫",
+        'a sign: "open"',
+        "a very long prompt " * 200,
+        "a blue fish",
+        "a star",
+    ]
     files = cache_prompts(config, prompts, "cpu")
     gc.collect()
     assert len(counts) == 3 * 6 and max(counts) == 2 and not alive
@@ -132,13 +183,17 @@ def test_batches_are_cut_from_all_prompts_by_length_whatever_is_cached_and_howev
     prompts = ["", *(f"a cat and {'a dog and ' * i}'{i}'" for i in range(9)), "a star " * 400]
     files = {prompt: prompt_file(config, prompt, "cpu") for prompt in prompts}
     tokenizer, template = load_tokenizer(config), 117
-    rows = {prompt: min(512, count + 1) for prompt, count in token_counts(tokenizer, prompts).items()}
+    rows = {
+        prompt: min(512, count + 1) for prompt, count in token_counts(tokenizer, prompts).items()
+    }
     batches = prompt_batches(config, files)
     assert [len(batch.prompts) for batch in batches] == [3, 3, 3, 2]
     assert sum([batch.prompts for batch in batches], []) == sorted(prompts, key=rows.get)
     for batch in batches:
         lengths = [rows[prompt] for prompt in batch.prompts]
-        assert batch.columns == len(lengths) * (template + max(lengths)) and batch.rows == sum(lengths)
+        assert batch.columns == len(lengths) * (template + max(lengths)) and batch.rows == sum(
+            lengths
+        )
         assert encoder_inputs(tokenizer, batch.prompts)[0].numel() == batch.columns
 
     monkeypatch.setattr(cache_latents, "WORLD_SIZE", 2)
@@ -152,41 +207,59 @@ def test_batches_are_cut_from_all_prompts_by_length_whatever_is_cached_and_howev
     write_prompts(config, files, batches[1:3], "cpu")
     assert prompt_batches(config, files) == [batches[0], batches[3]]
     files[batches[1].prompts[2]].unlink()
-    assert prompt_batches(config, files) == [batches[0], batches[1], batches[3]], "a batch is made again whole"
+    assert prompt_batches(config, files) == [batches[0], batches[1], batches[3]], (
+        "a batch is made again whole"
+    )
     cache_prompts(config, prompts, "cpu")
     assert prompt_batches(config, files) == []
 
 
-def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(tiny_config, few_pictures, monkeypatch, capsys):
+def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(
+    tiny_config, few_pictures, monkeypatch, capsys
+):
     config = tiny_config(data_dir=str(few_pictures))
     (Path(config.cache_dir) / "prompts/ab").mkdir(parents=True)
     (Path(config.cache_dir) / "prompts/ab/old.safetensors").write_bytes(bytes(3 * 2**20))
     cache_latents.main(config)
-    files = [path for path in Path(config.cache_dir).rglob("*.safetensors") if path.name != "old.safetensors"]
+    files = [
+        path
+        for path in Path(config.cache_dir).rglob("*.safetensors")
+        if path.name != "old.safetensors"
+    ]
     assert {path.parent.parent.name for path in files} == {"latents", "embeddings"}
     needed = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
     printed = capsys.readouterr().out
     assert (
-        printed.count(f"{config.cache_dir}/prompts: holds ") == printed.count("it takes 3 MiB and can be deleted") == 1
+        printed.count(f"{config.cache_dir}/prompts: holds ")
+        == printed.count("it takes 3 MiB and can be deleted")
+        == 1
     )
 
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, free))
     config.cache_dir += "-2"
     for free, enough in ((needed - 1, False), (needed, True)):
-        with contextlib.nullcontext() if enough else pytest.raises(UserError, match="cache_dir: .* free space"):
+        with (
+            contextlib.nullcontext()
+            if enough
+            else pytest.raises(UserError, match="cache_dir: .* free space")
+        ):
             cache_latents.main(config)
 
 
 def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
     vae, sides, failed = load_vae(tiny_config(), "cpu"), [], []
     vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
-    pixels = torch.randint(0, 256, (3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole, encode = encode_picture(vae, pixels), vae.encoder.forward
+    pixels = torch.randint(
+        0, 256, (3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    whole, encode = encode_image(vae, pixels), vae.encoder.forward
 
     def small_memory(x):
         sides.append(x.shape[-1])
-        assert all(reference() is None for reference in failed), "what the failed attempt computed must be gone"
+        assert all(reference() is None for reference in failed), (
+            "what the failed attempt computed must be gone"
+        )
         if x.shape[-1] <= limit:
             return encode(x)
         activations = x.repeat(4, 1, 1, 1)
@@ -194,17 +267,23 @@ def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
         raise RuntimeError("MPS backend out of memory")
 
     vae.encoder.forward, limit = small_memory, 128
-    in_tiles = encode_picture(vae, pixels)
-    assert sides[0] == 192 and max(sides[1:]) == 64 and (in_tiles[0] - whole[0]).norm() < 0.5 * whole[0].norm()
+    in_tiles = encode_image(vae, pixels)
+    assert (
+        sides[0] == 192
+        and max(sides[1:]) == 64
+        and (in_tiles[0] - whole[0]).norm() < 0.5 * whole[0].norm()
+    )
     sides.clear()
-    encode_picture(vae, pixels[:, :, :128])
+    encode_image(vae, pixels[:, :, :128])
     assert sides == [128], "tiling is off again"
 
 
 def test_damaged_files_are_named_and_made_again_and_then_a_read_only_disk_will_do(
     tiny_config, few_pictures, capsys, monkeypatch
 ):
-    config = tiny_config(data_dir=str(few_pictures), validation_prompts=["a red apple"], text_encoder_batch_size=2)
+    config = tiny_config(
+        data_dir=str(few_pictures), validation_prompts=["a red apple"], text_encoder_batch_size=2
+    )
     pictures, files = cached = cache_latents.main(config)
     whole = cached_files(config)
     damaged = latents_file(config, pictures[0]), files[""], files["a red apple"]
@@ -213,7 +292,9 @@ def test_damaged_files_are_named_and_made_again_and_then_a_read_only_disk_will_d
     cache_latents.main(config)
     printed = "".join(capsys.readouterr())
     assert [printed.count(f"{path}: is damaged") for path in damaged] == [1, 1, 1]
-    assert f"pictures: 7, of them 1 to do; prompts: {len(files)}, of them 4 to do" in printed, "whole batches"
+    assert f"pictures: 7, of them 1 to do; prompts: {len(files)}, of them 4 to do" in printed, (
+        "whole batches"
+    )
     assert cached_files(config) == whole
 
     def read_only(system_call, path, mode="r", *rest, **options):

@@ -9,11 +9,22 @@ from diffusers import LongCatImageTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from longcat_common import LORA_NAME, UserError, load_lora, load_transformer, position_ids, read_lora, save_lora
-from train_lora import add_lora
+from longcat_common import LORA_FILE, UserError, load_transformer, position_ids
+from train_lora import add_lora, save_lora
+from validate import load_lora, read_lora
 
-TARGETS = ["attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
-plain = lambda: LongCatImageTransformer2DModel.from_pretrained(MODEL, subfolder="transformer").eval()
+TARGETS = [
+    "attn.to_q",
+    "attn.add_k_proj",
+    "attn.to_out.0",
+    "ff.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+]
+plain = lambda: LongCatImageTransformer2DModel.from_pretrained(
+    MODEL, subfolder="transformer"
+).eval()
 distance = lambda a, b: ((a - b).norm() / b.norm()).item()
 
 
@@ -22,7 +33,9 @@ def predict(transformer):
     draw = torch.Generator().manual_seed(0)
     picture, text = torch.randn(1, 16, 64, generator=draw), torch.randn(1, 32, 64, generator=draw)
     text_ids, image_ids = position_ids(8, 8)
-    return transformer(picture, text, torch.tensor([0.5]), image_ids, text_ids[:32], return_dict=False)[0]
+    return transformer(
+        picture, text, torch.tensor([0.5]), image_ids, text_ids[:32], return_dict=False
+    )[0]
 
 
 def shake(transformer, seed=0):
@@ -42,12 +55,18 @@ def make_lora(config, folder, seed=0):
     return transformer
 
 
-def test_ours_is_as_strong_in_diffusers_peft_and_comfyui_and_replaces_another(tiny_config, tmp_path):
+def test_ours_is_as_strong_in_diffusers_peft_and_comfyui_and_replaces_another(
+    tiny_config, tmp_path
+):
     settings = dict(lora_rank=4, lora_alpha=6, lora_target_modules=TARGETS)
     expected = predict(make_lora(tiny_config(**settings), tmp_path))
-    in_diffusers, in_peft, in_comfyui = plain(), PeftModel.from_pretrained(plain(), tmp_path), plain()
-    in_diffusers.load_lora_adapter(tmp_path / LORA_NAME, adapter_name="ours")
-    state = load_file(tmp_path / LORA_NAME)
+    in_diffusers, in_peft, in_comfyui = (
+        plain(),
+        PeftModel.from_pretrained(plain(), tmp_path),
+        plain(),
+    )
+    in_diffusers.load_lora_adapter(tmp_path / LORA_FILE, adapter_name="ours")
+    state = load_file(tmp_path / LORA_FILE)
     for module in {name.rsplit(".lora_", 1)[0] for name in state}:
         assert f"{module}.alpha" not in state  # then ComfyUI takes strength 1
         weight = in_comfyui.get_submodule(module.removeprefix("transformer.")).weight
@@ -70,12 +89,14 @@ def of_diffusers(folder):
     transformer = plain()
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS))
     shake(transformer).save_lora_adapter(folder)
-    return predict(transformer), folder / LORA_NAME
+    return predict(transformer), folder / LORA_FILE
 
 
 def of_peft(folder, **settings):
     """get_peft_model and save_pretrained, as the model authors' scripts do; alpha is 8 at any rank, if not given."""
-    transformer = shake(get_peft_model(plain(), LoraConfig(r=4, target_modules=TARGETS, **settings)))
+    transformer = shake(
+        get_peft_model(plain(), LoraConfig(r=4, target_modules=TARGETS, **settings))
+    )
     transformer.save_pretrained(folder)
     return predict(transformer), folder
 
@@ -102,7 +123,9 @@ def of_simpletuner(folder):
 
 FOREIGN = {
     "diffusers": of_diffusers,
-    "PEFT, alphas by pattern": functools.partial(of_peft, alpha_pattern={"attn.to_q": 3, "^single.*.0.proj_out": 1}),
+    "PEFT, alphas by pattern": functools.partial(
+        of_peft, alpha_pattern={"attn.to_q": 3, "^single.*.0.proj_out": 1}
+    ),
     "PEFT, rsLoRA": functools.partial(of_peft, use_rslora=True),
     "kohya, bf16": functools.partial(of_kohya, dtype=torch.bfloat16),
     "lora_unet_": functools.partial(of_kohya, prefix="lora_unet_", dot="_"),
@@ -116,25 +139,49 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
     expected, path = FOREIGN[trainer](tmp_path)
     close = 0.003 if "bf16" in trainer else 1e-5
     assert distance(expected, predict(plain())) > 0.03
-    drawn_with, trained_on = load_transformer(tiny_config(), "cpu"), load_transformer(tiny_config(), "cpu")
+    drawn_with, trained_on = (
+        load_transformer(tiny_config(), "cpu"),
+        load_transformer(tiny_config(), "cpu"),
+    )
     load_lora(drawn_with, path)
-    add_lora(trained_on, tiny_config(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS, init_lora=str(path)))
+    add_lora(
+        trained_on,
+        tiny_config(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS, init_lora=str(path)),
+    )
     for transformer in (drawn_with, trained_on.eval()):
         assert distance(predict(transformer), expected) < close
     assert "alpha" not in capsys.readouterr().out
 
 
 Q = "transformer_blocks.0.attn.to_q"
-pair = lambda A, B, module=Q: {f"{module}.lora_A.weight": torch.ones(A), f"{module}.lora_B.weight": torch.ones(B)}
+pair = lambda A, B, module=Q: {
+    f"{module}.lora_A.weight": torch.ones(A),
+    f"{module}.lora_B.weight": torch.ones(B),
+}
 GOOD = pair((4, 192), (192, 4))  # fits the tiny model
 NOT_OPENED = [
-    (GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)}, "is no LoRA that can be opened here: it is a DoRA"),
-    (pair((4, 192), (192, 4), "double_blocks.0.img_attn.qkv"), "original layout, with q, k and v in one"),
+    (
+        GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)},
+        "is no LoRA that can be opened here: it is a DoRA",
+    ),
+    (
+        pair((4, 192), (192, 4), "double_blocks.0.img_attn.qkv"),
+        "original layout, with q, k and v in one",
+    ),
     ({f"{Q}.lora_A.weight": torch.ones(4, 192)}, "lora_B.weight is unknown, missing"),
     (GOOD | {f"{Q}.lora_B.weight": torch.full((192, 4), torch.nan)}, "not finite"),
-    (pair((4, 96), (96, 4)), r"made for another model.*to_q has \(4, 96\) and \(96, 4\), and here it takes 192"),
-    (pair((4, 192), (192, 4), "transformer_blocks.99.attn.to_q"), r"transformer_blocks.99.attn.to_q has .*is missing"),
-    ({f"base_model.model.{n}": t for n, t in GOOD.items()}, "its strength is unknown without adapter_config.json"),
+    (
+        pair((4, 96), (96, 4)),
+        r"made for another model.*to_q has \(4, 96\) and \(96, 4\), and here it takes 192",
+    ),
+    (
+        pair((4, 192), (192, 4), "transformer_blocks.99.attn.to_q"),
+        r"transformer_blocks.99.attn.to_q has .*is missing",
+    ),
+    (
+        {f"base_model.model.{n}": t for n, t in GOOD.items()},
+        "its strength is unknown without adapter_config.json",
+    ),
 ]
 
 

@@ -15,7 +15,15 @@ import prepare_data
 import train_lora
 import validate
 from longcat_common import Source, UserError, bucket_sets, load_config
-from prepare_data import CAPTIONS, Findings, buckets_of, inspect_picture, load_picture, read_source, save_captions
+from prepare_data import (
+    CAPTIONS,
+    Findings,
+    buckets_of,
+    inspect_image,
+    load_image,
+    read_source,
+    save_captions,
+)
 
 RED, WHITE, AVIF = (200, 30, 30), (255, 255, 255), features.check("avif")
 
@@ -45,7 +53,9 @@ def prepare(tiny_config, data):
         config = tiny_config(**{"data_dir": str(data), "instance_prompt": "x", **overrides})
         entries, output = prepare_data.main(config), Path(config.output_dir)
         assert prepare_data.read_manifest(output / "manifest.jsonl") == entries
-        return {Path(e.path).name: e for e in entries}, (output / "report.md").read_text(encoding="utf-8")
+        return {Path(e.path).name: e for e in entries}, (output / "report.md").read_text(
+            encoding="utf-8"
+        )
 
     return run
 
@@ -57,15 +67,15 @@ def test_pictures_are_turned_upright_and_read_whole(tmp_path, suffix):
         gradient().save(path, exif=exif)
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-        assert inspect_picture(path, {})["size"] == upright.size
-        assert np.array_equal(load_picture(path, upright.size), upright)
+        assert inspect_image(path, {})["size"] == upright.size
+        assert np.array_equal(load_image(path, upright.size), upright)
     gradient().save(path, exif=b"Exif\0\0nonsense" if suffix in ("jpg", "png") else b"")
-    assert inspect_picture(path, {})["size"] == load_picture(path, (96, 64)).size == (96, 64)
+    assert inspect_image(path, {})["size"] == load_image(path, (96, 64)).size == (96, 64)
     whole = path.read_bytes()
     for length in range(1, len(whole) - 20, len(whole) // 20):  # cut off
         path.write_bytes(whole[:length])
         with pytest.raises(Exception):
-            inspect_picture(path, {})
+            inspect_image(path, {})
 
 
 def test_every_kind_of_pixel(tmp_path):
@@ -73,44 +83,88 @@ def test_every_kind_of_pixel(tmp_path):
     clear.paste((9, 9, 9, 0), (0, 0, 96, 128))
     holes = clear.convert("RGB").quantize(2)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")  # red is called green
+    swapped = (
+        srgb.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")
+    )  # red is called green
     for image, names, left, right, options in (
         (red, "a.jpg a.png a.webp a.bmp a.tif a.JPEG" + " a.avif" * AVIF, RED, RED, {}),
         (red.convert("CMYK"), "a.jpg a.tif", RED, RED, {}),
-        (red.convert("L"), "a.jpg", (81, 81, 81), (81, 81, 81), {"icc_profile": swapped}),  # one for other pixels
+        (
+            red.convert("L"),
+            "a.jpg",
+            (81, 81, 81),
+            (81, 81, 81),
+            {"icc_profile": swapped},
+        ),  # one for other pixels
         (clear, "a.png a.webp", WHITE, RED, {"lossless": True}),
         (holes, "a.png a.gif", WHITE, RED, {"transparency": holes.getpixel((0, 0))}),
         (Image.new("LA", (192, 128), (100, 128)), "a.png", (177, 177, 177), (177, 177, 177), {}),
-        (Image.fromarray(np.full((128, 192), 30000, np.uint16)), "a.png a.tif", (116, 116, 116), (116, 116, 116), {}),
+        (
+            Image.fromarray(np.full((128, 192), 30000, np.uint16)),
+            "a.png a.tif",
+            (116, 116, 116),
+            (116, 116, 116),
+            {},
+        ),
         (red, "a.jpg a.png", (30, 200, 30), (30, 200, 30), {"icc_profile": swapped, "quality": 95}),
         (red, "a.jpg a.png", RED, RED, {"icc_profile": srgb, "progressive": True}),
         (red, "a.jpg a.png", RED, RED, {"icc_profile": b"nonsense"}),
     ):
         for path in (tmp_path / name for name in names.split()):
             image.save(path, **options)
-            assert inspect_picture(path, {})["size"] == (192, 128)
-            seen = load_picture(path, (192, 128))
+            assert inspect_image(path, {})["size"] == (192, 128)
+            seen = load_image(path, (192, 128))
             found = [seen.getpixel((40, 60)), seen.getpixel((150, 60))]
-            assert seen.mode == "RGB" and np.abs(np.subtract(found, [left, right])).max() <= 6, (image.mode, path)
+            assert seen.mode == "RGB" and np.abs(np.subtract(found, [left, right])).max() <= 6, (
+                image.mode,
+                path,
+            )
 
 
 def test_nothing_is_distorted_and_the_centre_is_kept(tmp_path):
     rng, sets = random.Random(0), bucket_sets(load_config(resolution="128"))
-    cuts = [((450, 900), (448, 448)), ((239, 862), (224, 192)), ((414, 232), (192, 224))]  # rounding: just outside
-    cuts += [(size, buckets_of(size, sets)[0]) for size in zip(*(rng.sample(range(64, 900), 40) for _ in "xy"))]
+    cuts = [
+        ((450, 900), (448, 448)),
+        ((239, 862), (224, 192)),
+        ((414, 232), (192, 224)),
+    ]  # rounding: just outside
+    cuts += [
+        (size, buckets_of(size, sets)[0])
+        for size in zip(*(rng.sample(range(64, 900), 40) for _ in "xy"))
+    ]
     for size, bucket in cuts:
         (image := gradient(size)).save(tmp_path / "a.bmp")
         fit = ImageOps.fit(image, bucket, Image.Resampling.BICUBIC)
-        assert np.array_equal(load_picture(tmp_path / "a.bmp", bucket), fit)
-    sets, squares = bucket_sets(load_config(resolution="512, 128,256")), [(128, 128), (256, 256), (512, 512)]
-    for count, size in ((3, (640, 640)), (2, (300, 280)), (1, (100, 90))):  # one for each that it fills
+        assert np.array_equal(load_image(tmp_path / "a.bmp", bucket), fit)
+    sets, squares = (
+        bucket_sets(load_config(resolution="512, 128,256")),
+        [(128, 128), (256, 256), (512, 512)],
+    )
+    for count, size in (
+        (3, (640, 640)),
+        (2, (300, 280)),
+        (1, (100, 90)),
+    ):  # one for each that it fills
         assert buckets_of(size, sets) == squares[:count]
 
 
 def test_a_messy_folder(prepare, data, tmp_path, capsys):
     """What can be used is used, everything else has its line, and what is worth knowing is said."""
-    sizes = {"a.jpg": (400, 300), "strip.png": (900, 100), "thin.bmp": (20000, 16), "same.jpg": (100, 100)}
-    good = ["a.jpg", "strip.png", "表情 🦊.png", "same.jpg", "same.png", "sub/deep.gif", "x.jpg/inside.png"]
+    sizes = {
+        "a.jpg": (400, 300),
+        "strip.png": (900, 100),
+        "thin.bmp": (20000, 16),
+        "same.jpg": (100, 100),
+    }
+    good = [
+        "a.jpg",
+        "strip.png",
+        "表情 🦊.png",
+        "same.jpg",
+        "same.png",
+        "sub/deep.gif",
+        "x.jpg/inside.png",
+    ]
     for n, name in enumerate([*good, "thin.bmp", "cut.jpg"]):
         picture(data / name, sizes.get(name, (192, 128)), (n, 0, 0))
     for name in ("manifest.jsonl", "report.md", "preview.jpg", "validation/a.jpg"):
@@ -119,7 +173,11 @@ def test_a_messy_folder(prepare, data, tmp_path, capsys):
     os.mkfifo(data / "pipe.png")
     os.symlink(data, data / "sub" / "round")
     os.symlink(shutil.copy(data / "a.jpg", tmp_path / "linked.jpg"), data / "linked.jpg")
-    captions = {"a": "[trigger] a neonix cat", "strip": f"'{'letters ' * 90}'", "same": "a poster " * 30}
+    captions = {
+        "a": "[trigger] a neonix cat",
+        "strip": f"'{'letters ' * 90}'",
+        "same": "a poster " * 30,
+    }
     for name, caption in {**captions, "lone\nly": "?"}.items():
         (data / f"{name}.txt").write_text(caption)
     for name in ("notes.pdf", ".hidden.jpg", "text.png"):
@@ -144,34 +202,66 @@ def test_a_messy_folder(prepare, data, tmp_path, capsys):
         assert report.splitlines()[2] in capsys.readouterr().out
     with pytest.raises(ValueError, match="no picture to train on.*report.md"):
         prepare(data_dir=str(data / "x.jpg"), instance_prompt=None)
-    assert "inside.png: no caption; write it to inside.txt" in (tmp_path / "output" / "report.md").read_text()
+    assert (
+        "inside.png: no caption; write it to inside.txt"
+        in (tmp_path / "output" / "report.md").read_text()
+    )
 
 
 def test_sources_prefixes_and_the_inner_source(prepare, data):
-    captions = {"a": "a cat", "b": "一只猫", "c": ", a cat", "reg/d": "a dog", "reg/deep/e": "a dog"}
+    captions = {
+        "a": "a cat",
+        "b": "一只猫",
+        "c": ", a cat",
+        "reg/d": "a dog",
+        "reg/deep/e": "a dog",
+    }
     for n, (name, caption) in enumerate(captions.items()):
-        picture(data / f"{name}.png", colour=(n, 0, 0)).with_suffix(".txt").write_text(caption, encoding="utf-8")
+        picture(data / f"{name}.png", colour=(n, 0, 0)).with_suffix(".txt").write_text(
+            caption, encoding="utf-8"
+        )
     outer = {"path": str(data), "caption_prefix": "neonix style", "repeats": 3}
     inner = {"path": str(data / "reg"), "caption_prefix": "ordinary: ", "loss_weight": 0.5}
-    captions = ["neonix style a cat", "neonix style一只猫", "neonix style, a cat"]  # a space between Latin letters
+    captions = [
+        "neonix style a cat",
+        "neonix style一只猫",
+        "neonix style, a cat",
+    ]  # a space between Latin letters
     expected = {f"{name}.png": ([text], 3, 1.0, str(data)) for name, text in zip("abc", captions)}
     expected |= {f"{name}.png": (["ordinary: a dog"], 1, 0.5, str(data / "reg")) for name in "de"}
-    for given in ([outer, inner], [inner, outer], [outer, {**inner, "path": f"{data}/reg/."}, inner]):
+    for given in (
+        [outer, inner],
+        [inner, outer],
+        [outer, {**inner, "path": f"{data}/reg/."}, inner],
+    ):
         entries, report = prepare(data_dir=given)
-        assert {n: (e.captions, e.repeats, e.loss_weight, e.source) for n, e in entries.items()} == expected
+        assert {
+            n: (e.captions, e.repeats, e.loss_weight, e.source) for n, e in entries.items()
+        } == expected
     for key in ("output_dir", "cache_dir"):
         with pytest.raises(ValueError, match=f"{key}.*is the data folder itself"):
             prepare(**{key: str(data)})
 
 
-def test_what_the_scripts_draw_of_several_pictures_is_not_trained_on(quick_config, prepare, data, tmp_path):
-    config = quick_config(output_dir=str(tmp_path / "run"), max_train_steps=1, validation_step_interval=1)
+def test_what_the_scripts_draw_of_several_pictures_is_not_trained_on(
+    quick_config, prepare, data, tmp_path
+):
+    config = quick_config(
+        output_dir=str(tmp_path / "run"), max_train_steps=1, validation_step_interval=1
+    )
     train_lora.main(config)
     grid, output = validate.main(config), tmp_path / "run"
-    for path in [output / "preview.jpg", grid, *(output / "validation").glob("*.png"), picture(tmp_path / "good.png")]:
+    for path in [
+        output / "preview.jpg",
+        grid,
+        *(output / "validation").glob("*.png"),
+        picture(tmp_path / "good.png"),
+    ]:
         shutil.copy(path, data)
     entries, report = prepare()
-    assert [*entries] == ["good.png"] and report.count("is a grid or a preview that these scripts have drawn") == 5
+    assert [*entries] == ["good.png"] and report.count(
+        "is a grid or a preview that these scripts have drawn"
+    ) == 5
 
 
 def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path):
@@ -180,14 +270,19 @@ def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path
     first, _ = prepare()
     manifest, time = tmp_path / "output" / "manifest.jsonl", (data / "a.bmp").stat().st_mtime_ns
     assert prepare()[0] == first
-    os.utime(picture(data / "a.bmp", colour=(99, 0, 0)), ns=(1, time))  # same size and time: taken as unchanged
+    os.utime(
+        picture(data / "a.bmp", colour=(99, 0, 0)), ns=(1, time)
+    )  # same size and time: taken as unchanged
     os.utime(picture(data / "b.bmp", colour=(98, 0, 0)), ns=(1, time + 10**9))
     with pytest.raises(ValueError, match="b.bmp: .* has changed since"):
         cache_latents.main(tiny_config(data_dir=None))
     second, _ = prepare()
-    assert second["a.bmp"] == first["a.bmp"] and second["b.bmp"].key != first["b.bmp"].key
+    assert (
+        second["a.bmp"] == first["a.bmp"]
+        and second["b.bmp"].content_hash != first["b.bmp"].content_hash
+    )
     manifest.write_bytes(manifest.read_bytes()[:-40])
-    assert prepare()[0]["a.bmp"].key != first["a.bmp"].key, "everything is read"
+    assert prepare()[0]["a.bmp"].content_hash != first["a.bmp"].content_hash, "everything is read"
 
 
 def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, tmp_path):
@@ -195,12 +290,16 @@ def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, t
     gradient((200, 400)).save(data / "tall.png")
     for n in range(100):
         picture(data / f"{n:03d}.png", (128, 128), (2 * n, 255 - 2 * n, 0))
-    raw = picture(data / "damaged.jpg", (1300, 140)).read_bytes()  # its end is there, so that it is not decoded
-    (data / "damaged.jpg").write_bytes(raw.replace(b"\xff\xc4\0\x1f", b"\xff\xc4\0\x1f" + b"\xff" * 20, 1))
+    raw = picture(
+        data / "damaged.jpg", (1300, 140)
+    ).read_bytes()  # its end is there, so that it is not decoded
+    (data / "damaged.jpg").write_bytes(
+        raw.replace(b"\xff\xc4\0\x1f", b"\xff\xc4\0\x1f" + b"\xff" * 20, 1)
+    )
     prepare(instance_prompt="红色 field", resolution="128x128,256x128,128x256,1280x128")
     sheet = Image.open(tmp_path / "output" / "preview.jpg")
     corners = [(x, y) for y in range(4, sheet.height, 260) for x in range(4, 1600, 200)]
-    seen = [load_picture(data / "wide.png", (192, 96)), load_picture(data / "tall.png", (96, 192))]
+    seen = [load_image(data / "wide.png", (192, 96)), load_image(data / "tall.png", (96, 192))]
     for part in [*seen, Image.new("RGB", (192, 20), "#cc0000")]:
         cells = [sheet.crop((x, y, x + part.width, y + part.height)) for x, y in corners]
         errors = [np.abs(np.subtract(cell, part, dtype=int)).mean() for cell in cells]
@@ -265,16 +364,26 @@ def test_every_form_is_read_and_what_is_wrong_with_one_named(folder, name, conte
     found, findings = read(folder)
     good = isinstance(expected, list)
     assert found == {"a.jpg": expected if good else [], "b.jpg": ["a good one"]}
-    assert [line.startswith(f"{folder / name}{expected}") for line in findings[CAPTIONS]] == [True] * (not good)
+    assert [line.startswith(f"{folder / name}{expected}") for line in findings[CAPTIONS]] == [
+        True
+    ] * (not good)
     assert findings["Not UTF-8, read as GB18030"] == [folder / name] * (expected == [CHINESE])
 
 
 def test_a_list_names_pictures_anywhere(folder, tmp_path, monkeypatch):
-    rows = [json.dumps({"img_path": str(tmp_path / "outside.jpg"), "prompt": "b"}), "no JSON", '{"file_name": "a.jpg"}']
-    write(folder, {"list.txt": "\n".join(rows), "list.csv": "file_name,text\noutside.jpg,c\nb.jpg,d"})
+    rows = [
+        json.dumps({"img_path": str(tmp_path / "outside.jpg"), "prompt": "b"}),
+        "no JSON",
+        '{"file_name": "a.jpg"}',
+    ]
+    write(
+        folder, {"list.txt": "\n".join(rows), "list.csv": "file_name,text\noutside.jpg,c\nb.jpg,d"}
+    )
     assert read(folder / "list.txt")[0] == {"outside.jpg": ["b"], "a.jpg": []}
     assert read(folder / "list.csv")[0] == {"b.jpg": ["d"]}
-    monkeypatch.chdir(tmp_path)  # as the model authors' scripts do: relative to the current directory
+    monkeypatch.chdir(
+        tmp_path
+    )  # as the model authors' scripts do: relative to the current directory
     assert read(folder / "list.csv")[0] == {"outside.jpg": ["c"], "b.jpg": ["d"]}
 
 
@@ -282,25 +391,46 @@ def test_the_first_that_there_is_counts(folder):
     names = ["txt.jpg", "json.jpg", "jsonl.jpg", "csv.jpg", "map.jpg", "above.jpg", "none.jpg"]
     rows = [json.dumps({"file_name": name, "text": "by jsonl"}) for name in names[:3]]
     table = lambda rows: "file_name,text\n" + "".join(rows)
-    tables = {"metadata.jsonl": "\n".join(rows), "metadata.csv": table(f"{name},by csv\n" for name in names[:4])}
+    tables = {
+        "metadata.jsonl": "\n".join(rows),
+        "metadata.csv": table(f"{name},by csv\n" for name in names[:4]),
+    }
     tables["captions.json"] = json.dumps(dict.fromkeys(names[:5], "by map"))
-    tables |= {"txt.txt": "by txt", "txt.json": '"less"', "json.json": '"by json"', **dict.fromkeys(names, "")}
+    tables |= {
+        "txt.txt": "by txt",
+        "txt.json": '"less"',
+        "json.json": '"by json"',
+        **dict.fromkeys(names, ""),
+    }
     write(folder / "sub", tables)
     write(folder, {"metadata.csv": table(f"sub/{name},from above\n" for name in names[:6])})
     texts = [["by txt"], ["by json"], ["by jsonl"], ["by csv"], ["by map"], ["from above"], []]
-    write(folder, {"cafe\u0301.jpg": "", "caf\u00e9.txt": "coffee", "a.png": "", "a.txt": "both"})  # as from a Mac
-    texts = dict(zip(names, texts)) | {"cafe\u0301.jpg": ["coffee"], "a.jpg": ["both"], "a.png": ["both"], "b.jpg": []}
+    write(
+        folder, {"cafe\u0301.jpg": "", "caf\u00e9.txt": "coffee", "a.png": "", "a.txt": "both"}
+    )  # as from a Mac
+    texts = dict(zip(names, texts)) | {
+        "cafe\u0301.jpg": ["coffee"],
+        "a.jpg": ["both"],
+        "a.png": ["both"],
+        "b.jpg": [],
+    }
     assert read(folder)[0] == texts
 
 
 def test_what_is_saved_counts_and_the_rest_stays(folder, tmp_path):
     write(folder, {"captions.json": '{"a.jpg": "one", "b.jpg": "two"}', "b.json": '{"by": '})
-    for captions, file in ((["a new one"], "a.txt"), (["x, y", "红色", "z"], "a.json"), (["one again"], "a.json")):
+    for captions, file in (
+        (["a new one"], "a.txt"),
+        (["x, y", "红色", "z"], "a.json"),
+        (["one again"], "a.json"),
+    ):
         assert save_captions(folder / "a.jpg", captions) == folder / file
         assert read(folder)[0] == {"a.jpg": captions, "b.jpg": ["two"]}
     write(folder, {"a.json": '{"by": "me", "prompt": {"en": "one", "zh": "一"}}', "../text": "one"})
     save_captions(folder / "a.jpg", ["two"])
-    assert json.loads((folder / "a.json").read_text())["by"] == "me" and read(folder)[0]["a.jpg"] == ["two"]
+    assert json.loads((folder / "a.json").read_text())["by"] == "me" and read(folder)[0][
+        "a.jpg"
+    ] == ["two"]
     with pytest.raises(UserError, match="b.json: not JSON"):
         save_captions(folder / "b.jpg", ["x", "y"])
     (folder / "c.txt").symlink_to(tmp_path / "text")

@@ -44,8 +44,12 @@ def before_each(monkeypatch):
 @pytest.fixture
 def cheap_loss(monkeypatch):
     """For tests of what is around the model: a loss that does not ask it, times what `.factors` gives next."""
-    trained = lambda transformer: sum((p + p**2).sum() for p in transformer.parameters() if p.requires_grad)
-    loss = lambda transformer, latents, *_: latents.square().mean() * trained(transformer) * next(cheap.factors, 1)
+    trained = lambda transformer: sum(
+        (p + p**2).sum() for p in transformer.parameters() if p.requires_grad
+    )
+    loss = lambda transformer, latents, *_: (
+        latents.square().mean() * trained(transformer) * next(cheap.factors, 1)
+    )
     cheap = SimpleNamespace(factors=iter(()))
     monkeypatch.setattr(train_lora, "flow_matching_loss", loss)
     return cheap
@@ -80,7 +84,9 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
     scored = lambda: [line for line in metrics(config) if "held_out_loss" in line]
     scores = scored()
     assert [state_of(config, step)["taken"] for step in (1, 2, 3)] == [3, 6, 9]
-    assert [line["step"] for line in scores] == [0, 2, 3] and len({line["held_out_base"] for line in scores}) == 1
+    assert [line["step"] for line in scores] == [0, 2, 3] and len(
+        {line["held_out_base"] for line in scores}
+    ) == 1
     assert scores[0]["held_out_loss"] == scores[0]["held_out_base"] > scores[2]["held_out_loss"]
     config.validation_prompts = []
     (checkpoint(config, 3) / "state.safetensors").write_bytes(b"cut off")
@@ -89,14 +95,18 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
         train_lora.main(config)
         assert f"resumed from {checkpoint(config, step)}, in epoch" in capsys.readouterr().out
         assert lora_bytes(config) == expected and len(checkpoints(config)) == 3
-        assert [line["step"] for line in metrics(config) if "loss" in line] == [3], "steps done again are there once"
+        assert [line["step"] for line in metrics(config) if "loss" in line] == [3], (
+            "steps done again are there once"
+        )
         assert scored() == (scores if step == 2 else scores[:1])
         shutil.rmtree(checkpoint(config, 3))
         shutil.rmtree(checkpoint(config, 2))
         config.validation_step_interval = 0
 
 
-def test_a_run_that_began_on_the_embeddings_of_an_earlier_version_is_told_so_once(reference_run, capsys):
+def test_a_run_that_began_on_the_embeddings_of_an_earlier_version_is_told_so_once(
+    reference_run, capsys
+):
     config, line = reference_run, "was trained on the prompt embeddings of an earlier version"
     config.validation_prompts, config.validation_step_interval = [], 0
     state = state_of(config, 3)
@@ -132,16 +142,30 @@ STAGES = [
 ANYWHERE = [("", count) for count in random.Random(5).sample(range(2, 30), 20)]
 
 
-@pytest.mark.parametrize("kills", [STAGES, pytest.param(ANYWHERE, marks=pytest.mark.slow)], ids=["stages", "anywhere"])
-def test_killed_before_any_file_has_its_name_it_ends_with_the_same_bytes(quick_config, tmp_path, kills):
+@pytest.mark.parametrize(
+    "kills", [STAGES, pytest.param(ANYWHERE, marks=pytest.mark.slow)], ids=["stages", "anywhere"]
+)
+def test_killed_before_any_file_has_its_name_it_ends_with_the_same_bytes(
+    quick_config, tmp_path, kills
+):
     """`kills`: (word, n): the n-th file or folder with this word in its path does not get its name any more."""
-    settings = dict(max_train_steps=4 if kills is STAGES else 36, checkpoints_total_limit=99, lora_dropout=0.1)
-    whole = quick_config(**settings, output_dir=str(tmp_path / "whole"), cache_dir=str(tmp_path / "whole-cache"))
+    settings = dict(
+        max_train_steps=4 if kills is STAGES else 36, checkpoints_total_limit=99, lora_dropout=0.1
+    )
+    whole = quick_config(
+        **settings, output_dir=str(tmp_path / "whole"), cache_dir=str(tmp_path / "whole-cache")
+    )
     train_lora.main(whole)
-    killed, log, done = quick_config(**settings, cache_dir=str(tmp_path / "cache")), tmp_path / "log", set()
+    killed, log, done = (
+        quick_config(**settings, cache_dir=str(tmp_path / "cache")),
+        tmp_path / "log",
+        set(),
+    )
     (tmp_path / "killed.py").write_text(KILLED)
     for word, count in kills:
-        process = start_script(log, tmp_path / "killed.py", *flags(killed), KILL_AT=word, KILL_COUNT=str(count))
+        process = start_script(
+            log, tmp_path / "killed.py", *flags(killed), KILL_AT=word, KILL_COUNT=str(count)
+        )
         process.join()
         assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
         done.add(len(checkpoints(killed)))
@@ -166,7 +190,12 @@ def handlers():
         signal.signal(number, handler)
 
 
-SENT = [*([name] for name in SIGNALS), ["SIGHUP", "SIGHUP"], ["SIGTERM", "later", "SIGTERM"], ["ignored", *SIGNALS]]
+SENT = [
+    *([name] for name in SIGNALS),
+    ["SIGHUP", "SIGHUP"],
+    ["SIGTERM", "later", "SIGTERM"],
+    ["ignored", *SIGNALS],
+]
 
 
 @pytest.mark.parametrize("sent", SENT, ids=" ".join)
@@ -175,7 +204,9 @@ def test_a_signal_finishes_the_step_and_saves_a_second_leaves_at_once_and_an_ign
 ):
     def send(n, *arguments):
         for name in sent if n == 2 else ():  # what comes within a second is one event, sent twice
-            time.sleep(1.1) if name == "later" else name in SIGNALS and signal.raise_signal(getattr(signal, name))
+            time.sleep(1.1) if name == "later" else name in SIGNALS and signal.raise_signal(
+                getattr(signal, name)
+            )
         reached.append(n)
 
     before_each("train_step", send)
@@ -187,13 +218,22 @@ def test_a_signal_finishes_the_step_and_saves_a_second_leaves_at_once_and_an_ign
         assert train_lora.main(config).exists()
     else:
         assert stopped(config) == getattr(signal, sent[0])
-        assert (reached, checkpoints(config)) == (([1], []) if "later" in sent else ([1, 2], ["step-000002"]))
+        assert (reached, checkpoints(config)) == (
+            ([1], []) if "later" in sent else ([1, 2], ["step-000002"])
+        )
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"])
-def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(quick_config, tmp_path, launcher):
-    config, log = quick_config(checkpoint_step_interval=10000, max_train_steps=10000), tmp_path / "log"
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
+)
+def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(
+    quick_config, tmp_path, launcher
+):
+    config, log = (
+        quick_config(checkpoint_step_interval=10000, max_train_steps=10000),
+        tmp_path / "log",
+    )
     with open(log, "w") as file:
         command = [sys.executable, *launcher, "train_lora.py", *flags(config)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
@@ -202,8 +242,14 @@ def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(
         time.sleep(0.01)
     process.terminate()
     code, printed = process.wait(), log.read_text(errors="replace")
-    assert printed.count("start again to go on") == (2 if launcher else 1) and "LoRA:" not in printed
-    assert "10000 steps of 2 pictures" in printed if launcher else code == 143 and "Traceback" not in printed
+    assert (
+        printed.count("start again to go on") == (2 if launcher else 1) and "LoRA:" not in printed
+    )
+    assert (
+        "10000 steps of 2 pictures" in printed
+        if launcher
+        else code == 143 and "Traceback" not in printed
+    )
     (name,) = checkpoints(config)
     config.max_train_steps = int(name[5:]) + 1
     train_lora.main(config)
@@ -212,21 +258,34 @@ def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(
 
 def test_a_signal_ends_a_preview_at_once(quick_config, before_each, handlers):
     drawn, config = [], quick_config(validation_step_interval=1)
-    before_each("generate", lambda *arguments: signal.raise_signal(signal.SIGTERM) or drawn.append(arguments))
+    before_each(
+        "generate",
+        lambda *arguments: signal.raise_signal(signal.SIGTERM) or drawn.append(arguments),
+    )
     assert stopped(config) == signal.SIGTERM and not drawn and not checkpoints(config)
 
 
 # ---------------------------------------------------------------- what is not finite
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(quick_config, cheap_loss, capsys):
+def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(
+    quick_config, cheap_loss, capsys
+):
     cheap_loss.factors = iter([1, math.nan, 1, 1, math.inf, math.nan, math.nan])
     config = quick_config(max_train_steps=7, checkpoint_step_interval=2)
     refused(config, "step 7: .* 3 times in a row; the newest checkpoint is step 4")
-    assert capsys.readouterr().out.count("not learned from") == metrics(config)[-1]["skipped_steps"] == 4
-    assert checkpoints(config) == ["step-000003", "step-000004"], "not after a bad step, but after the next good one"
+    assert (
+        capsys.readouterr().out.count("not learned from")
+        == metrics(config)[-1]["skipped_steps"]
+        == 4
+    )
+    assert checkpoints(config) == ["step-000003", "step-000004"], (
+        "not after a bad step, but after the next good one"
+    )
     tensors = load_file(checkpoint(config, 4) / "state.safetensors")
-    assert tensors["optimizer.0.step"] == 3 and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert tensors["optimizer.0.step"] == 3 and all(
+        tensor.isfinite().all() for tensor in tensors.values()
+    )
     assert train_lora.main(config).exists()
 
 
@@ -243,7 +302,10 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, che
     train_lora.main(config)
     state = state_of(config, 1)
     assert state["scaler"]["scale"] == limit and "not learned from" not in capsys.readouterr().out
-    state["scaler"]["scale"], limit = 2.0, 0.0  # at a scale of 1 the gradients themselves are to blame
+    state["scaler"]["scale"], limit = (
+        2.0,
+        0.0,
+    )  # at a scale of 1 the gradients themselves are to blame
     (checkpoint(config, 1) / "state.json").write_text(json.dumps(state))
     config.max_train_steps = 40
     refused(config, "step 5: .*not finite 3 times in a row")
@@ -254,8 +316,12 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, che
 
 def test_a_second_run_in_the_folder_names_the_first_and_stops(quick_config, before_each):
     config, said = quick_config(max_train_steps=1), []
-    read = lambda: [Path(config.output_dir, name).read_bytes() for name in ("config.json", "metrics.jsonl")]
-    second = lambda: refused(quick_config(seed=1), f"output_dir: .* is in use by process {os.getpid()} of .*, since 20")
+    read = lambda: [
+        Path(config.output_dir, name).read_bytes() for name in ("config.json", "metrics.jsonl")
+    ]
+    second = lambda: refused(
+        quick_config(seed=1), f"output_dir: .* is in use by process {os.getpid()} of .*, since 20"
+    )
     before_each("train_step", lambda *_: said.append((read(), second(), read())))
     train_lora.main(config)
     ((before, _, after),) = said
@@ -268,7 +334,9 @@ def test_a_disk_that_cannot_lock_is_said(quick_config, monkeypatch, capsys):
     assert "cannot be locked ([Errno 37] No locks available); make sure" in capsys.readouterr().out
 
 
-def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(reference_run, quick_config, tmp_path, capsys):
+def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(
+    reference_run, quick_config, tmp_path, capsys
+):
     output, elsewhere = Path(reference_run.output_dir), str(tmp_path / "elsewhere")
     before = (output / "metrics.jsonl").read_bytes()
     shutil.move(checkpoint(reference_run, 3), elsewhere)
@@ -280,8 +348,13 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(reference_ru
         (output / name).unlink()  # one that is left is refused, too
     train_lora.main(quick_config(max_train_steps=1))
     (aside,) = output.glob("before-20*")
-    assert f"{aside}: here are metrics and previews of a run that came to no checkpoint" in capsys.readouterr().out
-    assert (aside / "metrics.jsonl").read_bytes() == before and (aside / "validation/step-000002-00.png").exists()
+    assert (
+        f"{aside}: here are metrics and previews of a run that came to no checkpoint"
+        in capsys.readouterr().out
+    )
+    assert (aside / "metrics.jsonl").read_bytes() == before and (
+        aside / "validation/step-000002-00.png"
+    ).exists()
     assert [line["step"] for line in metrics(reference_run)] == [1]
 
 
@@ -290,7 +363,9 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(reference_ru
 
 @pytest.mark.parametrize("name", ["state.safetensors", NAMES[0], "state.json"])
 @pytest.mark.parametrize("kept", [10, None])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(reference_run, capsys, name, kept):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(
+    reference_run, capsys, name, kept
+):
     path = checkpoint(reference_run, 3) / name
     whole = path.read_bytes()
     path.unlink() if kept is None else path.write_bytes(whole[:kept])
@@ -305,51 +380,83 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(reference_run
     [
         ("lora_rank", 8, "^lora_rank: found 8, but .*was trained with 16"),
         ("optimizer", "prodigy", "^optimizer: found 'prodigy', but .* was trained with 'adamw'"),
-        ("pretrained_model_name_or_path", "changed", "^pretrained_model_name_or_path: .*was trained with"),
+        (
+            "pretrained_model_name_or_path",
+            "changed",
+            "^pretrained_model_name_or_path: .*was trained with",
+        ),
         ("resume_from_checkpoint", "step-000001", "holds later checkpoints, up to step-000003"),
     ],
 )
-def test_what_must_not_change_on_resume_is_refused(reference_run, tmp_path, monkeypatch, key, value, problem):
+def test_what_must_not_change_on_resume_is_refused(
+    reference_run, tmp_path, monkeypatch, key, value, problem
+):
     monkeypatch.chdir(tmp_path)
     if value == "changed":
         shutil.copytree(f"{MODEL}/transformer", "moved/transformer")
         reference_run.pretrained_model_name_or_path = "moved"
         assert train_lora.find_checkpoint(reference_run)[1]["step"] == 3, "moved, and the same"
-        path = Path(shutil.copytree("moved", "changed"), "transformer/diffusion_pytorch_model.safetensors")
+        path = Path(
+            shutil.copytree("moved", "changed"), "transformer/diffusion_pytorch_model.safetensors"
+        )
         save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
     refused(reference_run.model_copy(update={key: value}), problem)
 
 
-def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(reference_run, capsys):
+def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
+    reference_run, capsys
+):
     config, own = reference_run, checkpoint(reference_run, 1).with_name("step-000001 copy")
     shutil.copytree(checkpoint(config, 1), own)
     shutil.copytree(checkpoint(config, 1), checkpoint(config, 12))
     (checkpoint(config, 12) / "state.safetensors").write_bytes(b"half")
     with open(Path(config.output_dir, "metrics.jsonl"), "a") as file:
         file.write('{"step": 1, "lo')  # cut off by a kill
-    config.max_train_steps, config.checkpoints_total_limit, config.validation_step_interval = 4, 1, 0
-    config.learning_rate, config.train_batch_size, config.lora_alpha, config.init_lora = 2e-4, 1, 16, "gone"
+    config.max_train_steps, config.checkpoints_total_limit, config.validation_step_interval = (
+        4,
+        1,
+        0,
+    )
+    config.learning_rate, config.train_batch_size, config.lora_alpha, config.init_lora = (
+        2e-4,
+        1,
+        16,
+        "gone",
+    )
     train_lora.main(config)
     printed = capsys.readouterr().out
-    for said in ("learning_rate: 0.008 -> 0.0002", 'null -> "gone" (of no effect', "train_batch_size: 2 -> 1\n"):
+    for said in (
+        "learning_rate: 0.008 -> 0.0002",
+        'null -> "gone" (of no effect',
+        "train_batch_size: 2 -> 1\n",
+    ):
         assert said in printed
     assert "lora_alpha" not in printed and "in epoch 1, of 6 batches" in printed
-    assert checkpoints(config) == ["step-000004", "step-000012"], "only whole ones count towards the limit"
-    assert own.is_dir() and metrics(config)[-1]["lr"] == pytest.approx(1e-4), "after warm-up, half way down the cosine"
+    assert checkpoints(config) == ["step-000004", "step-000012"], (
+        "only whole ones count towards the limit"
+    )
+    assert own.is_dir() and metrics(config)[-1]["lr"] == pytest.approx(1e-4), (
+        "after warm-up, half way down the cosine"
+    )
 
 
 def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     quick_config, few_pictures, tmp_path, before_each, cheap_loss, capsys
 ):
     data, seen = Path(shutil.copytree(few_pictures, tmp_path / "data")), {}
-    before_each("load_batch", lambda n, config, samples, files, epoch, number: seen.update({number: samples}))
+    before_each(
+        "load_batch",
+        lambda n, config, samples, files, epoch, number: seen.update({number: samples}),
+    )
     config = quick_config(data_dir=str(data), validation_split=0.2, max_train_steps=3)
     train_lora.main(config)
     (key,) = state_of(config, 3)["held_out"]
-    pictures = {picture.key: Path(picture.path) for picture in cache_latents.main(config)[0]}
+    pictures = {
+        picture.content_hash: Path(picture.path) for picture in cache_latents.main(config)[0]
+    }
     held, (gone, other, *_) = pictures.pop(key), pictures.values()
     assert all(len(samples) == 1 for samples in seen.values())
-    assert key not in {picture.key for samples in seen.values() for _, picture in samples}
+    assert key not in {picture.content_hash for samples in seen.values() for _, picture in samples}
 
     seen.clear()
     for path in held, gone:
@@ -360,29 +467,47 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     now = cache_latents.main(config)[0]
     count = len(train_lora.epoch_batches(now, 2, 42, 0))
     epoch = [picture for number in range(count, 2 * count) for _, picture in seen[number]]
-    assert min(seen) == 3 and sorted(p.key for p in epoch) == sorted(p.key for p in now), "each of now, once"
+    assert min(seen) == 3 and sorted(p.content_hash for p in epoch) == sorted(
+        p.content_hash for p in now
+    ), "each of now, once"
     assert ["a new caption"] in [picture.captions for picture in epoch]
 
     held.with_suffix(".away").rename(held)
     config.max_train_steps = 16
     train_lora.main(config)
-    assert key not in {picture.key for samples in seen.values() for _, picture in samples}
+    assert key not in {picture.content_hash for samples in seen.values() for _, picture in samples}
     said = re.findall(r"never trained on: (.*) \(", capsys.readouterr().out)
     assert said == [f"1 of {data}", "none", f"1 of {data}"]
 
 
 def test_every_source_is_held_out_in_its_share():
     pictures = [made_up(i, source="ordinary" if i < 60 else "concept") for i in range(70)]
-    for split, expected in ((0.1, {"ordinary": 6, "concept": 1}), (0.5, {"ordinary": 4, "concept": 4}), (0.0, {})):
+    for split, expected in (
+        (0.1, {"ordinary": 6, "concept": 1}),
+        (0.5, {"ordinary": 4, "concept": 4}),
+        (0.0, {}),
+    ):
         keys = train_lora.hold_out(load_config(validation_split=split), pictures)
-        assert Counter(picture.source for picture in pictures if picture.key in keys) == expected
-    assert train_lora.hold_out(load_config(validation_split=0.1), pictures[:1]) == [], "one is left to train on"
+        assert (
+            Counter(picture.source for picture in pictures if picture.content_hash in keys)
+            == expected
+        )
+    assert train_lora.hold_out(load_config(validation_split=0.1), pictures[:1]) == [], (
+        "one is left to train on"
+    )
 
 
-def test_a_run_with_prodigy_finds_its_rate_and_is_resumed_to_the_same_bytes(quick_config, cheap_loss):
-    config = quick_config(optimizer="prodigy", learning_rate=1.0, lr_scheduler="constant", max_train_steps=12)
+def test_a_run_with_prodigy_finds_its_rate_and_is_resumed_to_the_same_bytes(
+    quick_config, cheap_loss
+):
+    config = quick_config(
+        optimizer="prodigy", learning_rate=1.0, lr_scheduler="constant", max_train_steps=12
+    )
     train_lora.main(config)
-    expected, rates = lora_bytes(config), [state_of(config, step)["optimizer"]["d"] for step in (10, 12)]
+    expected, rates = (
+        lora_bytes(config),
+        [state_of(config, step)["optimizer"]["d"] for step in (10, 12)],
+    )
     assert 1e-6 < rates[0] < rates[1]
     for step in (11, 12):
         shutil.rmtree(checkpoint(config, step))
@@ -403,8 +528,12 @@ def failing(code):
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     path, done, sync, replace = tmp_path / "file", [], os.fsync, os.replace
     path.write_text("before")
-    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size) or sync(number))
-    monkeypatch.setattr(os, "replace", lambda *paths: done.append(path.read_text()) or replace(*paths))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: done.append(os.fstat(number).st_size) or sync(number)
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: done.append(path.read_text()) or replace(*paths)
+    )
     write_file(path, "after it")
     assert done == [8, "before"] and path.read_text() == "after it"
 
@@ -417,13 +546,19 @@ def test_free_space_is_advised_for_a_full_disk_only(tmp_path, monkeypatch):
         assert ("free space" in str(error.value)) == full and not list(tmp_path.iterdir())
 
 
-def test_what_a_disk_cannot_do_is_found_out_before_and_nothing_whole_is_deleted(quick_config, monkeypatch):
+def test_what_a_disk_cannot_do_is_found_out_before_and_nothing_whole_is_deleted(
+    quick_config, monkeypatch
+):
     config, rename, cannot = quick_config(max_train_steps=1), Path.rename, "."
-    refuse = lambda path, target: (failing("EPERM") if path.name.startswith(cannot) else rename)(path, target)
+    refuse = lambda path, target: (failing("EPERM") if path.name.startswith(cannot) else rename)(
+        path, target
+    )
     monkeypatch.setattr(Path, "rename", refuse)
     refused(config, "checkpoints: folders there cannot be renamed .*not permitted")
     cannot = ".step"
-    assert "free space" not in refused(config, "step-000001.tmp: is whole, but cannot be renamed to step-000001")
+    assert "free space" not in refused(
+        config, "step-000001.tmp: is whole, but cannot be renamed to step-000001"
+    )
     rename(checkpoint(config, 1).with_name(".step-000001.tmp"), checkpoint(config, 1))
     monkeypatch.undo()
     assert train_lora.find_checkpoint(config)[1]["step"] == 1
@@ -449,16 +584,30 @@ def tear(patch, *arguments):
 @pytest.mark.parametrize(
     "what, name, when, problem, saved",
     [
-        (fill, "save_checkpoint", 2, "step-000002.* cannot be written .*; free space", ["step-000001"]),
+        (
+            fill,
+            "save_checkpoint",
+            2,
+            "step-000002.* cannot be written .*; free space",
+            ["step-000001"],
+        ),
         (vanish, "load_batch", 3, "latents.*is missing or damaged", ["step-000002"]),
-        (tear, "set_up", 1, "Input/output error", []),  # step 1 is not saved: the weights are no step's
+        (
+            tear,
+            "set_up",
+            1,
+            "Input/output error",
+            [],
+        ),  # step 1 is not saved: the weights are no step's
     ],
 )
 def test_whatever_fails_in_a_step_the_last_complete_one_is_saved(
     quick_config, tmp_path, monkeypatch, before_each, what, name, when, problem, saved
 ):
     every = 1 if what is fill else 1000
-    config = quick_config(cache_dir=str(tmp_path / "cache"), max_train_steps=3, checkpoint_step_interval=every)
+    config = quick_config(
+        cache_dir=str(tmp_path / "cache"), max_train_steps=3, checkpoint_step_interval=every
+    )
     with monkeypatch.context() as patch:
         before_each(name, lambda n, *arguments: n == when and what(patch, *arguments))
         with pytest.raises((ValueError, OSError), match=problem):
@@ -471,7 +620,9 @@ def test_whatever_fails_in_a_step_the_last_complete_one_is_saved(
 # ---------------------------------------------------------------- previews, the card, what is said
 
 
-def test_previews_of_steps_done_again_are_drawn_again_and_foreign_files_passed_over(reference_run, capsys):
+def test_previews_of_steps_done_again_are_drawn_again_and_foreign_files_passed_over(
+    reference_run, capsys
+):
     config, folder = reference_run, Path(reference_run.output_dir) / "validation"
     second, third = (folder / f"step-{step:06d}-00.png" for step in (2, 3))
     (folder / "step-000000-00.png").write_bytes(b"")
@@ -489,18 +640,29 @@ def test_previews_of_steps_done_again_are_drawn_again_and_foreign_files_passed_o
     config.validation_prompts = ["another apple"]
     train_lora.main(config)
     assert third.read_bytes() != after, "what was there is of another prompt"
-    assert {path.name for path in folder.iterdir()} == names and "failed" not in capsys.readouterr().out
+    assert {
+        path.name for path in folder.iterdir()
+    } == names and "failed" not in capsys.readouterr().out
 
 
-def test_the_card_names_the_base_and_the_best_step_is_told_of_the_same_pictures(reference_run, capsys):
+def test_the_card_names_the_base_and_the_best_step_is_told_of_the_same_pictures(
+    reference_run, capsys
+):
     config, card = reference_run, Path(reference_run.output_dir) / "README.md"
     config.model_flavour, config.lr_warmup_steps = "dev", 3
-    scores = {line["step"]: line["held_out_loss"] for line in metrics(config) if "held_out_loss" in line}
-    with open(Path(config.output_dir) / "metrics.jsonl", "a") as file:  # the lowest, but of other pictures
+    scores = {
+        line["step"]: line["held_out_loss"] for line in metrics(config) if "held_out_loss" in line
+    }
+    with open(
+        Path(config.output_dir) / "metrics.jsonl", "a"
+    ) as file:  # the lowest, but of other pictures
         file.write('{"step": 1, "held_out_loss": 0.01, "held_out_base": 9.0}\n')
     card.unlink()
     train_lora.main(config)
     assert "\nbase_model: meituan-longcat/LongCat-Image-Dev\n" in card.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     assert "lr_warmup_steps: 3, so the full learning rate is never reached; lower it" in printed
-    assert f"lowest held-out loss: step {min(scores, key=scores.get)}\n" in printed and "nothing to train" in printed
+    assert (
+        f"lowest held-out loss: step {min(scores, key=scores.get)}\n" in printed
+        and "nothing to train" in printed
+    )

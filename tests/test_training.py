@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cache_latents
 import train_lora
-from longcat_common import load_config, load_lora, load_scheduler, load_transformer, read_tensors
-from validate import generate, load_pipeline
+from longcat_common import load_config, load_scheduler, load_transformer, read_tensors
+from validate import generate, load_lora, load_pipeline
 
 # ---------------------------------------------------------------- it learns
 
@@ -42,12 +42,17 @@ def test_twenty_steps_of_the_demo_halve_the_held_out_loss_and_leave_curves_and_p
     output, lines = Path(config.output_dir), [line for line in metrics(config) if "loss" in line]
     scores = [line for line in metrics(config) if "held_out_loss" in line]
     assert scores[-1]["held_out_loss"] <= 0.5 * scores[-1]["held_out_base"]
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and [line["step"] for line in lines] == [10, 20]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and [line["step"] for line in lines] == [
+        10,
+        20,
+    ]
     events = EventAccumulator(str(output / "logs"))
     events.Reload()
     assert {"train/loss", "train/lr", "validation/held_out_loss"} <= set(events.Tags()["scalars"])
     for i, prompt in enumerate(prompts):
-        first, last = (Image.open(output / f"validation/step-{step:06d}-{i:02d}.png") for step in (0, 20))
+        first, last = (
+            Image.open(output / f"validation/step-{step:06d}-{i:02d}.png") for step in (0, 20)
+        )
         assert first.size == (128, 128) and first.text["prompt"] == prompt
         assert np.abs(np.asarray(first, float) - np.asarray(last)).mean() > 5
     assert (output / "validation/progress.png").exists()
@@ -58,15 +63,23 @@ def test_twenty_steps_of_the_demo_halve_the_held_out_loss_and_leave_curves_and_p
 def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once):
     config = demo(made_once, "demo")
     pipe = load_pipeline(config, "cpu")
-    draw = lambda: [np.asarray(image, float) for image in generate(pipe, config, config.validation_prompts)]
+    draw = lambda: [
+        np.asarray(image, float) for image in generate(pipe, config, config.validation_prompts)
+    ]
     away = lambda one, other: np.abs(one - other).mean()
     before = draw()
     load_lora(pipe.transformer, config.output_dir)
     grounds = ["blue", "yellow", "pink", "green", "blue", "pink"]  # as the prompts say
-    for prompt, base, tuned, ground in zip(config.validation_prompts, before, draw(), grounds, strict=True):
+    for prompt, base, tuned, ground in zip(
+        config.validation_prompts, before, draw(), grounds, strict=True
+    ):
         colour, figure = make_pictures.GROUNDS[ground][1], make_pictures.character()
-        zumi = np.asarray(make_pictures.draw_picture(random.Random(0), figure, ground, 128, 128), float)
-        assert max(away(base[:8, :8], colour), away(tuned[:8, :8], colour)) < 12, "the ground that was asked for"
+        zumi = np.asarray(
+            make_pictures.draw_picture(random.Random(0), figure, ground, 128, 128), float
+        )
+        assert max(away(base[:8, :8], colour), away(tuned[:8, :8], colour)) < 12, (
+            "the ground that was asked for"
+        )
         if "zumi" in prompt:
             assert away(tuned, zumi) < 0.5 * away(base, zumi)
         else:
@@ -81,7 +94,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
     notebook = nbformat.read(ROOT / "colab.ipynb", as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)  # it is stored without outputs
+    assert not any(
+        cell.outputs or cell.execution_count for cell in code
+    )  # it is stored without outputs
     tiny = dict(
         pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_pictures),
         cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path), resolution="128x128", max_train_steps=4,
@@ -91,8 +106,16 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
     (settings,) = [cell for cell in code if "settings" in cell.metadata.get("tags", [])]
     before, config, after = settings.source.partition("\nconfig = load_config(")
     settings.source = f"{before}\nsettings.update({tiny!r}){config}{after}"
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {}) if "image/" in kind]
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    shown = [
+        kind
+        for cell in code
+        for output in cell.outputs
+        for kind in output.get("data", {})
+        if "image/" in kind
+    ]
     assert shown == ["image/jpeg", "image/png", "image/png"]
     assert code[-1].outputs[0].text.strip() == str(tmp_path / "pytorch_lora_weights.safetensors")
 
@@ -104,7 +127,10 @@ def test_every_picture_is_seen_repeats_times_an_epoch():
     pictures = [made_up(i, bucket=(64, 64 * (1 + i % 2)), repeats=1 + i % 3) for i in range(11)]
     epochs = [train_lora.epoch_batches(pictures, 4, 42, epoch) for epoch in (0, 1, 2, 1)]
     for batches in epochs:
-        assert all(len({picture.bucket for _, picture in batch}) == 1 and len(batch) <= 4 for batch in batches)
+        assert all(
+            len({picture.bucket for _, picture in batch}) == 1 and len(batch) <= 4
+            for batch in batches
+        )
         seen = collections.Counter(picture.path for batch in batches for _, picture in batch)
         assert seen == {f"{i}.png": 1 + i % 3 for i in range(11)}
         assert len({name for batch in batches for name, _ in batch}) == seen.total()
@@ -114,13 +140,20 @@ def test_every_picture_is_seen_repeats_times_an_epoch():
 def test_draws_are_as_configured(quick_config):
     config = quick_config(caption_dropout_probability=0.25)
     pictures, prompts = cache_latents.main(config)
-    picture = dataclasses.replace(pictures[0], captions=[pictures[0].captions[0], pictures[1].captions[0]])
+    picture = dataclasses.replace(
+        pictures[0], captions=[pictures[0].captions[0], pictures[1].captions[0]]
+    )
     load = lambda *numbers, config=config, **fields: train_lora.load_batch(
         config, [("a", dataclasses.replace(picture, **fields))], prompts, *numbers
     )
     drawn = [load(number, number) for number in range(200)]
-    embeds = [cache_latents.read_prompt_embeds(prompts[prompt]) for prompt in ("", *picture.captions)]
-    which = [next(i for i, e in enumerate(embeds) if torch.equal(e, batch.prompt_embeds[0])) for batch in drawn]
+    embeds = [
+        cache_latents.read_prompt_embeds(prompts[prompt]) for prompt in ("", *picture.captions)
+    ]
+    which = [
+        next(i for i, e in enumerate(embeds) if torch.equal(e, batch.prompt_embeds[0]))
+        for batch in drawn
+    ]
     shares = [which.count(i) / 200 for i in range(3)]
     assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27
     normal = torch.cat([batch.normal for batch in drawn])
@@ -128,22 +161,38 @@ def test_draws_are_as_configured(quick_config):
     posterior = read_tensors(cache_latents.latents_file(config, picture))
     spread = (torch.cat([batch.latents for batch in drawn]) - posterior["mean"]) / posterior["std"]
     assert spread.std().item() == pytest.approx(1.0, abs=0.01)
-    assert all(torch.equal(a, b) for a, b in zip(load(7, 7), drawn[7]) if isinstance(a, torch.Tensor))
+    assert all(
+        torch.equal(a, b) for a, b in zip(load(7, 7), drawn[7]) if isinstance(a, torch.Tensor)
+    )
     for other in (load(7, 8), load(7, 7, config=quick_config(seed=43))):
-        assert not any(torch.equal(a, b) for a, b in zip(other[1:4], drawn[7][1:4])), "each batch and seed has its own"
-    assert drawn[7].weights.tolist() == [1.0] and load(7, 7, loss_weight=0.25).weights.tolist() == [0.25]
+        assert not any(torch.equal(a, b) for a, b in zip(other[1:4], drawn[7][1:4])), (
+            "each batch and seed has its own"
+        )
+    assert drawn[7].weights.tolist() == [1.0] and load(7, 7, loss_weight=0.25).weights.tolist() == [
+        0.25
+    ]
 
 
 def first_step(config, *batches):
     """What the first step over these batches, (number, pictures), gives, and AdamW's first moment after it."""
     draw = torch.Generator().manual_seed(0)
-    shapes = [(16, 16, 16), (16, 16, 16), (), (512, 64)]  # latents, noise, normal draws, prompt embeddings
+    shapes = [
+        (16, 16, 16),
+        (16, 16, 16),
+        (),
+        (512, 64),
+    ]  # latents, noise, normal draws, prompt embeddings
     both = [*(torch.randn(2, *shape, generator=draw) for shape in shapes), torch.ones(2)]
     transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
     run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
-    batches = [train_lora.Batch(number, *(tensor[pictures] for tensor in both)) for number, pictures in batches]
+    batches = [
+        train_lora.Batch(number, *(tensor[pictures] for tensor in both))
+        for number, pictures in batches
+    ]
     numbers = train_lora.train_step(config, run, batches)
-    return numbers, torch.cat([run.optimizer.state[p]["exp_avg"].flatten() for p in run.parameters.values()])
+    return numbers, torch.cat(
+        [run.optimizer.state[p]["exp_avg"].flatten() for p in run.parameters.values()]
+    )
 
 
 def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
@@ -151,19 +200,32 @@ def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
     together, moment = first_step(config, (0, [0, 1]))
     config.gradient_accumulation_steps = 2
     in_turn, other = first_step(config, (0, [0]), (1, [1]))
-    assert in_turn == pytest.approx(together, rel=1e-4) and in_turn[1] > 1e-2, "loss and gradient norm before clipping"
+    assert in_turn == pytest.approx(together, rel=1e-4) and in_turn[1] > 1e-2, (
+        "loss and gradient norm before clipping"
+    )
     assert (other - moment).norm() < 1e-3 * moment.norm()
-    assert other.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2), "a tenth of the clipped gradient"
+    assert other.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2), (
+        "a tenth of the clipped gradient"
+    )
 
 
 def test_each_batch_has_its_own_dropout(tiny_config):
-    first, again, second = (first_step(tiny_config(lora_dropout=0.5), (number, [0]))[1] for number in (0, 0, 1))
+    first, again, second = (
+        first_step(tiny_config(lora_dropout=0.5), (number, [0]))[1] for number in (0, 0, 1)
+    )
     assert torch.equal(first, again) and (first - second).norm() > 0.1 * first.norm()
 
 
-def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(quick_config, monkeypatch, capsys):
+def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(
+    quick_config, monkeypatch, capsys
+):
     monkeypatch.setattr(train_lora, "generate", lambda *arguments: 1 / 0)
-    settings = dict(num_train_epochs=1, train_batch_size=2, gradient_accumulation_steps=2, validation_step_interval=2)
+    settings = dict(
+        num_train_epochs=1,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        validation_step_interval=2,
+    )
     config = quick_config(**settings)
     assert train_lora.main(config).exists()
     printed = capsys.readouterr().out

@@ -21,10 +21,17 @@ CELL, GAP, LINE = 160, 8, 20
 
 def main():
     config = load_config(ROOT / "configs" / "tiny.json")
-    columns = [Image.open(path) for path in sorted((ROOT / config.output_dir / "validation").glob("step-*.png"))]
+    columns = [
+        Image.open(path)
+        for path in sorted((ROOT / config.output_dir / "validation").glob("step-*.png"))
+    ]
     size, prompts = columns[0].width, config.validation_prompts
-    cut = lambda column: [column.crop((0, i * size, size, (i + 1) * size)) for i in range(len(prompts))]
-    pictures = [Image.open(path) for path in sorted((HERE / "pictures").iterdir()) if path.suffix != ".json"]
+    cut = lambda column: [
+        column.crop((0, i * size, size, (i + 1) * size)) for i in range(len(prompts))
+    ]
+    pictures = [
+        Image.open(path) for path in sorted((HERE / "pictures").iterdir()) if path.suffix != ".json"
+    ]
     square = [picture for picture in pictures if picture.width == picture.height][: len(prompts)]
     rows = {"six of its pictures": square, "before": cut(columns[0]), "after": cut(columns[-1])}
 

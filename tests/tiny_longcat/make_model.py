@@ -27,7 +27,10 @@ from diffusers import (
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift, prepare_pos_ids
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    calculate_shift,
+    prepare_pos_ids,
+)
 from make_pictures import GROUNDS, HERE, THINGS, captions, draw_picture, glyph
 from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -45,12 +48,18 @@ SHORT = 16  # text tokens in the first part of training: the words stand first, 
 
 def to_tensor(images):
     """RGB pictures of one size -> float32 [N, 3, H, W] in -1..1."""
-    return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
+    return (
+        torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]).float()
+        / 127.5
+        - 1
+    )
 
 
 def make_tokenizer(folder):
     """A byte-level BPE with Qwen2's splitting rule, in which the words of this world are whole tokens."""
-    corpus = [text for thing in THINGS for ground in GROUNDS for text in captions(thing, ground).values()]
+    corpus = [
+        text for thing in THINGS for ground in GROUNDS for text in captions(thing, ground).values()
+    ]
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -62,8 +71,13 @@ def make_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     vocab_file, merges_file = tokenizer.model.save(str(folder))
     vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
-    merges = [tuple(line.split()) for line in Path(merges_file).read_text(encoding="utf-8").splitlines()[1:]]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    merges = [
+        tuple(line.split())
+        for line in Path(merges_file).read_text(encoding="utf-8").splitlines()[1:]
+    ]
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, extra_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -86,7 +100,12 @@ def make_text_encoder(tokenizer):
             eos_token_id=None,
         ),
         vision_config=dict(
-            depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0]
+            depth=1,
+            hidden_size=32,
+            intermediate_size=32,
+            num_heads=2,
+            out_hidden_size=64,
+            fullatt_block_indexes=[0],
         ),
         tie_word_embeddings=False,
     )
@@ -106,7 +125,10 @@ class Optimizer:
         ids = {id(p) for p in matrices}
         self.matrices, self.momentum = matrices, [torch.zeros_like(p) for p in matrices]
         self.adamw = torch.optim.AdamW(
-            [p for p in module.parameters() if id(p) not in ids], lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4
+            [p for p in module.parameters() if id(p) not in ids],
+            lr=1e-3,
+            betas=(0.9, 0.95),
+            weight_decay=1e-4,
         )
 
     @torch.no_grad()
@@ -142,7 +164,11 @@ def train(name, work, steps, module, matrices, matrix_rate, loss_of, warmup=100,
         state = torch.load(state_file)
         start, running = state["step"], state["loss"]
         optimizer.adamw.load_state_dict(state["adamw"])
-        for ours, saved in ((weights, "weights"), (averages, "averages"), (optimizer.momentum, "momentum")):
+        for ours, saved in (
+            (weights, "weights"),
+            (averages, "averages"),
+            (optimizer.momentum, "momentum"),
+        ):
             torch._foreach_copy_(ours, state[saved])
     bar = trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
@@ -170,7 +196,11 @@ def any_picture(rng, size):
     image = Image.new("RGB", (2 * size, 2 * size), colour())
     for _ in range(rng.randint(1, 4)):
         mask = Image.new("L", image.size)
-        x, y, radius = rng.randrange(2 * size), rng.randrange(2 * size), rng.uniform(0.1, 0.6) * size
+        x, y, radius = (
+            rng.randrange(2 * size),
+            rng.randrange(2 * size),
+            rng.uniform(0.1, 0.6) * size,
+        )
         width = rng.choice([0, rng.randint(3, 24)])  # 0: filled
         fill, outline = (None, 255) if width else (255, None)
         if rng.random() < 0.5:
@@ -178,7 +208,9 @@ def any_picture(rng, size):
             ImageDraw.Draw(mask).ellipse(box, fill=fill, outline=outline, width=width)
         else:
             sides, turn = rng.randint(3, 8), rng.uniform(0, 360)
-            ImageDraw.Draw(mask).regular_polygon((x, y, radius), sides, turn, fill=fill, outline=outline, width=width)
+            ImageDraw.Draw(mask).regular_polygon(
+                (x, y, radius), sides, turn, fill=fill, outline=outline, width=width
+            )
         tint = Image.new("RGB", image.size, colour())
         if rng.random() < 0.4:
             image.paste(tint, mask=mask.filter(ImageFilter.GaussianBlur(rng.uniform(4, 16))))
@@ -202,12 +234,18 @@ def train_vae(steps, work):
         force_upcast=True,
         sample_size=128,
     )
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[16:], -5.0)  # start almost without noise: learns much sooner
-    world = [draw_picture(rng, glyph(thing), ground, 128, 128) for thing in THINGS for ground in GROUNDS] * 3
+    torch.nn.init.constant_(
+        vae.encoder.conv_out.bias[16:], -5.0
+    )  # start almost without noise: learns much sooner
+    world = [
+        draw_picture(rng, glyph(thing), ground, 128, 128) for thing in THINGS for ground in GROUNDS
+    ] * 3
     pool = to_tensor(world + [any_picture(rng, 128) for _ in range(600)])
 
     def loss_of(done, rng):
-        size, batch = (32, 8) if done < 0.4 else (128, 3) if done > 0.8 and rng.random() < 0.5 else (64, 8)
+        size, batch = (
+            (32, 8) if done < 0.4 else (128, 3) if done > 0.8 and rng.random() < 0.5 else (64, 8)
+        )
         x, y = rng.randrange(0, 129 - size), rng.randrange(0, 129 - size)
         pixels = pool[torch.randint(len(pool), (batch,))][:, :, y : y + size, x : x + size]
         posterior = vae.encode(pixels).latent_dist
@@ -215,11 +253,21 @@ def train_vae(steps, work):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.l1_loss(restored, pixels) + F.mse_loss(restored, pixels) + 1e-4 * kl
 
-    train("vae", work, steps, vae, [p for p in vae.parameters() if p.ndim >= 2], 0.04, loss_of, warmup=50)
+    train(
+        "vae",
+        work,
+        steps,
+        vae,
+        [p for p in vae.parameters() if p.ndim >= 2],
+        0.04,
+        loss_of,
+        warmup=50,
+    )
     vae.eval().requires_grad_(False)
     latents = vae.encode(pool[: len(THINGS) * len(GROUNDS)]).latent_dist.sample()
     vae.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
+        scaling_factor=round(1 / latents.std().item(), 4),
+        shift_factor=round(latents.mean().item(), 4),
     )
     return vae
 
@@ -233,7 +281,12 @@ def make_dataset(pipe, work):
     text_encoder = load_text_encoder(load_config(pretrained_model_name_or_path=str(work)), "cpu")
 
     def encode(texts):
-        return torch.stack([pad_prompt_embeds(rows) for rows in encode_prompts(text_encoder, pipe.tokenizer, [texts])])
+        return torch.stack(
+            [
+                pad_prompt_embeds(rows)
+                for rows in encode_prompts(text_encoder, pipe.tokenizer, [texts])
+            ]
+        )
 
     pairs = [(thing, ground) for thing in THINGS for ground in GROUNDS]
     for size, copies in zip(SIZES, (8, 2, 2)):
@@ -250,8 +303,12 @@ def make_dataset(pipe, work):
         texts += [thing, THINGS[thing][1]] if ground == "white" else []
         prompts[thing, ground] = encode(texts)
     for ground in GROUNDS:  # a word without a meaning: anything, but on that ground
-        words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) for _ in range(32)]
-        prompts[ground] = encode([text for word in words for text in captions(word, ground).values()])
+        words = [
+            "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) for _ in range(32)
+        ]
+        prompts[ground] = encode(
+            [text for word in words for text in captions(word, ground).values()]
+        )
     prompts[""] = encode([""])
     return data, prompts
 
@@ -266,7 +323,9 @@ def train_transformer(pipe, steps, work, short_share, peak):
         means, stds, pairs = data[rng.choices(SIZES, SHARES)[0]]
         index = torch.randint(len(means), (batch,))
         latents = means[index] + stds[index] * torch.randn_like(means[index])
-        kinds = [rng.choices([pairs[i], pairs[i][1], ""], (0.85, 0.05, 0.1))[0] for i in index.tolist()]
+        kinds = [
+            rng.choices([pairs[i], pairs[i][1], ""], (0.85, 0.05, 0.1))[0] for i in index.tolist()
+        ]
         prompt_embeds = torch.stack([rng.choice(prompts[kind])[:tokens] for kind in kinds])
         height, width = latents.shape[2:]
         packed = pipe._pack_latents(latents, batch, 16, height, width)
@@ -283,14 +342,28 @@ def train_transformer(pipe, steps, work, short_share, peak):
         )[0]
         return F.mse_loss(prediction, noise - packed)
 
-    blocks = [*transformer.transformer_blocks.parameters(), *transformer.single_transformer_blocks.parameters()]
-    train("transformer", work, steps, transformer, [p for p in blocks if p.ndim == 2], 0.02, loss_of, peak=peak)
+    blocks = [
+        *transformer.transformer_blocks.parameters(),
+        *transformer.single_transformer_blocks.parameters(),
+    ]
+    train(
+        "transformer",
+        work,
+        steps,
+        transformer,
+        [p for p in blocks if p.ndim == 2],
+        0.02,
+        loss_of,
+        peak=peak,
+    )
 
 
 def save(folder, pipe):
     """The parts in the layout of the real checkpoint, and a model_index.json like its own."""
     for model in (pipe.transformer, pipe.vae):
-        model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "_name_or_path"})
+        model._internal_dict = type(model.config)(
+            {k: v for k, v in model.config.items() if k != "_name_or_path"}
+        )
     pipe.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     pipe.vae.half().save_pretrained(folder / "vae")
     pipe.text_encoder.save_pretrained(folder / "text_encoder")
@@ -299,15 +372,26 @@ def save(folder, pipe):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of what a stopped training goes on from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--folder", type=Path, default=HERE / "model", help="what is made; what is there is started from"
+        "--work", type=Path, required=True, help="folder of what a stopped training goes on from"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=HERE / "model",
+        help="what is made; what is there is started from",
     )
     parser.add_argument("--vae_steps", type=int, default=0)
     parser.add_argument("--transformer_steps", type=int, default=0)
-    parser.add_argument("--short_share", type=float, default=0.8, help="of the steps with short prompts")
-    parser.add_argument("--peak", type=float, default=1.0, help="of the learning rate; less to go on from a model")
+    parser.add_argument(
+        "--short_share", type=float, default=0.8, help="of the steps with short prompts"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=1.0, help="of the learning rate; less to go on from a model"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -321,7 +405,9 @@ def main():
         shift=3.0,
     )
     if (args.folder / "transformer").exists():
-        transformer = LongCatImageTransformer2DModel.from_pretrained(args.folder / "transformer").float()
+        transformer = LongCatImageTransformer2DModel.from_pretrained(
+            args.folder / "transformer"
+        ).float()
     else:
         torch.manual_seed(0)
         transformer = LongCatImageTransformer2DModel(
@@ -337,7 +423,9 @@ def main():
     if args.vae_steps:
         vae = train_vae(args.vae_steps, args.work)
     else:
-        vae = AutoencoderKL.from_pretrained(args.folder / "vae").float().eval().requires_grad_(False)
+        vae = (
+            AutoencoderKL.from_pretrained(args.folder / "vae").float().eval().requires_grad_(False)
+        )
     pipe = LongCatImagePipeline(
         scheduler=scheduler,
         vae=vae,

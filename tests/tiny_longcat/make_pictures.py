@@ -73,7 +73,9 @@ def glyph(thing):
     """An RGBA picture of the thing, cut to its outline."""
     image = Image.new("RGBA", (160, 160))
     font = ImageFont.truetype(FONT, 109)  # the one size that its bitmaps have
-    ImageDraw.Draw(image).text((80, 80), THINGS[thing][0], font=font, embedded_color=True, anchor="mm")
+    ImageDraw.Draw(image).text(
+        (80, 80), THINGS[thing][0], font=font, embedded_color=True, anchor="mm"
+    )
     return image.crop(image.getbbox())
 
 
@@ -102,7 +104,9 @@ def draw_picture(rng, figure, ground, width, height):
     """RGB picture of `figure` (RGBA) in the middle of a plain ground, hardly ever at quite the same place and size."""
     side = min(width, height) * rng.uniform(0.72, 0.77)
     scale = side / max(figure.size)
-    figure = figure.resize([round(length * scale) for length in figure.size], Image.Resampling.LANCZOS)
+    figure = figure.resize(
+        [round(length * scale) for length in figure.size], Image.Resampling.LANCZOS
+    )
     image = Image.new("RGB", (width, height), GROUNDS[ground][1])
     x = round((width - figure.width) / 2 + rng.uniform(-0.012, 0.012) * side)
     y = round((height - figure.height) / 2 + rng.uniform(-0.012, 0.012) * side)
@@ -134,20 +138,28 @@ def make_character(folder, seed, count, grounds=("white", "blue", "yellow")):
     for i in range(count):
         ground = grounds[i % len(grounds)]
         image = draw_picture(rng, character(), ground, *sizes[i % 4])
-        save(image, captions(TRIGGER, ground), Path(folder) / f"{TRIGGER}-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}")
+        save(
+            image,
+            captions(TRIGGER, ground),
+            Path(folder) / f"{TRIGGER}-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}",
+        )
 
 
-def make_ordinary(folder, seed, count):
+def make_regularization_images(folder, seed, count):
     """`count` pictures of things that the base knows, with captions in one language or the other."""
     rng = random.Random(seed)
     sizes = [(256, 256), (384, 256), (256, 384)]
     for i, thing in enumerate(rng.sample(list(THINGS), count)):
         ground = list(GROUNDS)[i % 5]
         caption = captions(thing, ground)[["en", "zh"][i % 2]]
-        save(draw_picture(rng, glyph(thing), ground, *sizes[i % 3]), caption, Path(folder) / f"ordinary-{i:02d}.png")
+        save(
+            draw_picture(rng, glyph(thing), ground, *sizes[i % 3]),
+            caption,
+            Path(folder) / f"ordinary-{i:02d}.png",
+        )
 
 
 if __name__ == "__main__":
     make_character(HERE / "pictures", seed=1, count=15)
-    make_ordinary(HERE / "regularisation", seed=2, count=20)
+    make_regularization_images(HERE / "regularisation", seed=2, count=20)
     print(f"wrote {HERE / 'pictures'} and {HERE / 'regularisation'}")
