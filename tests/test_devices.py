@@ -176,7 +176,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(quick_config, tmp_pat
     )
     command = [sys.executable, *TORCHRUN, "train_lora.py", *flags(both)]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "2 steps of 4 pictures" in printed and printed.count("LoRA:") == 1
+    assert "2 steps of 4 images" in printed and printed.count("LoRA:") == 1
     both.gradient_accumulation_steps = 4
     for config in (
         alone,
@@ -256,7 +256,7 @@ def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch)
     figures = train_lora.main(
         load_config(benchmark=2, base_model_precision="no_change", output_dir="nowhere")
     )
-    assert "s a step of 1 x 1 at 256x256; 1000 steps take" in capsys.readouterr().out
+    assert "s a step of 1 x 1 images of 256x256; 1000 steps: " in capsys.readouterr().out
     assert figures["seconds_per_step"] > 0 and not list(tmp_path.iterdir())
 
 

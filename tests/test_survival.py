@@ -246,7 +246,7 @@ def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(
         printed.count("start again to go on") == (2 if launcher else 1) and "LoRA:" not in printed
     )
     assert (
-        "10000 steps of 2 pictures" in printed
+        "10000 steps of 2 images" in printed
         if launcher
         else code == 143 and "Traceback" not in printed
     )
@@ -275,7 +275,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(
     config = quick_config(max_train_steps=7, checkpoint_step_interval=2)
     refused(config, "step 7: .* 3 times in a row; the newest checkpoint is step 4")
     assert (
-        capsys.readouterr().out.count("not learned from")
+        capsys.readouterr().out.count("step skipped")
         == metrics(config)[-1]["skipped_steps"]
         == 4
     )
@@ -301,7 +301,7 @@ def test_the_loss_scaler_backs_off_and_is_resumed(quick_config, monkeypatch, che
     config = quick_config(mixed_precision="fp16", max_train_steps=1)
     train_lora.main(config)
     state = state_of(config, 1)
-    assert state["scaler"]["scale"] == limit and "not learned from" not in capsys.readouterr().out
+    assert state["scaler"]["scale"] == limit and "step skipped" not in capsys.readouterr().out
     state["scaler"]["scale"], limit = (
         2.0,
         0.0,
@@ -344,12 +344,12 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(
     for reference_run.resume_from_checkpoint, name in (("latest", NAMES[0]), (elsewhere, NAMES[1])):
         done = run_script("train_lora.py", *flags(reference_run), check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "holds a finished LoRA, and no checkpoint of its run; move it away" in done.stderr
+        assert "holds a finished LoRA, but no checkpoint of its run; move the LoRA elsewhere" in done.stderr
         (output / name).unlink()  # one that is left is refused, too
     train_lora.main(quick_config(max_train_steps=1))
     (aside,) = output.glob("before-20*")
     assert (
-        f"{aside}: here are metrics and previews of a run that came to no checkpoint"
+        f"{aside}: metrics and previews of a run that ended before its first checkpoint"
         in capsys.readouterr().out
     )
     assert (aside / "metrics.jsonl").read_bytes() == before and (
@@ -370,9 +370,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(
     whole = path.read_bytes()
     path.unlink() if kept is None else path.write_bytes(whole[:kept])
     assert train_lora.find_checkpoint(reference_run)[0] == checkpoint(reference_run, 2)
-    assert "step-000003: is no whole checkpoint, and passed over" in capsys.readouterr().out
+    assert "step-000003: incomplete checkpoint, skipped" in capsys.readouterr().out
     reference_run.resume_from_checkpoint = str(path.parent)
-    refused(reference_run, "resume_from_checkpoint: .*step-000003 is no whole checkpoint")
+    refused(reference_run, "resume_from_checkpoint: .*step-000003 is not a complete checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
     printed = capsys.readouterr().out
     for said in (
         "learning_rate: 0.008 -> 0.0002",
-        'null -> "gone" (of no effect',
+        'null -> "gone" (no effect',
         "train_batch_size: 2 -> 1\n",
     ):
         assert said in printed
@@ -554,10 +554,10 @@ def test_what_a_disk_cannot_do_is_found_out_before_and_nothing_whole_is_deleted(
         path, target
     )
     monkeypatch.setattr(Path, "rename", refuse)
-    refused(config, "checkpoints: folders there cannot be renamed .*not permitted")
+    refused(config, "checkpoints: folders in it cannot be renamed .*not permitted")
     cannot = ".step"
     assert "free space" not in refused(
-        config, "step-000001.tmp: is whole, but cannot be renamed to step-000001"
+        config, "step-000001.tmp: is complete, but cannot be renamed to step-000001"
     )
     rename(checkpoint(config, 1).with_name(".step-000001.tmp"), checkpoint(config, 1))
     monkeypatch.undo()
@@ -661,7 +661,7 @@ def test_the_card_names_the_base_and_the_best_step_is_told_of_the_same_pictures(
     train_lora.main(config)
     assert "\nbase_model: meituan-longcat/LongCat-Image-Dev\n" in card.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
-    assert "lr_warmup_steps: 3, so the full learning rate is never reached; lower it" in printed
+    assert "lr_warmup_steps: 3 steps of warmup never reach the full learning rate; lower it" in printed
     assert (
         f"lowest held-out loss: step {min(scores, key=scores.get)}\n" in printed
         and "nothing to train" in printed

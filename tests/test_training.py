@@ -230,5 +230,5 @@ def test_epochs_decide_the_steps_and_a_failing_preview_ends_nothing(
     assert train_lora.main(config).exists()
     printed = capsys.readouterr().out
     assert "preview at step 0 failed: ZeroDivisionError" in printed
-    assert "2 steps of 4 pictures, each seen 1.0 times its repeats" in printed
+    assert "2 steps of 4 images, each seen 1.0 times its repeats" in printed
     assert checkpoints(config) == ["step-000001", "step-000002"]
