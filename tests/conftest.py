@@ -174,7 +174,7 @@ def made_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def few_pictures(made_once):
+def few_images(made_once):
     """A folder of seven captioned pictures, in three sizes."""
     copy = lambda folder: [
         shutil.copy(p, folder) for i in range(7) for p in TINY.glob(f"pictures/zumi-{i:02d}.*")
@@ -190,10 +190,10 @@ def tiny_config(tmp_path):
 
 
 @pytest.fixture
-def quick_config(tmp_path, few_pictures, made_once):
+def quick_config(tmp_path, few_images, made_once):
     """A function that gives a configuration for a few steps: few pictures, a cache that tests share, no previews."""
     settings = dict(
-        output_dir=str(tmp_path / "output"), data_dir=str(few_pictures), cache_dir=str(made_once("cache", Path)),
+        output_dir=str(tmp_path / "output"), data_dir=str(few_images), cache_dir=str(made_once("cache", Path)),
         lora_rank=16, train_batch_size=1, max_train_steps=4, lr_warmup_steps=2, report_to="none",
         checkpoint_step_interval=1, checkpoints_total_limit=9,
         validation_step_interval=0, validation_num_inference_steps=2, validation_prompts=["a red apple"],

@@ -1,4 +1,4 @@
-"""Stage 2: real pictures and prompts to the cache as diffusers computes them; small memory, damaged files."""
+"""Stage 2: real images and prompts to the cache as diffusers computes them; small memory, corrupt files."""
 
 import builtins
 import collections
@@ -38,7 +38,7 @@ def cached_files(config):
     }
 
 
-def test_camera_pictures(tmp_path, tiny_config):
+def test_camera_images(tmp_path, tiny_config):
     """A large JPEG is decoded at reduced size, within 45 dB of the whole one; its latents are the VAE's own."""
     exif, noise = (
         Image.Exif(),
@@ -215,9 +215,9 @@ def test_batches_are_cut_from_all_prompts_by_length_whatever_is_cached_and_howev
 
 
 def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(
-    tiny_config, few_pictures, monkeypatch, capsys
+    tiny_config, few_images, monkeypatch, capsys
 ):
-    config = tiny_config(data_dir=str(few_pictures))
+    config = tiny_config(data_dir=str(few_images))
     (Path(config.cache_dir) / "prompts/ab").mkdir(parents=True)
     (Path(config.cache_dir) / "prompts/ab/old.safetensors").write_bytes(bytes(3 * 2**20))
     cache_latents.main(config)
@@ -247,7 +247,7 @@ def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(
             cache_latents.main(config)
 
 
-def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
+def test_an_image_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
     vae, sides, failed = load_vae(tiny_config(), "cpu"), [], []
     vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
     pixels = torch.randint(
@@ -278,21 +278,21 @@ def test_a_picture_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
     assert sides == [128], "tiling is off again"
 
 
-def test_damaged_files_are_named_and_made_again_and_then_a_read_only_disk_will_do(
-    tiny_config, few_pictures, capsys, monkeypatch
+def test_corrupt_files_are_named_and_made_again_and_then_a_read_only_disk_will_do(
+    tiny_config, few_images, capsys, monkeypatch
 ):
     config = tiny_config(
-        data_dir=str(few_pictures), validation_prompts=["a red apple"], text_encoder_batch_size=2
+        data_dir=str(few_images), validation_prompts=["a red apple"], text_encoder_batch_size=2
     )
-    pictures, files = cached = cache_latents.main(config)
+    images, files = cached = cache_latents.main(config)
     whole = cached_files(config)
-    damaged = latents_file(config, pictures[0]), files[""], files["a red apple"]
-    for path, left in zip(damaged, (-10, 50, 0)):
+    corrupt = latents_file(config, images[0]), files[""], files["a red apple"]
+    for path, left in zip(corrupt, (-10, 50, 0)):
         path.write_bytes(path.read_bytes()[:left])
     cache_latents.main(config)
     printed = "".join(capsys.readouterr())
-    assert [printed.count(f"{path}: is damaged") for path in damaged] == [1, 1, 1]
-    assert f"pictures: 7, of them 1 to do; prompts: {len(files)}, of them 4 to do" in printed, (
+    assert [printed.count(f"{path}: is corrupt") for path in corrupt] == [1, 1, 1]
+    assert f"images: 7, of them 1 to encode; prompts: {len(files)}, of them 4 to encode" in printed, (
         "whole batches"
     )
     assert cached_files(config) == whole

@@ -220,7 +220,7 @@ def test_cached_prompt_embeddings_are_the_authors_and_validation_reads_them(
     config = configure(text_encoder_batch_size=batch_size)
     files = cache_prompts(config, prompts, "cpu")
     assert (
-        "prompts of more than 512 tokens, the rest is not read: 1; 'a red apple"
+        "prompts of more than 512 tokens, the rest is ignored: 1; 'a red apple"
         in capsys.readouterr().out
     )
     for prompt, count, embeds in zip(prompts, counts, expected):

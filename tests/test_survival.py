@@ -441,9 +441,9 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
 
 
 def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
-    quick_config, few_pictures, tmp_path, before_each, cheap_loss, capsys
+    quick_config, few_images, tmp_path, before_each, cheap_loss, capsys
 ):
-    data, seen = Path(shutil.copytree(few_pictures, tmp_path / "data")), {}
+    data, seen = Path(shutil.copytree(few_images, tmp_path / "data")), {}
     before_each(
         "load_batch",
         lambda n, config, samples, files, epoch, number: seen.update({number: samples}),

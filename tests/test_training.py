@@ -87,7 +87,7 @@ def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_images, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     for name in ("PIP_NO_INDEX", "HF_HUB_OFFLINE"):  # what is installed is not asked for again
         monkeypatch.setenv(name, "1")
@@ -98,7 +98,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_pictures, monkeypatc
         cell.outputs or cell.execution_count for cell in code
     )  # it is stored without outputs
     tiny = dict(
-        pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_pictures),
+        pretrained_model_name_or_path=MODEL, base_model_precision="no_change", data_dir=str(few_images),
         cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path), resolution="128x128", max_train_steps=4,
         report_to="none", validation_num_inference_steps=2, validation_resolution="128x128",
         validation_prompts=["a cat"],
