@@ -292,9 +292,9 @@ def test_corrupt_files_are_named_and_made_again_and_then_a_read_only_disk_will_d
     cache_latents.main(config)
     printed = "".join(capsys.readouterr())
     assert [printed.count(f"{path}: is corrupt") for path in corrupt] == [1, 1, 1]
-    assert f"images: 7, of them 1 to encode; prompts: {len(files)}, of them 4 to encode" in printed, (
-        "whole batches"
-    )
+    assert (
+        f"images: 7, of them 1 to encode; prompts: {len(files)}, of them 4 to encode" in printed
+    ), "whole batches"
     assert cached_files(config) == whole
 
     def read_only(system_call, path, mode="r", *rest, **options):

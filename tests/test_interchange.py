@@ -205,7 +205,11 @@ def test_what_is_left_out_or_unknown_of_a_lora_is_said_and_on_one_block_it_is_no
     for target, rank, told in (
         ("attn.to_q", 16, r'init_lora: .*has lora_rank 4 and .* \["attn.to_q"\]; set these'),
         ("attn.to_q", 4, "init_lora: .*cannot be trained further"),
-        ("attn.to_x", 4, "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'"),
+        (
+            "attn.to_x",
+            4,
+            "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'",
+        ),
     ):
         config = tiny_config(lora_rank=rank, lora_target_modules=[target], init_lora=str(file))
         with pytest.raises(UserError, match=told):

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, starved or given other data goes on, and nothing is lost."""
+"""Training that is killed, stopped, starved or given other data resumes, and nothing is lost."""
 
 import errno
 import itertools
@@ -275,9 +275,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(
     config = quick_config(max_train_steps=7, checkpoint_step_interval=2)
     refused(config, "step 7: .* 3 times in a row; the newest checkpoint is step 4")
     assert (
-        capsys.readouterr().out.count("step skipped")
-        == metrics(config)[-1]["skipped_steps"]
-        == 4
+        capsys.readouterr().out.count("step skipped") == metrics(config)[-1]["skipped_steps"] == 4
     )
     assert checkpoints(config) == ["step-000003", "step-000004"], (
         "not after a bad step, but after the next good one"
@@ -344,7 +342,10 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(
     for reference_run.resume_from_checkpoint, name in (("latest", NAMES[0]), (elsewhere, NAMES[1])):
         done = run_script("train_lora.py", *flags(reference_run), check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "holds a finished LoRA, but no checkpoint of its run; move the LoRA elsewhere" in done.stderr
+        assert (
+            "holds a finished LoRA, but no checkpoint of its run; move the LoRA elsewhere"
+            in done.stderr
+        )
         (output / name).unlink()  # one that is left is refused, too
     train_lora.main(quick_config(max_train_steps=1))
     (aside,) = output.glob("before-20*")
@@ -358,12 +359,12 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(
     assert [line["step"] for line in metrics(reference_run)] == [1]
 
 
-# ---------------------------------------------------------------- damaged and changed checkpoints
+# ---------------------------------------------------------------- corrupt and changed checkpoints
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", NAMES[0], "state.json"])
 @pytest.mark.parametrize("kept", [10, None])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_found(
     reference_run, capsys, name, kept
 ):
     path = checkpoint(reference_run, 3) / name
@@ -433,7 +434,7 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
         assert said in printed
     assert "lora_alpha" not in printed and "in epoch 1, of 6 batches" in printed
     assert checkpoints(config) == ["step-000004", "step-000012"], (
-        "only whole ones count towards the limit"
+        "only complete ones count towards the limit"
     )
     assert own.is_dir() and metrics(config)[-1]["lr"] == pytest.approx(1e-4), (
         "after warm-up, half way down the cosine"
@@ -451,12 +452,10 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     config = quick_config(data_dir=str(data), validation_split=0.2, max_train_steps=3)
     train_lora.main(config)
     (key,) = state_of(config, 3)["held_out"]
-    pictures = {
-        picture.content_hash: Path(picture.path) for picture in cache_latents.main(config)[0]
-    }
-    held, (gone, other, *_) = pictures.pop(key), pictures.values()
+    images = {record.content_hash: Path(record.path) for record in cache_latents.main(config)[0]}
+    held, (gone, other, *_) = images.pop(key), images.values()
     assert all(len(samples) == 1 for samples in seen.values())
-    assert key not in {picture.content_hash for samples in seen.values() for _, picture in samples}
+    assert key not in {record.content_hash for samples in seen.values() for _, record in samples}
 
     seen.clear()
     for path in held, gone:
@@ -466,33 +465,32 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     train_lora.main(config)
     now = cache_latents.main(config)[0]
     count = len(train_lora.epoch_batches(now, 2, 42, 0))
-    epoch = [picture for number in range(count, 2 * count) for _, picture in seen[number]]
+    epoch = [record for number in range(count, 2 * count) for _, record in seen[number]]
     assert min(seen) == 3 and sorted(p.content_hash for p in epoch) == sorted(
         p.content_hash for p in now
     ), "each of now, once"
-    assert ["a new caption"] in [picture.captions for picture in epoch]
+    assert ["a new caption"] in [record.captions for record in epoch]
 
     held.with_suffix(".away").rename(held)
     config.max_train_steps = 16
     train_lora.main(config)
-    assert key not in {picture.content_hash for samples in seen.values() for _, picture in samples}
+    assert key not in {record.content_hash for samples in seen.values() for _, record in samples}
     said = re.findall(r"never trained on: (.*) \(", capsys.readouterr().out)
     assert said == [f"1 of {data}", "none", f"1 of {data}"]
 
 
 def test_every_source_is_held_out_in_its_share():
-    pictures = [made_up(i, source="ordinary" if i < 60 else "concept") for i in range(70)]
+    images = [made_up(i, source="ordinary" if i < 60 else "concept") for i in range(70)]
     for split, expected in (
         (0.1, {"ordinary": 6, "concept": 1}),
         (0.5, {"ordinary": 4, "concept": 4}),
         (0.0, {}),
     ):
-        keys = train_lora.hold_out(load_config(validation_split=split), pictures)
+        keys = train_lora.hold_out(load_config(validation_split=split), images)
         assert (
-            Counter(picture.source for picture in pictures if picture.content_hash in keys)
-            == expected
+            Counter(record.source for record in images if record.content_hash in keys) == expected
         )
-    assert train_lora.hold_out(load_config(validation_split=0.1), pictures[:1]) == [], (
+    assert train_lora.hold_out(load_config(validation_split=0.1), images[:1]) == [], (
         "one is left to train on"
     )
 
@@ -620,7 +618,7 @@ def test_whatever_fails_in_a_step_the_last_complete_one_is_saved(
 # ---------------------------------------------------------------- previews, the card, what is said
 
 
-def test_previews_of_steps_done_again_are_drawn_again_and_foreign_files_passed_over(
+def test_previews_of_steps_done_again_are_generated_again_and_foreign_files_skipped(
     reference_run, capsys
 ):
     config, folder = reference_run, Path(reference_run.output_dir) / "validation"
@@ -645,7 +643,7 @@ def test_previews_of_steps_done_again_are_drawn_again_and_foreign_files_passed_o
     } == names and "failed" not in capsys.readouterr().out
 
 
-def test_the_card_names_the_base_and_the_best_step_is_told_of_the_same_pictures(
+def test_the_card_names_the_base_and_the_best_step_is_chosen_among_scores_of_the_same_images(
     reference_run, capsys
 ):
     config, card = reference_run, Path(reference_run.output_dir) / "README.md"
@@ -655,13 +653,15 @@ def test_the_card_names_the_base_and_the_best_step_is_told_of_the_same_pictures(
     }
     with open(
         Path(config.output_dir) / "metrics.jsonl", "a"
-    ) as file:  # the lowest, but of other pictures
+    ) as file:  # the lowest, but of other images
         file.write('{"step": 1, "held_out_loss": 0.01, "held_out_base": 9.0}\n')
     card.unlink()
     train_lora.main(config)
     assert "\nbase_model: meituan-longcat/LongCat-Image-Dev\n" in card.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
-    assert "lr_warmup_steps: 3 steps of warmup never reach the full learning rate; lower it" in printed
+    assert (
+        "lr_warmup_steps: 3 steps of warmup never reach the full learning rate; lower it" in printed
+    )
     assert (
         f"lowest held-out loss: step {min(scores, key=scores.get)}\n" in printed
         and "nothing to train" in printed

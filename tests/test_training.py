@@ -60,7 +60,7 @@ def test_twenty_steps_of_the_demo_halve_the_held_out_loss_and_leave_curves_and_p
 
 
 @pytest.mark.slow
-def test_the_character_is_drawn_on_every_ground_and_only_with_its_word(made_once):
+def test_the_character_appears_on_every_background_and_only_with_its_word(made_once):
     config = demo(made_once, "demo")
     pipe = load_pipeline(config, "cpu")
     draw = lambda: [
@@ -123,15 +123,15 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, few_images, monkeypatch)
 # ---------------------------------------------------------------- batches, their draws, a step of them
 
 
-def test_every_picture_is_seen_repeats_times_an_epoch():
-    pictures = [made_up(i, bucket=(64, 64 * (1 + i % 2)), repeats=1 + i % 3) for i in range(11)]
-    epochs = [train_lora.epoch_batches(pictures, 4, 42, epoch) for epoch in (0, 1, 2, 1)]
+def test_every_image_is_seen_repeats_times_an_epoch():
+    images = [made_up(i, bucket=(64, 64 * (1 + i % 2)), repeats=1 + i % 3) for i in range(11)]
+    epochs = [train_lora.epoch_batches(images, 4, 42, epoch) for epoch in (0, 1, 2, 1)]
     for batches in epochs:
         assert all(
-            len({picture.bucket for _, picture in batch}) == 1 and len(batch) <= 4
+            len({record.bucket for _, record in batch}) == 1 and len(batch) <= 4
             for batch in batches
         )
-        seen = collections.Counter(picture.path for batch in batches for _, picture in batch)
+        seen = collections.Counter(record.path for batch in batches for _, record in batch)
         assert seen == {f"{i}.png": 1 + i % 3 for i in range(11)}
         assert len({name for batch in batches for name, _ in batch}) == seen.total()
     assert epochs[1] == epochs[3] != epochs[2]
@@ -139,16 +139,14 @@ def test_every_picture_is_seen_repeats_times_an_epoch():
 
 def test_draws_are_as_configured(quick_config):
     config = quick_config(caption_dropout_probability=0.25)
-    pictures, prompts = cache_latents.main(config)
-    picture = dataclasses.replace(
-        pictures[0], captions=[pictures[0].captions[0], pictures[1].captions[0]]
-    )
+    images, prompts = cache_latents.main(config)
+    record = dataclasses.replace(images[0], captions=[images[0].captions[0], images[1].captions[0]])
     load = lambda *numbers, config=config, **fields: train_lora.load_batch(
-        config, [("a", dataclasses.replace(picture, **fields))], prompts, *numbers
+        config, [("a", dataclasses.replace(record, **fields))], prompts, *numbers
     )
     drawn = [load(number, number) for number in range(200)]
     embeds = [
-        cache_latents.read_prompt_embeds(prompts[prompt]) for prompt in ("", *picture.captions)
+        cache_latents.read_prompt_embeds(prompts[prompt]) for prompt in ("", *record.captions)
     ]
     which = [
         next(i for i, e in enumerate(embeds) if torch.equal(e, batch.prompt_embeds[0]))
@@ -158,7 +156,7 @@ def test_draws_are_as_configured(quick_config):
     assert 0.17 < shares[0] < 0.33 and min(shares[1:]) > 0.27
     normal = torch.cat([batch.normal for batch in drawn])
     assert abs(normal.mean()) < 0.2 and 0.85 < normal.std() < 1.15
-    posterior = read_tensors(cache_latents.latents_file(config, picture))
+    posterior = read_tensors(cache_latents.latents_file(config, record))
     spread = (torch.cat([batch.latents for batch in drawn]) - posterior["mean"]) / posterior["std"]
     assert spread.std().item() == pytest.approx(1.0, abs=0.01)
     assert all(
@@ -174,7 +172,7 @@ def test_draws_are_as_configured(quick_config):
 
 
 def first_step(config, *batches):
-    """What the first step over these batches, (number, pictures), gives, and AdamW's first moment after it."""
+    """What the first step over these batches, (number, images), gives, and AdamW's first moment after it."""
     draw = torch.Generator().manual_seed(0)
     shapes = [
         (16, 16, 16),
@@ -186,8 +184,7 @@ def first_step(config, *batches):
     transformer, scheduler = load_transformer(config, "cpu"), load_scheduler(config)
     run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
     batches = [
-        train_lora.Batch(number, *(tensor[pictures] for tensor in both))
-        for number, pictures in batches
+        train_lora.Batch(number, *(tensor[images] for tensor in both)) for number, images in batches
     ]
     numbers = train_lora.train_step(config, run, batches)
     return numbers, torch.cat(
