@@ -263,7 +263,9 @@ class Config(BaseModel):
     num_train_epochs: int = option(
         0, "number of epochs, overrides max_train_steps; 0: not used", ge=0, le=10**6
     )
-    optimizer: Optimizer = option("adamw", "prodigy adapts the learning rate by itself")
+    optimizer: Optimizer = option(
+        "adamw", "optimizer; prodigy adapts the learning rate by itself"
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "polynomial"
     ] = option("constant_with_warmup", "learning rate schedule")  # fmt: skip
@@ -899,7 +901,7 @@ def out_of_memory_error(config, memory_advice):
         if getattr(config, name) != value and not is_useless:
             advice.append(f"{name} {json.dumps(value)}")
     advice.append("a smaller resolution; closing other programs that use the device")
-    return UserError(f"out of memory; try, in this order: {'; '.join(advice)}")
+    return UserError(f"out of memory; try, cheapest first: {'; '.join(advice)}")
 
 
 # ---------------------------------------------------------------- models and quantization
