@@ -30,7 +30,8 @@ for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 
 import torch
 from diffusers import (
-    AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel,
+    AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
     calculate_shift, prepare_pos_ids, split_quotation,
@@ -165,7 +166,7 @@ def parse_optimizer(name):
 
 # Types of values. Strict: pydantic does not convert "1" to 1, or 1 to true.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-# Without NUL. To match the pattern, pydantic also rejects text that is not valid Unicode.
+# Without NUL. The pattern also makes pydantic reject text that is not valid Unicode.
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(parse_path)]
 TextList = Annotated[list[Text], BeforeValidator(as_list)]
@@ -263,12 +264,10 @@ class Config(BaseModel):
     num_train_epochs: int = option(
         0, "number of epochs, overrides max_train_steps; 0: not used", ge=0, le=10**6
     )
-    optimizer: Optimizer = option(
-        "adamw", "optimizer; prodigy adapts the learning rate by itself"
+    optimizer: Optimizer = option("adamw", "optimizer; prodigy adapts the learning rate by itself")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = (
+        option("constant_with_warmup", "learning rate schedule")
     )
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "polynomial"
-    ] = option("constant_with_warmup", "learning rate schedule")  # fmt: skip
     learning_rate: float = option(1e-4, "learning rate after warmup; for prodigy use 1", ge=0)
     lr_warmup_steps: int = option(100, "warmup steps of the learning rate", ge=0)
     adam_beta2: float = option(0.999, "beta2 of the optimizer; beta1 is 0.9", ge=0, lt=1)
@@ -330,21 +329,25 @@ class Config(BaseModel):
         False, "validate.py: compare all checkpoints in output_dir, a column for each"
     )
 
-    # `info.data` holds the keys above the one that is checked, but only those that are valid.
+    # Checks that need more than the type. `info.data` holds those keys above the checked one that
+    # are valid.
 
     @field_validator("resolution")
     def check_resolution(cls, value, info):
+        """Raises ValueError for a resolution that has no buckets."""
         grid = info.data.get("aspect_bucket_alignment", 64)
         bucket_sets(SimpleNamespace(resolution=value, aspect_bucket_alignment=grid))
         return value
 
     @field_validator("validation_resolution")
     def check_validation_resolution(cls, value):
+        """Raises ValueError for anything that is not a list of sizes."""
         parse_sizes(value, grid=16)
         return value
 
     @field_validator("learning_rate")
     def check_learning_rate(cls, value, info):
+        """Raises ValueError for a rate below the final one of the polynomial schedule."""
         if info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
         return value
@@ -464,7 +467,8 @@ def parse_json(text, where):
 def unique_keys(pairs):
     """The dictionary of (name, value) pairs. Raises UserError for a name that appears twice, of
     which the json module would keep the last."""
-    for name, count in collections.Counter(name for name, _ in pairs).items():
+    counts = collections.Counter(name for name, _ in pairs)
+    for name, count in counts.items():
         if count > 1:
             raise UserError(f"the key {name!r} appears {count} times; keep one")
     return dict(pairs)
@@ -721,7 +725,7 @@ def checkpoint_folders(config):
     user made, are skipped."""
     parent = Path(config.output_dir) / "checkpoints"
     folders = parent.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*")
-    folders = [folder for folder in folders if folder.name[5:].isdecimal()]
+    folders = [folder for folder in folders if folder.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=checkpoint_step)
 
 
