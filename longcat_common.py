@@ -1,4 +1,5 @@
-"""What the stages share: configuration, files, processes, devices, models and quantization, flow matching."""
+"""What all stages share: configuration, files, processes and devices, models and quantization,
+flow matching."""
 
 import collections
 import concurrent.futures
@@ -23,13 +24,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_origin
 
-# What torchao's import prints about kernels and classes that are not used here: nothing that a user could act on.
+# Silence what torchao's import logs about kernels and classes that are not used here.
 for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
 from diffusers import (
-    AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel,
+    AutoencoderKL, FlowMatchEulerDiscreteScheduler, LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
 )  # fmt: skip
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
     calculate_shift, prepare_pos_ids, split_quotation,
@@ -53,29 +55,27 @@ from transformers import AutoConfig, Qwen2Tokenizer
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
-# MKL's vector functions choose their kernels at the first call; if two threads make it at once, one of them may get a
-# coarser kernel (seen in 1 of 1000 starts), and a resumed run other bytes. So it is made here, by one thread.
+# MKL's vector functions choose their kernels at the first call. If two threads make that call at
+# once, one may get a less exact kernel (seen in 1 of 1000 starts), and a resumed run would write
+# other bytes. So one thread makes it here.
 torch.zeros(1).exp()
 
 VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
-base_model_name = lambda config: (
-    config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
-)
-RANK = int(os.environ.get("RANK", 0))  # this process's number under torchrun
-WORLD_SIZE = int(
-    os.environ.get("WORLD_SIZE", 1)
-)  # how many processes torchrun started, on all machines
-checkpoint_step = lambda folder: int(folder.name[5:])  # of a checkpoint, such as step-000500
-LORA_FILE, PEFT_FILE = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-)  # of a LoRA in a folder
-open_tensors = functools.partial(
-    safe_open, framework="pt", backend="pread"
-)  # mapped, it would count as memory
-TEXT_TOKENS = 512  # every prompt is this long, and every token is attended to
-# The list of the model authors' own LoRA script.
+
+# Set by torchrun: the rank of this process, and the number of processes on all machines.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+# The file names of a LoRA: the format of diffusers and ComfyUI, and that of PEFT.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+# Reads files with pread: pages of a memory-mapped file would count as this process's memory.
+open_tensors = functools.partial(safe_open, framework="pt", backend="pread")
+
+# Every prompt is padded or truncated to this length. The transformer attends to all of it.
+TEXT_TOKENS = 512
+# The list in the model authors' LoRA training script.
 TARGET_MODULES = [
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -87,64 +87,101 @@ TARGET_MODULES = [
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its text says what was found, where, what to do; one line a mistake."""
+    """An error that the user can fix. Each line of its text is one problem: what is wrong, where,
+    and what to do. The scripts print it without a traceback."""
 
 
-def path_text(text):
-    """A path, `~` expanded. In JSON "E:\\runs" is E:, a carriage return and "uns": hence the control characters."""
+# Validators: they run on one value of the configuration, and raise ValueError if it is wrong.
+
+
+def parse_path(text):
+    """A path with `~` expanded."""
+    # In JSON, "E:\runs" is E:, a carriage return and "uns".
     if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
-        raise ValueError("holds a control character; in JSON a backslash is written \\\\, or use /")
+        raise ValueError(
+            "contains a control character; in JSON write a backslash as \\\\, or use /"
+        )
     return os.path.expanduser(text)
 
 
-def several(value):
-    """What may stand in the place of a list: one value."""
+def as_list(value):
+    """A list as it is, any other value as a list of one."""
+    if isinstance(value, list):
+        return value
     if isinstance(value, str) and value.startswith("["):
         raise ValueError(
-            'begins as a list and is none; write it as JSON, with double quotes: ["a cat", "a dog"]'
+            'starts with [ but is not a JSON list; use double quotes: ["a cat", "a dog"]'
         )
-    return value if isinstance(value, list) else [value]
+    return [value]
 
 
-def prompts(value):
-    """Prompts: a list, a single one, or a .txt file with one a line."""
-    if not isinstance(value, str) or not (value.lower().endswith(".txt") or os.path.isfile(value)):
-        return several(value) if value else []
-    if not value.lower().endswith(".txt"):
-        raise ValueError("is a file; prompts come from a .txt file with one a line")
+def parse_prompts(value):
+    """Prompts as a list, from a list, one prompt, or a .txt file with one prompt per line."""
+    if not value:
+        return []
+    is_text_file = isinstance(value, str) and value.lower().endswith(".txt")
+    if not is_text_file:
+        if isinstance(value, str) and os.path.isfile(value):
+            raise ValueError("is a file; prompts can only be read from a .txt file, one per line")
+        return as_list(value)
+
     try:
-        lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        text = Path(value).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot be read as a UTF-8 text file ({error}); a prompt may stand in a list"
+            f"cannot be read as a UTF-8 text file ({error}); write a prompt that ends in .txt "
+            "in a list"
         ) from None
-    if not any(map(str.strip, lines)):
-        raise ValueError("holds no prompt")
-    return [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("contains no prompts; write one per line")
+    return prompts
 
 
-def blocks(value):
-    """true, false, or a number of blocks; 0 and 1 are numbers."""
-    if type(value) is not bool and (type(value) is not int or value < 0):
-        raise ValueError("must be true, false or a number of blocks")
-    return value
+def parse_block_count(value):
+    """true, false or a number of blocks. 0 and 1 are numbers."""
+    if type(value) is bool or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("must be true, false or a number of blocks")
 
 
-def sources(value):
-    """`data_dir`: null, a folder, a list of sources, or one in JSON."""
-    value = [] if value is None else several(value)
-    return [{"path": source} if isinstance(source, str) else source for source in value]
+def parse_sources(value):
+    """`data_dir` as a list of sources, from null, one folder or source, or a list of them."""
+    if value is None:
+        return []
+    return [{"path": item} if isinstance(item, str) else item for item in as_list(value)]
 
 
+def parse_resolution(value):
+    """`resolution` as text: a single size may be a number."""
+    return str(value) if type(value) is int else value
+
+
+def parse_optimizer(name):
+    """Names such as adamw_bf16 and adamw8bit, from files of other trainers, stand for adamw."""
+    if isinstance(name, str) and name.lower().startswith("adamw"):
+        return "adamw"
+    return name
+
+
+# Types of values. Strict: pydantic does not convert "1" to 1, or 1 to true.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-key = lambda default, description, **limits: Field(default, description=description, **limits)
-Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # pydantic then refuses half characters, too
-PathText = Annotated[str, Field(min_length=1), AfterValidator(path_text)]
-Size = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+# Without NUL. The pattern also makes pydantic reject text that is not valid Unicode.
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(parse_path)]
+TextList = Annotated[list[Text], BeforeValidator(as_list)]
+PromptList = Annotated[list[Text], BeforeValidator(parse_prompts)]
+Seed = Annotated[int, Field(ge=0, lt=2**63 - 1)]
+SeedList = Annotated[list[Seed], BeforeValidator(as_list), Field(min_length=1)]
+FloatList = Annotated[list[float], BeforeValidator(as_list), Field(min_length=1)]
+BlockCount = Annotated[bool | int, BeforeValidator(parse_block_count)]
+Resolution = Annotated[Text, BeforeValidator(parse_resolution)]
+Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
+Optimizer = Annotated[Literal["adamw", "prodigy"], BeforeValidator(parse_optimizer)]
 
 
 class Source(BaseModel):
-    """One folder of pictures in `data_dir`."""
+    """One folder of images in `data_dir`."""
 
     model_config = STRICT
     path: PathText
@@ -153,501 +190,605 @@ class Source(BaseModel):
     loss_weight: float = Field(1.0, ge=0)
 
 
-Sources = Annotated[list[Source], BeforeValidator(sources)]
-Texts, Prompts = (
-    Annotated[list[Text], BeforeValidator(several)],
-    Annotated[list[Text], BeforeValidator(prompts)],
-)
-Seeds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**63 - 1)]], BeforeValidator(several), Field(min_length=1)
-]
-Floats = Annotated[list[float], BeforeValidator(several), Field(min_length=1)]
-Blocks = Annotated[bool | int, BeforeValidator(blocks)]
-Arithmetic = Literal["auto", "bf16", "fp16", "no"]
-Precision = Literal["int8-quanto", "int4-quanto", "fp8-torchao", "no_change", "int8-matmul"]
-Course = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
-plain_optimizer = lambda name: (
-    "adamw" if isinstance(name, str) and name.lower().startswith("adamw") else name
-)
-Optimizer = Annotated[
-    Literal["adamw", "prodigy"], BeforeValidator(plain_optimizer)
-]  # adamw_bf16, adamw8bit
+SourceList = Annotated[list[Source], BeforeValidator(parse_sources)]
+
+
+def option(default, description, **limits):
+    """A field of Config: its default, its text in --help, and limits such as `ge=0`."""
+    return Field(default, description=description, **limits)
 
 
 class Config(BaseModel):
-    """Every key: its name, type, default, description and limits. Flags, help, errors and the page follow from here."""
+    """Every key of the configuration: name, type, default, description and limits. The flags,
+    --help, error messages and the web page are made from it."""
 
     model_config = STRICT | ConfigDict(
         validate_assignment=True, validate_default=True, protected_namespaces=()
     )
 
-    model_type: Literal["lora"] = key("lora", "what is trained")
-    model_family: Literal["longcat_image"] = key("longcat_image", "the model family")
-    model_flavour: Literal["final", "dev"] = key(
-        "final", "the main release, or the mid-training checkpoint"
+    # Model.
+    model_type: Literal["lora"] = option("lora", "what to train")
+    model_family: Literal["longcat_image"] = option("longcat_image", "model family")
+    model_flavour: Literal["final", "dev"] = option(
+        "final", "final: the main release; dev: the mid-training checkpoint"
     )
-    pretrained_model_name_or_path: PathText | None = key(
-        None, "hub name or local folder; null: by model_flavour"
+    pretrained_model_name_or_path: PathText | None = option(
+        None, "base model, a Hub name or local folder; null: the one for model_flavour"
     )
-    base_model_precision: Precision = key(
-        "int8-quanto", "storage of the base; int8-matmul: products in 8 bits, too"
+    base_model_precision: Precision = option(
+        "int8-quanto", "how base weights are stored; int8-matmul: also multiply in 8 bits"
     )
-    mixed_precision: Arithmetic = key("auto", "arithmetic; auto: the device's best; no: float32")
-
-    data_dir: Sources = key(
-        [], 'folder of pictures, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'
-    )
-    instance_prompt: Text | None = key(None, "caption for pictures that have none", min_length=1)
-    aspect_bucket_alignment: int = key(
-        64, "grid of the bucket sizes, in pixels", ge=64, multiple_of=64
-    )
-    resolution: Size = key(
-        "1024", 'side of a square of the wanted area, or several, or buckets: "1024x1024,1344x768"'
-    )
-    validation_split: float = key(
-        0.0, "share of the pictures (8 at most) that is only scored; 0: none", ge=0, lt=1
-    )
-    caption_dropout_probability: float = key(
-        0.1, "share of the samples trained with the empty prompt", ge=0, le=1
-    )
-    cache_dir: PathText = key(
-        "cache", "folder of cached latents and prompt embeddings; several runs may share one"
-    )
-    text_encoder_batch_size: int = key(4, "prompts a batch when embeddings are cached", ge=1)
-
-    lora_rank: int = key(16, "rank", ge=1, le=4096)
-    lora_alpha: float | None = key(
-        None, "strength is lora_alpha / lora_rank; null: equal to the rank", gt=0
-    )
-    lora_dropout: float = key(0.0, "dropout on the LoRA's input", ge=0, lt=1)
-    init_lora: PathText | None = key(None, "LoRA file or folder to start from")
-    lora_target_modules: Texts = key(
-        TARGET_MODULES, "ends of the names of the layers that get a LoRA", min_length=1
-    )
-    trigger_words: Texts = key([], "words that call up what was learned; noted in the LoRA's file")
-    license: Text | None = key(None, "licence of the LoRA; noted in its file")
-
-    train_batch_size: int = key(1, "pictures a batch", ge=1, le=10**6)
-    gradient_accumulation_steps: int = key(1, "batches a step", ge=1, le=10**6)
-    max_train_steps: int = key(1000, "steps to train", ge=1)
-    num_train_epochs: int = key(
-        0, "if not 0: epochs to train, in place of max_train_steps", ge=0, le=10**6
-    )
-    optimizer: Optimizer = key("adamw", "AdamW, or Prodigy, which finds the learning rate itself")
-    lr_scheduler: Course = key("constant_with_warmup", "course of the learning rate")
-    learning_rate: float = key(1e-4, "learning rate after warm-up; for prodigy 1", ge=0)
-    lr_warmup_steps: int = key(100, "steps until the full learning rate", ge=0)
-    adam_beta2: float = key(0.999, "the optimizer's beta2; beta1 is 0.9", ge=0, lt=1)
-    adam_weight_decay: float = key(0.01, "the optimizer's weight decay", ge=0)
-    max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", ge=0)
-    gradient_checkpointing: Blocks = key(
-        True, "compute blocks again in the backward pass: all, none, or how many"
-    )
-    seed: int = key(42, "every random draw follows from it", ge=0)
-
-    enable_group_offload: bool = key(
-        False, "keep frozen blocks in host memory; they visit the device in turn"
-    )
-    offloaded_blocks: int | None = key(
-        None, "how many of the 30 blocks stay there; null: all", ge=0
-    )
-    torch_compile: bool = key(
-        False, "compile the blocks: minutes at the start, less time and memory a step"
-    )
-    benchmark: int = key(
-        0, "train_lora.py: only measure so many steps, with random weights and data", ge=0
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = option(
+        "auto", "compute dtype; auto: the best for the device; no: float32"
     )
 
-    output_dir: PathText = key("output", "folder of this run's files")
-    checkpoint_step_interval: int = key(500, "steps between checkpoints", ge=1)
-    checkpoints_total_limit: int = key(3, "how many checkpoints are kept", ge=1)
-    resume_from_checkpoint: PathText = key(
-        "latest", 'checkpoint to go on from: "latest", a folder, or "none"'
+    # Data.
+    data_dir: SourceList = option(
+        [], 'folder of images, or a list of {"path", "repeats", "caption_prefix", "loss_weight"}'
     )
-    report_to: Literal["tensorboard", "none"] = key(
-        "tensorboard", "where curves go, besides metrics.jsonl"
+    instance_prompt: Text | None = option(None, "caption for images that have none", min_length=1)
+    aspect_bucket_alignment: int = option(
+        64, "bucket widths and heights are multiples of this, in pixels", ge=64, multiple_of=64
     )
-    validation_step_interval: int = key(
-        500, "steps between preview pictures and held-out scores; 0: none", ge=0
+    resolution: Resolution = option(
+        "1024", 'side of a square of the target area, or several, or buckets: "1024x1024,1344x768"'
+    )
+    validation_split: float = option(
+        0.0, "fraction of the images to hold out for validation (8 at most); 0: none", ge=0, lt=1
+    )
+    caption_dropout_probability: float = option(
+        0.1, "probability that a sample is trained with the empty prompt", ge=0, le=1
+    )
+    cache_dir: PathText = option(
+        "cache", "folder for cached latents and prompt embeddings; runs can share it"
+    )
+    text_encoder_batch_size: int = option(4, "prompts per batch when caching embeddings", ge=1)
+
+    # LoRA.
+    lora_rank: int = option(16, "LoRA rank", ge=1, le=4096)
+    lora_alpha: float | None = option(
+        None, "the LoRA is scaled by lora_alpha / lora_rank; null: same as lora_rank", gt=0
+    )
+    lora_dropout: float = option(0.0, "dropout on the input of the LoRA layers", ge=0, lt=1)
+    init_lora: PathText | None = option(None, "LoRA file or folder to start training from")
+    lora_target_modules: TextList = option(
+        TARGET_MODULES, "layers that get a LoRA, by the end of their names", min_length=1
+    )
+    trigger_words: TextList = option([], "words that activate the LoRA; stored in its file")
+    license: Text | None = option(None, "license of the LoRA; stored in its file")
+
+    # Training.
+    train_batch_size: int = option(1, "images per batch", ge=1, le=10**6)
+    gradient_accumulation_steps: int = option(1, "batches per step", ge=1, le=10**6)
+    max_train_steps: int = option(1000, "number of training steps", ge=1)
+    num_train_epochs: int = option(
+        0, "number of epochs, overrides max_train_steps; 0: not used", ge=0, le=10**6
+    )
+    optimizer: Optimizer = option("adamw", "optimizer; prodigy adapts the learning rate by itself")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = (
+        option("constant_with_warmup", "learning rate schedule")
+    )
+    learning_rate: float = option(1e-4, "learning rate after warmup; for prodigy use 1", ge=0)
+    lr_warmup_steps: int = option(100, "warmup steps of the learning rate", ge=0)
+    adam_beta2: float = option(0.999, "beta2 of the optimizer; beta1 is 0.9", ge=0, lt=1)
+    adam_weight_decay: float = option(0.01, "weight decay of the optimizer", ge=0)
+    max_grad_norm: float = option(1.0, "maximum gradient norm; 0: no clipping", ge=0)
+    gradient_checkpointing: BlockCount = option(
+        True, "recompute blocks in the backward pass: true (all), false (none) or how many"
+    )
+    seed: int = option(42, "random seed", ge=0)
+
+    # Memory and speed.
+    enable_group_offload: bool = option(
+        False, "keep frozen blocks in host memory, and copy each to the device when it is needed"
+    )
+    offloaded_blocks: int | None = option(
+        None, "how many of the 30 blocks to offload; null: all", ge=0
+    )
+    torch_compile: bool = option(
+        False, "compile the blocks: minutes at the start, then less time and memory per step"
+    )
+    benchmark: int = option(
+        0, "train_lora.py: only time this many steps, on random weights and data; 0: train", ge=0
     )
 
-    validation_prompts: Prompts = key(
-        [], "prompts to draw: a list, one, or a .txt file with one a line"
+    # Output.
+    output_dir: PathText = option("output", "output folder of the run")
+    checkpoint_step_interval: int = option(500, "steps between checkpoints", ge=1)
+    checkpoints_total_limit: int = option(3, "number of checkpoints to keep", ge=1)
+    resume_from_checkpoint: PathText = option(
+        "latest", 'checkpoint to resume from: "latest", a folder, or "none"'
     )
-    validation_negative_prompt: Text = key("", "negative prompt")
-    validation_resolution: Text = key(
-        "1024x1024", "width x height; validate.py takes several, with commas"
-    )
-    validation_guidance: float = key(4.5, "guidance scale", ge=0)
-    validation_num_inference_steps: int = key(30, "sampling steps", ge=1)
-    validation_seed: Seeds = key(
-        [42], "seed of every picture's first noise; validate.py takes a list"
-    )
-    validation_lora_strength: Floats = key([1.0], "validate.py: strength of the LoRA, or several")
-    lora: PathText | None = key(
-        None, 'validate.py: a LoRA file or folder, "latest" (null: if there is one), or "none"'
-    )
-    compare_checkpoints: bool = key(
-        False, "validate.py: a column for each checkpoint of output_dir"
+    report_to: Literal["tensorboard", "none"] = option(
+        "tensorboard", "where to log metrics, besides metrics.jsonl"
     )
 
-    @field_validator("resolution", "validation_resolution", "learning_rate")
-    def fits(cls, value, info):
-        """What takes more than a look at the type; `info.data` has the keys above this one that are right."""
-        name, above = info.field_name, {"aspect_bucket_alignment": 64} | info.data
-        if name == "resolution":
-            bucket_sets(SimpleNamespace(**above, resolution=value))
-        if name == "validation_resolution":
-            parse_sizes(value, 16)
-        if name == "learning_rate" and above.get("lr_scheduler") == "polynomial" and value <= 1e-7:
+    # Validation: preview images and the loss on held-out images during training, and validate.py.
+    validation_step_interval: int = option(
+        500, "steps between validations: preview images and held-out loss; 0: none", ge=0
+    )
+    validation_prompts: PromptList = option(
+        [], "prompts for images: a list, one prompt, or a .txt file with one per line"
+    )
+    validation_negative_prompt: Text = option("", "negative prompt")
+    validation_resolution: Text = option(
+        "1024x1024", "width x height of the images; validate.py takes several, with commas"
+    )
+    validation_guidance: float = option(4.5, "guidance scale", ge=0)
+    validation_num_inference_steps: int = option(30, "sampling steps", ge=1)
+    validation_seed: SeedList = option(
+        [42], "seed of the initial noise of each image; validate.py takes a list"
+    )
+    validation_lora_strength: FloatList = option(
+        [1.0], "validate.py: strength of the LoRA, or several"
+    )
+    lora: PathText | None = option(
+        None, 'validate.py: LoRA file or folder, "latest" (null: if there is one), or "none"'
+    )
+    compare_checkpoints: bool = option(
+        False, "validate.py: compare all checkpoints in output_dir, a column for each"
+    )
+
+    # Checks that need more than the type. `info.data` holds those keys above the checked one that
+    # are valid.
+
+    @field_validator("resolution")
+    def check_resolution(cls, value, info):
+        """Raises ValueError for a resolution that has no buckets."""
+        grid = info.data.get("aspect_bucket_alignment", 64)
+        bucket_sets(SimpleNamespace(resolution=value, aspect_bucket_alignment=grid))
+        return value
+
+    @field_validator("validation_resolution")
+    def check_validation_resolution(cls, value):
+        """Raises ValueError for anything that is not a list of sizes."""
+        parse_sizes(value, grid=16)
+        return value
+
+    @field_validator("learning_rate")
+    def check_learning_rate(cls, value, info):
+        """Raises ValueError for a rate below the final one of the polynomial schedule."""
+        if info.data.get("lr_scheduler") == "polynomial" and value <= 1e-7:
             raise ValueError("must be more than 1e-7, where lr_scheduler polynomial ends")
         return value
 
     def __setattr__(self, name, value):
+        """Checks a value that is set later, too. Raises UserError."""
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
-            raise UserError("\n".join(mistakes(error))) from None
+            raise UserError("\n".join(error_lines(error))) from None
 
 
 KEYS = Config.model_fields
-# What other trainers' files, and those for the first version, name otherwise, or hold besides.
+
+# Keys in files for other trainers and for the first version: other names for our keys, and keys
+# that have no effect here.
 RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval", "instance_data_dir": "data_dir",
     "validation_prompt": "validation_prompts", "validation_steps": "validation_step_interval",
 }  # fmt: skip
-IGNORED = """adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype data_backend_config
-    disable_benchmark disable_bucket_pruning ema_decay enable_modulation_offload flow_schedule_auto_shift
-    flow_schedule_shift group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
-    group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size num_eval_images
-    num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via resolution_type skip_upscaled
-    snr_gamma strict text_encoder_precision tracker_project_name tracker_run_name use_ema user_prompt_library
-    vae_batch_size validation_cfg_renorm validation_disable_unconditional validation_guidance_rescale
-    validation_prompt_library validation_torch_compile vram_limit_gb""".split()
+IGNORED = """
+    adam_beta1 aspect_bucket_rounding attention_mechanism base_model_default_dtype
+    data_backend_config disable_benchmark disable_bucket_pruning ema_decay
+    enable_modulation_offload flow_schedule_auto_shift flow_schedule_shift
+    group_offload_blocks_per_group group_offload_to_disk_path group_offload_type
+    group_offload_use_stream hub_model_id lora_type lycoris_config minimum_image_size
+    num_eval_images num_validation_images prune push_checkpoints_to_hub push_to_hub quantize_via
+    resolution_type skip_upscaled snr_gamma strict text_encoder_precision tracker_project_name
+    tracker_run_name use_ema user_prompt_library vae_batch_size validation_cfg_renorm
+    validation_disable_unconditional validation_guidance_rescale validation_prompt_library
+    validation_torch_compile vram_limit_gb
+""".split()
+
+
+def load_config(path=None, /, **overrides):
+    """The configuration, a Config: defaults, then the keys in the JSON file `path`, then
+    `overrides`. Keys can be written as flags: {"--learning_rate": "1e-4"}. Raises UserError (a
+    ValueError) that lists all problems, one line per key."""
+    values = {}
+    if path:
+        values = normalize_keys(read_json(path))
+    values |= normalize_keys(overrides)
+
+    ignored = sorted(values.keys() & IGNORED)
+    if ignored:
+        print(f"ignoring keys that have no effect here: {', '.join(ignored)}", file=sys.stderr)
+    for name in ignored:
+        del values[name]
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise UserError("\n".join(error_lines(error))) from None
+
+
+def config_from_flags(description, arguments):
+    """The configuration from `script.py [config.json] [--key value ...]`. `--key=value` is allowed,
+    and a flag without a value is true. --help prints all keys and exits."""
+    if "-h" in arguments or "--help" in arguments:
+        print_help(description)
+        sys.exit()
+
+    words = list(arguments)
+    path = None
+    if words and not words[0].startswith("--"):
+        path = words.pop(0)
+
+    flags = []
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"{name!r} is not a flag; usage: [config.json] [--key value ...]")
+        if not equals:
+            has_value = words and not words[0].startswith("--")
+            value = words.pop(0) if has_value else True
+        flags.append((name, value))
+    return load_config(path, **unique_keys(flags))
+
+
+def print_help(description):
+    """Prints what the script does, then a line for each key."""
+    print(description)
+    print("Usage: [config.json] [--key value ...]")
+    for name, field in KEYS.items():
+        line = f"  --{name} {field.description}"
+        if get_origin(field.annotation) is Literal:
+            line += f"; one of {', '.join(get_args(field.annotation))}"
+        print(f"{line} [{json.dumps(field.default)}]")
 
 
 def read_json(path):
-    """The dictionary in a JSON file that may hold `//` comments and trailing commas. Raises UserError."""
+    """The dictionary in a JSON file, see parse_json. Raises UserError."""
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
+    return parse_json(text, path)
 
 
 def parse_json(text, where):
-    """read_json's dictionary, from the text itself; `where` names it in errors."""
-    string, comment, comma = r'("(?:\\.|[^"\\\n])*")', r"//[^\n]*", r",(?=(?:\s|//[^\n]*)*[}\]])"
+    """The dictionary in a JSON text, which may contain `//` comments and trailing commas. Raises
+    UserError, which begins with `where`, the file's name."""
+    # Remove comments and trailing commas. Strings match first, so that they are kept as they are.
+    string = r'("(?:\\.|[^"\\\n])*")'
+    comment = r"//[^\n]*"
+    trailing_comma = r",(?=(?:\s|//[^\n]*)*[}\]])"
+    pattern = f"{string}|{comment}|{trailing_comma}"
     try:
-        text = re.sub(f"{string}|{comment}|{comma}", lambda match: match.group(1) or "", text)
+        text = re.sub(pattern, lambda match: match[1] or "", text)
         values = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+        raise UserError(f"{where}: invalid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{where}: holds a {type(values).__name__}, not an object of keys and values"
-        )
+        raise UserError(f'{where}: must contain a JSON object: {{"key": value, ...}}')
     return values
 
 
 def unique_keys(pairs):
-    """The dictionary of a JSON object's pairs. Raises UserError for a key that is there twice: json would drop one."""
-    for name, count in collections.Counter(name for name, _ in pairs).items():
+    """The dictionary of (name, value) pairs. Raises UserError for a name that appears twice, of
+    which the json module would keep the last."""
+    counts = collections.Counter(name for name, _ in pairs)
+    for name, count in counts.items():
         if count > 1:
-            raise UserError(f"the key {name!r} is there {count} times; keep one")
+            raise UserError(f"the key {name!r} appears {count} times; keep one")
     return dict(pairs)
 
 
-def load_config(path=None, /, **overrides):
-    """The configuration, a Config: defaults, then the keys of the JSON file `path`, then `overrides`. Keys may stand as
-    flags: {"--learning_rate": "1e-4"}. Raises UserError (a ValueError) with all that is wrong, one line a key."""
-    given = our_keys(read_json(path) if path else {}) | our_keys(overrides)
-    if ignored := sorted(given.keys() & IGNORED):
-        print(f"ignored, for they mean nothing here: {', '.join(ignored)}", file=sys.stderr)
-    try:
-        return Config(**{name: value for name, value in given.items() if name not in IGNORED})
-    except ValidationError as error:
-        raise UserError("\n".join(mistakes(error))) from None
+def normalize_keys(values):
+    """{key: value} with our names for keys, and the values of flags parsed. Raises UserError for a
+    key that appears under two names."""
+    pairs = []
+    for name, value in values.items():
+        key = canonical_name(name)
+        if name.startswith("--"):
+            value = parse_flag_value(key, value)
+        pairs.append((key, value))
+    return unique_keys(pairs)
 
 
-def mistakes(error):
-    """A line for each wrong key in pydantic's error: what was found, what it should be. Unknown keys share one."""
-    unknown, lines = [], []
-    for problem in error.errors():
-        name = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])[
-            1:
-        ]
-        if problem["type"] in ("extra_forbidden", "no_such_attribute"):
-            names = KEYS if len(problem["loc"]) == 1 else Source.model_fields
-            near = difflib.get_close_matches(
-                str(problem["loc"][-1]).lower(), names, n=1, cutoff=0.7
-            )
-            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
-        else:
-            message = re.sub(r"^\w+ should", "must", problem["msg"].removeprefix("Value error, "))
-            lines.append(f"{name}: found {repr(problem['input'])[:100]}, {message}")
-    return [f"unknown keys: {', '.join(unknown)}; --help lists all"] * bool(unknown) + lines
-
-
-def our_keys(values):
-    """{key: value} under our names, a flag's text read. Raises UserError for a key that is there under two names."""
-    return unique_keys(
-        [(our_name(n), flag_value(n, v) if n.startswith("--") else v) for n, v in values.items()]
-    )
-
-
-def our_name(name):
-    """Our name of a key or flag. Half a character is written out, which would stop pydantic."""
+def canonical_name(name):
+    """Our name for a key or flag. Invalid Unicode is escaped, as pydantic would fail on it."""
     name = name.removeprefix("--").encode("utf-8", "backslashreplace").decode()
     return RENAMED.get(name, name)
 
 
-def flag_value(name, text):
-    """What a flag's text stands for: null, a list in JSON, for a key of numbers also 4., .5,1 and true; else itself."""
-    if not isinstance(text, str) or our_name(name) not in KEYS:
+def parse_flag_value(key, text):
+    """The value that the text of a flag stands for: null, a JSON list or, for keys that take
+    numbers, any JSON value, also written as 4. or .5,1 or True. Any other text stays as it is."""
+    if not isinstance(text, str) or key not in KEYS:
         return text
-    forms = [text] if text == "null" or text.startswith("[") else []
-    if re.search(r"\b(bool|int|float)\b", str(KEYS[our_name(name)].annotation)):
-        numbers = re.sub(
-            r"(?<=\d)\.(?!\d)", ".0", re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower())
-        )
-        forms = [numbers, f"[{numbers}]"]
-    for form in forms:
+    if text == "null":
+        return None
+
+    json_texts = []
+    if re.search(r"\b(bool|int|float)\b", str(KEYS[key].annotation)):
+        number = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.lower())  # .5 -> 0.5
+        number = re.sub(r"(?<=\d)\.(?!\d)", ".0", number)  # 4. -> 4.0
+        json_texts = [number, f"[{number}]"]
+    elif text.startswith("["):
+        json_texts = [text]
+    for json_text in json_texts:
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(form)
+            return json.loads(json_text)
     return text
 
 
-def config_from_flags(description, arguments):
-    """`script.py [config.json] [--key value ...]` -> configuration. A flag without a value is true."""
-    if {"-h", "--help"} & set(arguments):
-        print(description, "Usage: [config.json] [--key value ...]", sep="\n")
-        for name, field in KEYS.items():
-            kind = field.annotation
-            choices = f"; one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
-            print(f"  --{name} {field.description}{choices} [{json.dumps(field.default)}]")
-        sys.exit()
-    words, given = [*arguments], []
-    path = words.pop(0) if words and not words[0].startswith("--") else None
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if not name.startswith("--"):
-            raise UserError(f"{name!r} is no flag; write [config.json] [--key value ...]")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else True
-        given.append((name, value))
-    return load_config(path, **unique_keys(given))
+def error_lines(error):
+    """The problems in a pydantic ValidationError, a line each: the key, the value found, and what
+    it must be. Unknown keys share the first line."""
+    unknown = []
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]  # such as ("data_dir", 0, "path")
+        name = location[0]
+        for part in location[1:]:
+            name += f"[{part}]" if type(part) is int else f".{part}"
+        if problem["type"] in ("extra_forbidden", "no_such_attribute"):
+            unknown.append(repr(name) + suggestion(location))
+        else:
+            found = repr(problem["input"])[:100]
+            message = problem["msg"].removeprefix("Value error, ")
+            message = re.sub(r"^\w+ should", "must", message)
+            lines.append(f"{name}: found {found}, {message}")
+    if unknown:
+        lines.insert(0, f"unknown keys: {', '.join(unknown)}; --help lists all keys")
+    return lines
+
+
+def suggestion(location):
+    """' (did you mean ...?)' for an unknown key of Config or Source; '' if no key is similar."""
+    names = KEYS if len(location) == 1 else Source.model_fields
+    matches = difflib.get_close_matches(str(location[-1]).lower(), names, n=1, cutoff=0.7)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def base_model_name(config):
+    """The base model's name on the Hub, or its local folder."""
+    return config.pretrained_model_name_or_path or FLAVOURS[config.model_flavour]
 
 
 def parse_sizes(text, grid):
-    """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)]. Raises ValueError for what is no size or not on the grid."""
-    sizes = {}
+    """'1024x1024,1344x768' -> [(1024, 1024), (1344, 768)], each size once. Raises ValueError for
+    anything that is not a size in multiples of `grid`."""
+    sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part)
-        size = tuple(map(int, match.groups())) if match else (0, 0)
-        if not all(side and side % grid == 0 for side in size):
+        width, height = map(int, match.groups()) if match else (0, 0)
+        if width * height == 0 or width % grid or height % grid:
             raise ValueError(
-                f"{part!r} is no WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024"
+                f"{part!r} is not WIDTHxHEIGHT in multiples of {grid}, such as 1024x1024"
             )
-        sizes[size] = True
-    return list(sizes)
+        sizes.append((width, height))
+    return list(dict.fromkeys(sizes))
+
+
+def validation_sizes(config):
+    """The sizes (width, height) of preview images."""
+    return parse_sizes(config.validation_resolution, grid=16)
+
+
+def aspect_buckets(side, grid):
+    """All sizes (width, height) in multiples of `grid`, with aspect ratios from 1:2 to 2:1, whose
+    area is as close to side x side as the grid allows, and within 25 % of it. Sorted."""
+    sizes = set()
+    for width in range(grid, 2 * side + 1, grid):
+        height = round(side * side / width / grid) * grid
+        if height and 0.5 <= width / height <= 2 and 0.75 <= width * height / side**2 <= 1.25:
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
 
 
 def bucket_sets(config):
-    """The buckets (width, height) that pictures are cut to, a list for each number in `resolution`, the smallest first:
-    all on the grid from 1:2 to 2:1, as near to the square's area as it allows. "1024x1024,1344x768" is one list."""
-    grid, parts = config.aspect_bucket_alignment, config.resolution.replace(" ", "").split(",")
-    if not all(map(str.isdecimal, parts)):
+    """The buckets (width, height) that images are cropped to: one list for each number in
+    `resolution`, the smallest number first. Explicit sizes, "1024x1024,1344x768", are one list.
+    Raises ValueError."""
+    grid = config.aspect_bucket_alignment
+    parts = config.resolution.replace(" ", "").split(",")
+    if not all(part.isdecimal() for part in parts):
         return [parse_sizes(config.resolution, grid)]
-    sides, sets = sorted({int(part[:5]) for part in parts}), []
+    sides = sorted({int(part[:5]) for part in parts})
     for side in sides:
         if side % grid or not 0 < side < 10000:
             raise ValueError(
-                f"must be multiples of {grid} under 10000, or sizes such as 1024x1024,1344x768"
+                f"must be multiples of {grid} below 10000, or sizes such as 1024x1024,1344x768"
             )
-        sizes = {
-            (width, round(side * side / width / grid) * grid)
-            for width in range(grid, 2 * side + 1, grid)
-        }
-        sizes |= {(height, width) for width, height in sizes}  # a bucket for every turned bucket
-        sets.append(
-            sorted(
-                (w, h)
-                for w, h in sizes
-                if h and 0.5 <= w / h <= 2 and 0.75 <= w * h / side**2 <= 1.25
-            )
-        )
-    return sets
+    return [aspect_buckets(side, grid) for side in sides]
 
 
-buckets = lambda config: sorted({bucket for sizes in bucket_sets(config) for bucket in sizes})
-validation_sizes = lambda config: parse_sizes(config.validation_resolution, 16)
+def buckets(config):
+    """The buckets of all sets, sorted."""
+    return sorted(set().union(*bucket_sets(config)))
 
 
 def run_stage(main, description):
-    """What `python stage.py ...` does: main(config) of the flags. Mistakes are a line each and exit code 2, Ctrl-C and
-    SIGTERM one line and 128 and the signal's number."""
+    """Runs `python stage.py ...`: main(config) with the configuration from the flags. Prints user
+    errors one per line and exits with code 2. Ctrl-C and SIGTERM exit with 128 plus the number of
+    the signal, without a traceback."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, interrupt)
-    if WORLD_SIZE > 1:  # gradients are summed on the device, numbers on the host
-        kind = (
-            "cpu:gloo,cuda:nccl"
-            if torch.cuda.is_available() and torch.distributed.is_nccl_available()
-            else "gloo"
-        )
-        torch.distributed.init_process_group(
-            kind, timeout=datetime.timedelta(days=7)
-        )  # one may work for long
+    if WORLD_SIZE > 1:
+        connect_processes()
     try:
         main(config_from_flags(description, sys.argv[1:]))
-        if WORLD_SIZE > 1:  # not after an error: NCCL would wait here for the other processes
+        # Not after an error: NCCL would wait here for the other processes.
+        if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print("\ninterrupted: what was finished is saved; start again to go on", file=sys.stderr)
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
+        print("\ninterrupted: all finished work is saved; start again to resume", file=sys.stderr)
+        number = error.args[0] if error.args else signal.SIGINT
+        sys.exit(128 + number)
+
+
+def connect_processes():
+    """Connects the processes that torchrun has started. Gradients are summed on the device, numbers
+    on the host."""
+    backend = "gloo"
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    # The timeout is long, as one process may work for hours while the others wait.
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))
 
 
 # ---------------------------------------------------------------- files
 
 
 def write_file(path, data):
-    """Writes bytes or text whole or not at all: temporary name, flush, rename."""
+    """Writes bytes or text so that the file is complete or unchanged: writes to a temporary name,
+    flushes to the disk, renames. Raises UserError."""
     path = Path(path)
+    if isinstance(data, str):
+        data = data.encode("utf-8")
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # it is new, or a mount has no modes
+        # Keep the mode of a file that is replaced. Fails for a new file, or without modes.
+        with contextlib.suppress(OSError):
             temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     except OSError as error:
-        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free space" if is_full else "fix that"
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder"
         ) from None
     finally:
+        # It still exists after an error or a signal.
         with contextlib.suppress(OSError):
-            temporary.unlink()  # it is still there if something went wrong, a signal for one
+            temporary.unlink()
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Writes a safetensors file, `metadata` as one sorted JSON string: safetensors orders several keys at random."""
-    header = (
-        {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)}
-        if metadata
-        else None
-    )
-    write_file(
-        path,
-        save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header
-        ),
-    )
+    """Writes a safetensors file. `metadata` becomes one JSON string with sorted keys: safetensors
+    would write several strings in random order."""
+    header = None
+    if metadata:
+        header = {"longcat_lora": json.dumps(metadata, sort_keys=True, ensure_ascii=False)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(tensors, header))
+
+
+# What libraries raise when a file that they load is missing, incomplete or corrupt.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, RuntimeError, LookupError, SafetensorError, re.error,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def named_if_corrupt(path):
-    """Turns what a library raises about a cut-off or missing file into a UserError."""
+    """Turns what a library raises about a missing or corrupt file into a UserError."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        LookupError,
-        SafetensorError,
-        re.error,
-    ) as error:
+    except LOADING_ERRORS as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(
-            f"{path}: is missing or damaged; make or download it again ({repr(error)[:200]})"
+            f"{path}: is missing or corrupt; create or download it again ({repr(error)[:200]})"
         ) from None
 
 
 def read_tensors(path):
-    """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    """The tensors in a safetensors file. Raises UserError if it is missing or corrupt."""
     with named_if_corrupt(path), open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_header(path):
-    """The metadata in a safetensors file's header, a dictionary. Raises UserError if the file is missing or damaged."""
+    """The metadata in a safetensors file, a dictionary. Raises UserError if the file is missing or
+    corrupt."""
     with named_if_corrupt(path), open_tensors(path) as file:
         return file.metadata() or {}
 
 
 def is_readable(path):
-    """Whether a safetensors file is there and, by its header, whole."""
-    with contextlib.suppress(UserError):
-        return read_header(path) is not None
-    return False
+    """Whether a safetensors file exists and, by its header, is complete."""
+    try:
+        read_header(path)
+    except UserError:
+        return False
+    return True
 
 
 def checkpoint_folders(config):
-    """This run's checkpoints, oldest first. Folders with other names, such as a user's copies, are passed over."""
-    folders = (Path(config.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
-    return sorted(
-        (folder for folder in folders if folder.name[5:].isdecimal()), key=checkpoint_step
-    )
+    """The checkpoints of this run, oldest first. Folders with other names, such as copies that the
+    user made, are skipped."""
+    parent = Path(config.output_dir) / "checkpoints"
+    folders = parent.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*")
+    folders = [folder for folder in folders if folder.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(folder):
+    """The step of a checkpoint: 500 for the folder step-000500."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def content_key(*parts):
-    """A file name from what went in: 32 hexadecimal digits of the SHA-256 of the parts' JSON."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8")).hexdigest()[:32]
+    """A file name that follows from the content: the first 32 hexadecimal digits of the SHA-256 of
+    the parts as JSON."""
+    text = json.dumps(parts, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
-def seeded_generator(*what):
-    """A CPU generator for one random draw, seeded by what is drawn: (seed, purpose, step or epoch, sample)."""
-    return torch.Generator().manual_seed(int(content_key(*what)[:15], 16))
+def seeded_generator(*parts):
+    """A CPU generator for one random draw. Its seed is a hash of the parts that identify the draw:
+    (seed, purpose, step or epoch, sample)."""
+    return torch.Generator().manual_seed(int(content_key(*parts)[:15], 16))
 
 
 def in_parallel(function, items):
-    """Yields function(item) for every item, in order, from a thread a core: Pillow and hashing let go of Python's lock.
-    No more than a few results wait to be taken."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    waiting = collections.deque()
+    """Yields function(item) for every item, in order. Runs in a thread per CPU core: Pillow and
+    hashing release Python's lock. Only a few results are computed ahead, to limit memory."""
+    threads = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use; Linux only
+        threads = len(os.sched_getaffinity(0))
+    pending = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        yield from (result.result() for result in waiting)
+            pending.append(pool.submit(function, item))
+            if len(pending) > 4 * threads:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
 # ---------------------------------------------------------------- processes, devices, dtypes
 
 
 def pick_device():
-    """CUDA if there is one (under torchrun this process's own), else MPS, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    """CUDA (under torchrun the GPU of this process), else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def log(text):
-    """Prints a line, past any progress bar; under torchrun in the first process only."""
+    """Prints a line above any progress bar; under torchrun only in the first process."""
     if RANK == 0:
         tqdm.write(text)
 
 
-log_once = functools.cache(log)  # the same line only once
+# Prints each line only once.
+log_once = functools.cache(log)
 
 
 def sum_over_processes(number):
-    """The sum of this number over all processes; returns when every process has come here."""
+    """The sum of `number` over all processes. Waits until every process has called this."""
     total = torch.tensor(float(number))
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)
@@ -655,65 +796,79 @@ def sum_over_processes(number):
 
 
 def compute_dtype(config, device):
-    """The dtype of the arithmetic. torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated."""
-    chosen, kind = config.mixed_precision, torch.device(device).type
-    if chosen == "auto":
-        old = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-        chosen = "no" if kind == "cpu" else "fp16" if old else "bf16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[chosen]
+    """The dtype to compute in, from `mixed_precision`."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    if config.mixed_precision != "auto":
+        return dtypes[config.mixed_precision]
+
+    # GPUs before Ampere only emulate bf16, and torch.cuda.is_bf16_supported() does not tell.
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.float32
+    if kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return torch.float16
+    return torch.bfloat16
 
 
 def text_dtype(config, device):
-    """The dtype of the text encoder: Qwen2.5 overflows in fp16, so float32 there."""
-    return torch.float32 if (dtype := compute_dtype(config, device)) == torch.float16 else dtype
+    """The dtype of the text encoder: Qwen2.5 overflows in fp16, so float32 in its place."""
+    dtype = compute_dtype(config, device)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def check_precision(config, device):
-    """Raises UserError for a `base_model_precision` that does not work on this device, or has never been tried."""
-    precision, kind = config.base_model_precision, torch.device(device).type
+    """Raises UserError if `base_model_precision` does not work on this device, or is untested."""
+    precision = config.base_model_precision
+    kind = torch.device(device).type
     if kind == "mps" and precision in ("fp8-torchao", "int8-matmul"):
         raise UserError(
-            f"base_model_precision: {precision} has never been tried on a Mac's GPU; choose int8-quanto"
+            f"base_model_precision: {precision} is untested on Apple GPUs; use int8-quanto"
         )
-    old = kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    if old and config.torch_compile and precision == "fp8-torchao":
-        raise UserError(
-            "base_model_precision: torch_compile takes fp8-torchao from RTX 40xx on; choose int8-quanto"
-        )
+    if kind == "cuda" and config.torch_compile and precision == "fp8-torchao":
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            raise UserError(
+                "base_model_precision: fp8-torchao with torch_compile needs an RTX 40xx or newer "
+                "GPU; use int8-quanto"
+            )
 
 
 def peak_memory(device):
-    """The most device memory that this process has used, in GiB; on a Mac what it uses now, on the CPU nan."""
+    """The peak device memory of this process in GiB. On MPS the current memory; on the CPU nan."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return torch.mps.driver_allocated_memory() / 2**30 if device.type == "mps" else math.nan
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    return math.nan
 
 
 def free_memory():
-    """Hands memory of deleted models back to the device."""
+    """Returns the memory of deleted models to the device."""
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing where it is not used
+    torch.cuda.empty_cache()  # does nothing if CUDA is not in use
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory has run out, the device's or the host's; few have a class of their own."""
-    words = (
+    """Whether an exception means that the device or the host is out of memory. Few libraries have
+    an exception class for it, so the message decides."""
+    if not isinstance(error, (RuntimeError, MemoryError, OSError)):
+        return False
+    phrases = (
         "out of memory",
         "not enough memory",
         "t allocate memory",
         "alloc_failed",
         "paging file",
     )
-    return isinstance(error, (RuntimeError, MemoryError, OSError)) and any(
-        word in str(error).lower() for word in words
-    )
+    message = str(error).lower()
+    return any(phrase in message for phrase in phrases)
 
 
 def explain_out_of_memory(memory_advice):
-    """Decorates the `main(config)` of a stage: running out of memory is a UserError that names what of `memory_advice`,
-    {key: value}, is not set so yet. And no model stays in a notebook's memory, not even in an error's traceback."""
+    """Decorates the `main(config)` of a stage. If it runs out of memory, the decorated main raises
+    a UserError with those settings in `memory_advice`, {key: value}, that are not set yet. However
+    it ends, it leaves no model in memory, not even in a notebook that keeps the traceback."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -721,30 +876,9 @@ def explain_out_of_memory(memory_advice):
             try:
                 return main(config)
             except BaseException as error:
-                link = error
-                while link:
-                    traceback.clear_frames(link.__traceback__)
-                    link = link.__cause__ or link.__context__
+                clear_frames(error)
                 if is_out_of_memory(error):
-                    other = {
-                        name: value
-                        for name, value in memory_advice.items()
-                        if getattr(config, name) != value
-                    }
-                    mac = (
-                        torch.backends.mps.is_available()
-                    )  # has but one memory: offloading gains nothing
-                    advice = [
-                        f"{n} {json.dumps(v)}"
-                        for n, v in other.items()
-                        if not (mac and "offload" in n)
-                    ]
-                    advice = "; ".join(
-                        [*advice, "a smaller resolution; no other program on the device"]
-                    )
-                    raise UserError(
-                        f"out of memory; what to change, the cheapest first: {advice}"
-                    ) from None
+                    raise out_of_memory_error(config, memory_advice) from None
                 raise
             finally:
                 free_memory()
@@ -752,6 +886,26 @@ def explain_out_of_memory(memory_advice):
         return decorated
 
     return decorate
+
+
+def clear_frames(error):
+    """Clears the local variables in the tracebacks of an exception and of all its causes."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def out_of_memory_error(config, memory_advice):
+    """The UserError that lists what to change, see explain_out_of_memory."""
+    has_mps = torch.backends.mps.is_available()
+    advice = []
+    for name, value in memory_advice.items():
+        # A Mac's GPU shares the host's memory, so offloading would not help.
+        is_useless = has_mps and "offload" in name
+        if getattr(config, name) != value and not is_useless:
+            advice.append(f"{name} {json.dumps(value)}")
+    advice.append("a smaller resolution; closing other programs that use the device")
+    return UserError(f"out of memory; try, cheapest first: {'; '.join(advice)}")
 
 
 # ---------------------------------------------------------------- models and quantization

@@ -41,7 +41,7 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    KEYS, LORA_FILE, UserError, in_parallel, load_config, our_keys, parse_json, read_json, write_file,
+    KEYS, LORA_FILE, UserError, in_parallel, load_config, normalize_keys, parse_json, read_json, write_file,
 )  # fmt: skip
 from validate import read_metrics
 
@@ -122,7 +122,7 @@ def read_form(place, fields, others):
         if lines:
             several = name in LISTS and len(lines) > 1
             others = {**others, f"--{name}": lines if several else text.strip()}
-    prompts = our_keys(others).get("validation_prompts")
+    prompts = normalize_keys(others).get("validation_prompts")
     if str(prompts).lower().endswith(".txt"):  # load_config reads it
         confine(place, "validation_prompts", prompts)
     config = load_config(**others)

@@ -211,7 +211,7 @@ def test_out_of_memory_in_a_step_or_while_loading_names_what_still_helps(
     quick_config, monkeypatch, where
 ):
     monkeypatch.setattr(where, out_of_memory)
-    first = "out of memory; what to change, the cheapest first: "
+    first = "out of memory; try, cheapest first: "
     for settings, helps in (
         (dict(train_batch_size=3), "train_batch_size 1; enable_group_offload true"),
         (dict(enable_group_offload=True, offloaded_blocks=9), "offloaded_blocks null"),

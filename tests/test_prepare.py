@@ -354,7 +354,7 @@ FORMS = [
     ("metadata.csv", "file_name,text\na.jpg,a cat, on a mat", ", line 2: has more fields than there"),
     ("metadata.csv", 'file_name,text\na.jpg,"a cat\nb.jpg,a dog\n', ": unexpected end of data"),
     ("metadata.jsonl", '{"file_name": "a.jpg"', ", line 1: is not JSON"),
-    ("captions.json", '{"a.jpg": "one", "a.jpg": "two"}', ": the key 'a.jpg' is there 2 times"),
+    ("captions.json", '{"a.jpg": "one", "a.jpg": "two"}', ": the key 'a.jpg' appears 2 times"),
 ]  # fmt: skip
 
 
@@ -431,7 +431,7 @@ def test_what_is_saved_counts_and_the_rest_stays(folder, tmp_path):
     assert json.loads((folder / "a.json").read_text())["by"] == "me" and read(folder)[0][
         "a.jpg"
     ] == ["two"]
-    with pytest.raises(UserError, match="b.json: not JSON"):
+    with pytest.raises(UserError, match="b.json: invalid JSON"):
         save_captions(folder / "b.jpg", ["x", "y"])
     (folder / "c.txt").symlink_to(tmp_path / "text")
     save_captions(folder / "c.jpg", ["two"])

@@ -243,7 +243,7 @@ def test_a_script_that_is_told_to_stop_says_so_in_a_line_and_goes_on_from_there(
     process.terminate()
     code, printed = process.wait(), log.read_text(errors="replace")
     assert (
-        printed.count("start again to go on") == (2 if launcher else 1) and "LoRA:" not in printed
+        printed.count("start again to resume") == (2 if launcher else 1) and "LoRA:" not in printed
     )
     assert (
         "10000 steps of 2 images" in printed
@@ -589,7 +589,7 @@ def tear(patch, *arguments):
             "step-000002.* cannot be written .*; free space",
             ["step-000001"],
         ),
-        (vanish, "load_batch", 3, "latents.*is missing or damaged", ["step-000002"]),
+        (vanish, "load_batch", 3, "latents.*is missing or corrupt", ["step-000002"]),
         (
             tear,
             "set_up",

@@ -83,8 +83,8 @@ def test_all_that_is_wrong_is_told(place):
             {"seed": -1, "no": 2},
             "(?s)(?=.*keys: 'no')(?=.*max_train_steps: )(?=.*seed: )",
         ),
-        ({}, '{"seed": 1', "JSON: not JSON"),
-        ({"lora_rank": "4"}, {"lora_rank": 8}, "'lora_rank' is there 2 times"),
+        ({}, '{"seed": 1', "JSON: invalid JSON"),
+        ({"lora_rank": "4"}, {"lora_rank": 8}, "'lora_rank' appears 2 times"),
         (
             {"data_dir": "data/My prompts.TXT"},
             GOOD,
