@@ -34,7 +34,7 @@ from longcat_common import (
 )  # fmt: skip
 from prepare_data import GRID, label
 
-# Without validation_prompts these are generated.
+# The prompts of a configuration without validation_prompts.
 PROMPTS = [
     "a cat on a window sill in the morning sun, photograph",
     "一只猫坐在洒满晨光的窗台上，摄影",
@@ -94,8 +94,8 @@ def lora_file(path):
 
 
 def convert_key(key):
-    """Another trainer's key as ours, "<module>.lora_A.weight", "<module>.lora_B.weight" or
-    "<module>.alpha"."""
+    """A key of any trainer's file under our names: "<module>.lora_A.weight",
+    "<module>.lora_B.weight" or "<module>.alpha"."""
     key = re.sub(LORA_PREFIXES, "", key)
     key = re.sub(r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", key)
     for theirs, ours in LORA_NAMES.items():
@@ -137,7 +137,7 @@ def convert_tensors(path, tensors):
 
     `weights`: {"<module>.lora_A.weight": [rank, in], "<module>.lora_B.weight": [out, rank], ...}.
     `alphas`: {module: alpha}, for the modules that have an `.alpha` tensor.
-    Text encoder weights are left out. Raises UserError if anything else is in the file.
+    Text encoder weights are ignored. Raises UserError if the file holds anything else.
     """
     weights = {}
     alphas = {}
@@ -169,7 +169,7 @@ def convert_tensors(path, tensors):
 
 
 def fold_alpha(weights, alphas, settings):
-    """Multiplies every B by the factor that the trainer applies to B @ A, in place: alpha / rank,
+    """Multiplies every B, in place, by the factor that its trainer scales B @ A with: alpha / rank,
     or for rsLoRA alpha / sqrt(rank)."""
     patterns = settings.get("alpha_pattern") or {}
     for module in lora_modules(weights):
@@ -422,7 +422,7 @@ def trained_steps(lora):
 
 def newest_lora(folder):
     """The LoRA file with the most steps in a run's folder: its last, or a checkpoint's; or None."""
-    # Of several with the same number of steps the first is taken.
+    # max takes the first of several with equal steps: the run's last LoRA, not the checkpoint's.
     loras = [*folder.glob(LORA_FILE), *folder.glob(f"checkpoints/step-*/{LORA_FILE}")]
     return max(loras, key=trained_steps, default=None)
 
@@ -670,9 +670,8 @@ def save_cell(config, image, row, column, settings, folder):
 
 @explain_out_of_memory({"enable_group_offload": True})
 def main(config):
-    """Generates every validation prompt with the base model and with each LoRA and strength, from
-    the same noise. Returns the grid's path. Raises UserError for a LoRA that is not found, cannot
-    be read or does not fit."""
+    """Generates the validation prompts with the base model and with each LoRA, from the same noise.
+    Returns the grid's path. Raises UserError for a LoRA that cannot be found, read or used."""
     if WORLD_SIZE > 1:
         raise UserError("validate.py: runs in one process; start it without torchrun")
     device = pick_device()
@@ -692,10 +691,10 @@ def main(config):
             reason = f"not set, and no LoRA in {config.output_dir}"
         print(f"lora: {reason}; generating with the base model only")
 
-    # A folder that cannot be written and a LoRA that does not fit stop here for the same reason.
+    # A folder that cannot be written and a LoRA that does not fit also stop here.
     folder = new_folder(Path(config.output_dir))
     try:
-        # All prompts first: the text encoder leaves the device before the transformer comes.
+        # All prompts first: the text encoder leaves the device before the transformer is loaded.
         cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
         pipe = load_pipeline(config, device)
         for lora in loras:

@@ -122,7 +122,7 @@ def save_with_diffusers(folder):
 
 
 def save_with_peft(folder, **settings):
-    """get_peft_model and save_pretrained, like the model authors' scripts; alpha is 8 if not given."""
+    """get_peft_model and save_pretrained, as the authors' scripts do; alpha is 8 if not given."""
     transformer = randomize(
         get_peft_model(plain(), LoraConfig(r=4, target_modules=TARGETS, **settings))
     )
