@@ -691,7 +691,7 @@ def main(config):
             reason = f"not set, and no LoRA in {config.output_dir}"
         print(f"lora: {reason}; generating with the base model only")
 
-    # A folder that cannot be written and a LoRA that does not fit also stop here.
+    # An unwritable folder and a LoRA that does not fit are errors before the first image, too.
     folder = new_folder(Path(config.output_dir))
     try:
         # All prompts first: the text encoder leaves the device before the transformer is loaded.
