@@ -1,11 +1,12 @@
-"""Stage 4: a LoRA -> pictures, the base beside the LoRA.
+"""Stage 4: a LoRA -> images, the base model beside the LoRA.
 
     python validate.py configs/24gb.json
     python validate.py --lora my_lora.safetensors --validation_prompts "a cat in neonix style"
     python validate.py configs/24gb.json --compare_checkpoints      # which step is the best?
 
-Every prompt, size and seed is a row, the base and every LoRA or strength a column. Writes single pictures, with their
-settings in the PNG's text, and all of them as `comparison.png` to a new folder `<output_dir>/validation/compare-001`.
+The images form a grid. Its rows are all prompts, at every size and with every seed; its columns are
+the base model and every LoRA at every strength. Each image is saved, with its settings in the PNG's
+text, to a new folder `<output_dir>/validation/compare-001`, and the grid as `comparison.png`.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -32,184 +34,245 @@ from longcat_common import (
 )  # fmt: skip
 from prepare_data import GRID, label
 
+# The prompts of a configuration without validation_prompts.
 PROMPTS = [
     "a cat on a window sill in the morning sun, photograph",
     "一只猫坐在洒满晨光的窗台上，摄影",
 ]
 
+# What other trainers put before a module's name.
+LORA_PREFIXES = r"^(transformer\.|base_model\.model\.|diffusion_model\.|lora_(unet|transformer)_)+"
 
-# ---------------------------------------------------------------- LoRA files
-
-
-def lora_file(path):
-    """The file of a LoRA: the path itself, or in a folder ours and diffusers' or PEFT's. Raises UserError."""
-    path, names = Path(path), (LORA_FILE, PEFT_FILE)
-    found = [
-        file
-        for file in ([path / name for name in names] if path.is_dir() else [path])
-        if file.is_file()
-    ]
-    if not found:
-        raise UserError(
-            f"{path}: there is no such LoRA file, or the folder holds neither {names[0]} nor {names[1]}"
-        )
-    if found[0].suffix.lower() != ".safetensors":
-        raise UserError(
-            f"{path}: is no .safetensors file; others are not opened, for a pickled one could run code"
-        )
-    return found[0]
-
-
-# What others put before a layer's name, and how they name the rest. Kohya's scripts have underscores for dots.
-LORA_PREFIXES = (
-    r"^(transformer\.|base_model\.model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
-)
-WITH_DOTS = [
+# {their part of a key: ours}. Kohya's scripts write module names with underscores for dots.
+NAMES_WITH_DOTS = [
     *TARGET_MODULES,
     "norm.linear",
     "norm1.linear",
     "norm1_context.linear",
     "norm_out.linear",
 ]
-LORA_NAMES = {name.replace(".", "_"): name for name in WITH_DOTS}
+LORA_NAMES = {name.replace(".", "_"): name for name in NAMES_WITH_DOTS}
 LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}
 
-OTHER_KINDS = {
-    "lokr_": "it is a LoKr", "hada_": "it is a LoHa", "oft_": "it is an OFT", "dora_scale": "it is a DoRA",
-    "magnitude_vector": "it is a DoRA", "double_blocks": "it has the model's original layout, with q, k and v in one",
-}  # fmt: skip
+# {part of a key: what a file with such keys is}; none of these can be opened.
+UNSUPPORTED = {
+    "lokr_": "is a LoKr",
+    "hada_": "is a LoHa",
+    "oft_": "is an OFT",
+    "dora_scale": "is a DoRA",
+    "magnitude_vector": "is a DoRA",
+    "double_blocks": "has the model's original layout, with q, k and v in one layer",
+}
 
 
-def lora_name(name):
-    """A foreign LoRA key under our names: "<module>.lora_A.weight", "<module>.lora_B.weight" or "<module>.alpha"."""
-    name = re.sub(
-        r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", re.sub(LORA_PREFIXES, "", name)
-    )
+# ---------------------------------------------------------------- LoRA files
+
+
+def lora_file(path):
+    """The safetensors file of a LoRA: `path` itself, or the one in the folder `path`.
+
+    In a folder, LORA_FILE (this trainer's and diffusers' name) comes before PEFT_FILE.
+    Raises UserError if there is none, or if the file has another format.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = path / LORA_FILE
+        if not file.is_file():
+            file = path / PEFT_FILE
+    if not file.is_file():
+        raise UserError(
+            f"{path}: LoRA not found; name a .safetensors file, or a folder with {LORA_FILE} or "
+            f"{PEFT_FILE}"
+        )
+    if file.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"{path}: is not a .safetensors file; other formats can run code when they are opened, "
+            "so convert it first"
+        )
+    return file
+
+
+def convert_key(key):
+    """A key of any trainer's file under our names: "<module>.lora_A.weight",
+    "<module>.lora_B.weight" or "<module>.alpha"."""
+    key = re.sub(LORA_PREFIXES, "", key)
+    key = re.sub(r"transformer_blocks_(\d+)_", r"transformer_blocks.\1.", key)
     for theirs, ours in LORA_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
+        key = key.replace(theirs, ours)
+    return key
+
+
+def lora_modules(weights):
+    """The names of the modules that a LoRA changes, sorted."""
+    return sorted({key.rsplit(".lora_", 1)[0] for key in weights})
+
+
+def read_alpha_settings(path, keys, header):
+    """The settings that a LoRA's strength depends on: lora_alpha, alpha_pattern and use_rslora.
+
+    PEFT and SimpleTuner write them to a file next to the LoRA, diffusers writes them to the LoRA's
+    header. Empty if there are none. Raises UserError if PEFT's file is not found.
+    """
+    peft_file = path.with_name("adapter_config.json")
+    simpletuner_file = path.with_name("simpletuner_config.json")
+    settings = {}
+    if any(key.startswith("base_model.model.") for key in keys):
+        if not peft_file.is_file():
+            raise UserError(
+                f"{path}: PEFT stores the LoRA's alpha in {peft_file.name}, which is not found; "
+                "copy it to the same folder"
+            )
+        settings = read_json(peft_file)
+    elif "lora_adapter_metadata" in header:
+        settings = json.loads(header["lora_adapter_metadata"])
+    elif simpletuner_file.is_file():
+        settings = read_json(simpletuner_file)
+    # diffusers puts "transformer." before a setting's name, SimpleTuner "--".
+    return {re.sub(r"^(transformer\.|--)", "", name): value for name, value in settings.items()}
+
+
+def convert_tensors(path, tensors):
+    """A LoRA file's tensors under our names, in float32: (weights, alphas).
+
+    `weights`: {"<module>.lora_A.weight": [rank, in], "<module>.lora_B.weight": [out, rank], ...}.
+    `alphas`: {module: alpha}, for the modules that have an `.alpha` tensor.
+    Text encoder weights are ignored. Raises UserError if the file holds anything else.
+    """
+    weights = {}
+    alphas = {}
+    for key, tensor in tensors.items():
+        key = convert_key(key)
+        tensor = tensor.float()
+        if key.startswith(("text_encoder", "lora_te")):
+            log_once(f"{path}: text encoder weights ignored; only the transformer's are used")
+        elif key.endswith(".alpha"):
+            alphas[key.removesuffix(".alpha")] = tensor.mean()
+        else:
+            weights[key] = tensor
+
+    # Every module has the matrices A and B, and nothing else.
+    expected = set()
+    for module in lora_modules(weights):
+        expected |= {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    all_keys = " ".join(weights)
+    problems = [kind for mark, kind in UNSUPPORTED.items() if mark in all_keys]
+    problems += [f"{key} is unknown or missing" for key in sorted(weights.keys() ^ expected)]
+    for key, tensor in weights.items():
+        if tensor.ndim != 2 or not tensor.numel():
+            problems.append(f"{key} is not a matrix, or is empty")
+    if not weights:
+        problems.append("holds no weights of a LoRA")
+    if problems:
+        raise UserError(f"{path}: {problems[0]}; only plain LoRAs can be opened")
+    return weights, alphas
+
+
+def fold_alpha(weights, alphas, settings):
+    """Multiplies every B, in place, by the factor that its trainer scales B @ A with: alpha / rank,
+    or for rsLoRA alpha / sqrt(rank)."""
+    patterns = settings.get("alpha_pattern") or {}
+    for module in lora_modules(weights):
+        B = weights[f"{module}.lora_B.weight"]
+        rank = B.shape[1]
+        divisor = rank
+        if settings.get("use_rslora"):
+            divisor = rank**0.5
+        # The module's own tensor comes first, then PEFT's pattern, then the LoRA's alpha.
+        alpha = settings.get("lora_alpha") or rank
+        alpha = patterns.get(get_pattern_key(patterns, module), alpha)
+        alpha = alphas.get(module, alpha)
+        B *= float(alpha) / divisor
 
 
 def read_lora(path):
-    """{"<module>.lora_A.weight": tensor, ...} of a LoRA file, or of the one in a folder, in float32 and at strength 1.
+    """The weights of a LoRA file, or of the one in a folder, at strength 1.
 
-    Opens what other trainers write, too, see lora_name. What they divide out, alpha / rank (/ sqrt(rank) for rsLoRA),
-    is folded into B; alpha is in `.alpha` tensors, diffusers' header, PEFT's adapter_config.json or SimpleTuner's
-    simpletuner_config.json. A text encoder's part is left out, and said. Raises UserError.
+    Returns {"<module>.lora_A.weight": [rank, in], "<module>.lora_B.weight": [out, rank], ...} in
+    float32, the trainer's alpha folded into B. Also opens what diffusers, PEFT, SimpleTuner and
+    Kohya's scripts write. Raises UserError if the file is not found or cannot be used.
     """
-    with named_if_corrupt(path := lora_file(path)):
-        state, header, settings = read_tensors(path), read_header(path), {}
-        pefts, simpletuners = (
-            path.with_name("adapter_config.json"),
-            path.with_name("simpletuner_config.json"),
-        )
-        if any(name.startswith("base_model.model.") for name in state):
-            if not pefts.is_file():
-                raise UserError(
-                    f"{path}: is PEFT's, and its strength is unknown without {pefts.name} beside it"
-                )
-            settings = read_json(pefts)
-        elif "lora_adapter_metadata" in header:
-            settings = json.loads(header["lora_adapter_metadata"])
-        elif simpletuners.is_file():
-            settings = read_json(simpletuners)
-        settings = {
-            re.sub(r"^(transformer\.|--)", "", name): value for name, value in settings.items()
-        }
-
-        state = {lora_name(name): tensor.float() for name, tensor in state.items()}
-        for name in [name for name in state if name.startswith(("text_encoder", "lora_te"))]:
-            log_once(
-                f"{path}: its text encoder's part is left out, for only the transformer's is used here"
-            )
-            del state[name]
-        alphas = {
-            name.removesuffix(".alpha"): state.pop(name).mean()
-            for name in [*state]
-            if name.endswith(".alpha")
-        }
-        modules = {name.rsplit(".lora_", 1)[0] for name in state}
-        odd = sorted(
-            state.keys() ^ {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-        )
-        odd += [name for name, tensor in state.items() if tensor.ndim != 2 or not tensor.numel()]
-        other = [kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in state)]
-        if odd or other or not state:
-            what = (
-                other or [f"{odd[0]} is unknown, missing or no matrix" if odd else "it is empty"]
-            )[0]
-            raise UserError(f"{path}: is no LoRA that can be opened here: {what}")
-
+    path = lora_file(path)
+    with named_if_corrupt(path):
+        tensors = read_tensors(path)
+        header = read_header(path)
+        settings = read_alpha_settings(path, tensors, header)
+        weights, alphas = convert_tensors(path, tensors)
+        # Our own files, marked in their header, have alpha folded in already.
         if not alphas and not settings and "longcat_lora" not in header:
-            log_once(f"{path}: says nothing of its alpha, which is taken to be its rank")
-        patterns = settings.get("alpha_pattern") or {}
-        for module in modules:
-            rank = state[f"{module}.lora_B.weight"].shape[1]
-            alpha = patterns.get(
-                get_pattern_key(patterns, module), settings.get("lora_alpha") or rank
+            log_once(f"{path}: alpha not found; it is taken to be equal to the rank")
+        fold_alpha(weights, alphas, settings)
+
+    for key, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path}: {key} has values that are not finite; the file is corrupt, or its "
+                "training failed; use another one"
             )
-            strength = float(alphas.get(module, alpha)) / (
-                rank**0.5 if settings.get("use_rslora") else rank
-            )
-            state[f"{module}.lora_B.weight"] *= strength
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise UserError(
-            f"{path}: holds values that are not finite, in {bad[0]}; it is damaged, or its training failed"
-        )
-    return state
+    return weights
 
 
 def read_fitting_lora(transformer, path):
-    """read_lora, for this transformer. Raises UserError if it does not fit."""
-    state, layers = read_lora(path), dict(transformer.named_modules())
-    for module in sorted({name.rsplit(".lora_", 1)[0] for name in state}):
-        layer, A, B = (
-            layers.get(module),
-            state[f"{module}.lora_A.weight"],
-            state[f"{module}.lora_B.weight"],
-        )
-        own = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-        if (B.shape[0], A.shape[1]) != own or A.shape[0] != B.shape[1]:
-            here = f"takes {own[1]} numbers and gives {own[0]}" if own[0] else "is missing"
-            what = f"{module} has {tuple(A.shape)} and {tuple(B.shape)}, and here it {here}"
+    """read_lora, for this transformer. Raises UserError if the transformer has no such layers, or
+    layers of other shapes."""
+    weights = read_lora(path)
+    layers = dict(transformer.named_modules())
+    for module in lora_modules(weights):
+        A = weights[f"{module}.lora_A.weight"]
+        B = weights[f"{module}.lora_B.weight"]
+        layer = layers.get(module)
+        if not hasattr(layer, "in_features"):
             raise UserError(
-                f"{path}: was made for another model, has another layout or is damaged: {what}"
+                f"{path}: does not fit this model, which has no linear layer {module}; choose "
+                "another LoRA"
             )
-    return state
+        rank = A.shape[0]
+        if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
+            raise UserError(
+                f"{path}: does not fit this model: {module} has shapes {tuple(A.shape)} and "
+                f"{tuple(B.shape)}, but the model's layer has {layer.in_features} inputs and "
+                f"{layer.out_features} outputs; choose another LoRA"
+            )
+    return weights
 
 
 def load_lora(transformer, path, strength=1.0):
-    """Puts a LoRA, see read_lora, on the transformer, ready to draw, in the place of any other. Raises UserError."""
-    state = read_fitting_lora(transformer, path)
+    """Puts a LoRA, see read_lora, on the transformer, in place of any other. Raises UserError."""
+    weights = read_fitting_lora(transformer, path)
     transformer.delete_adapters(list(getattr(transformer, "peft_config", {})))
-    transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in state.items()})
-    transformer.set_adapters(next(iter(transformer.peft_config)), strength)
+    transformer.load_lora_adapter({f"transformer.{key}": tensor for key, tensor in weights.items()})
+    (adapter,) = transformer.peft_config
+    transformer.set_adapters(adapter, strength)
+    # PEFT puts a LoRA where its layer is. An offloaded layer is on the host; its LoRA must not be.
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.to(
-                transformer.device
-            )  # an offloaded block is not there
+            parameter.data = parameter.data.to(transformer.device)
 
 
 # ---------------------------------------------------------------- the pipeline
 
 
 class CachedPromptPipeline(LongCatImagePipeline):
-    """LongCatImagePipeline without a text encoder of its own: embeddings come from `cache_dir`, and what is
-    not there yet is encoded and kept. Prompts are never rewritten: a trigger word would be lost."""
+    """LongCatImagePipeline without a text encoder in memory.
+
+    Prompt embeddings come from `cache_dir`; those not cached yet are computed and cached. Prompts
+    are never rewritten: a trigger word would be lost.
+    """
 
     settings = None  # the configuration; make_pipeline sets it
 
     def encode_prompt(self, prompt, num_images_per_prompt=1, prompt_embeds=None):
-        """Prompt or prompts -> (embeddings [B, 512, hidden], text ids [512, 3])."""
+        """One prompt or a list of B -> (embeddings [B, 512, hidden], text ids [512, 3]).
+
+        The pipeline's own method takes `prompt_embeds`, too; here it is not used.
+        """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         files = cache_prompts(self.settings, prompts, self.device)
-        prompt_embeds = torch.stack([read_prompt_embeds(files[p]) for p in prompts])
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        embeds = torch.stack([read_prompt_embeds(files[text]) for text in prompts])
+        embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        embeds = embeds.to(self.device, self.transformer.x_embedder.weight.dtype)
         text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
-        return prompt_embeds.to(self.device, self.transformer.x_embedder.weight.dtype), text_ids.to(
-            self.device
-        )
+        return embeds, text_ids.to(self.device)
 
     def rewire_prompt(self, prompt, device):
         """The prompt as it is."""
@@ -217,11 +280,15 @@ class CachedPromptPipeline(LongCatImagePipeline):
 
 
 def make_pipeline(config, transformer, vae):
-    """A CachedPromptPipeline around loaded models."""
-    parts = dict(
-        text_encoder=None, tokenizer=None, text_processor=None, scheduler=load_scheduler(config)
+    """A CachedPromptPipeline of loaded models."""
+    pipe = CachedPromptPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=load_scheduler(config),
+        text_encoder=None,
+        tokenizer=None,
+        text_processor=None,
     )
-    pipe = CachedPromptPipeline(transformer=transformer, vae=vae, **parts)
     pipe.settings = config
     return pipe
 
@@ -239,171 +306,292 @@ def load_pipeline(config, device, lora=None):
     return make_pipeline(config, transformer, load_vae(config, device))
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- generating images and grids
 
 
 def generate(pipe, config, prompts, size=None, seed=None):
-    """One picture a prompt, with the validation settings, all from the same first noise. `size` (width, height) and
-    `seed`: the first ones of the configuration, if not given."""
+    """One image per prompt, with the validation settings, all from the same initial noise.
+
+    `size` (width, height) and `seed` default to the first ones of the configuration.
+    """
     width, height = size or validation_sizes(config)[0]
+    if seed is None:
+        seed = config.validation_seed[0]
     pipe.set_progress_bar_config(leave=False, desc="sampling")
-    options = dict(negative_prompt=config.validation_negative_prompt, width=width, height=height)
-    options |= dict(
-        num_inference_steps=config.validation_num_inference_steps, enable_prompt_rewrite=False
-    )
     images = []
-    for prompt in tqdm(prompts, desc="pictures", unit="picture", leave=False):
-        noise = torch.Generator().manual_seed(config.validation_seed[0] if seed is None else seed)
-        images += pipe(
-            prompt, guidance_scale=config.validation_guidance, generator=noise, **options
-        ).images
+    for prompt in tqdm(prompts, desc="images", unit="image", leave=False):
+        output = pipe(
+            prompt,
+            negative_prompt=config.validation_negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=config.validation_guidance,
+            generator=torch.Generator().manual_seed(seed),
+            enable_prompt_rewrite=False,
+        )
+        images += output.images
     return images
 
 
 def generation_settings(config, without):
-    """{key: value} of the settings that a drawn picture depends on, but for the key `without`."""
-    names = [name for name in KEYS if name.startswith("validation_")]
-    left_out = ("validation_split", "validation_step_interval", without)
-    return {name: getattr(config, name) for name in names if name not in left_out}
+    """{key: value} of the settings that an image depends on, except for the key `without`."""
+    excluded = ("validation_split", "validation_step_interval", without)
+    names = [name for name in KEYS if name.startswith("validation_") and name not in excluded]
+    return {name: getattr(config, name) for name in names}
 
 
-def image_grid(rows, row_labels, column_labels, title=None):
-    """A labelled picture of pictures. `rows`: lists of pictures, one list a row label; those of a row have one size.
-    `title`: a line or several."""
-    cell, gap = max(192, min(512, max(images[0].width for images in rows))), 8
-    size = max(13, cell // 16)
-    line, titles = size + 2 * gap, title.splitlines() if title else []
+def image_grid(rows, row_labels, column_labels, title=""):
+    """One image of many, with a label above each row and each column.
+
+    `rows`: a list of images for each row label; the images of a row have one size. `title`: lines
+    at the top.
+    """
+    # A cell is as wide as the widest image, within limits. The text grows with it.
+    widest = max(images[0].width for images in rows)
+    cell = max(192, min(512, widest))
+    gap = 8
+    font_size = max(13, cell // 16)
+    line = font_size + 2 * gap
+
+    # From top to bottom: the title, the column labels, then for each row its label and images.
+    titles = title.splitlines()
+    top = line * (len(titles) + 1)
     heights = [round(images[0].height * cell / images[0].width) for images in rows]
-    width, top = len(column_labels) * (cell + gap) + gap, line * (len(titles) + 1)
-    grid = Image.new("RGB", (width, top + sum(heights) + len(rows) * line + gap), "white")
+    width = gap + len(column_labels) * (cell + gap)
+    height = top + sum(heights) + len(rows) * line + gap
+    grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
 
-    def write(text, y, x=gap, width=width - 2 * gap, anchor="lm", colour="#444444", instead=None):
-        text, font = label(text[:300], size, instead)
-        while draw.textlength(text, font=font) > width:
-            text = text.rstrip("…")[:-1] + "…"
-        draw.text((x, y + line / 2), text, colour, font=font, anchor=anchor)
+    # Labels are placed by the middle of their line: its left end, or for columns its center.
+    text_width = width - 2 * gap
+    for number, text in enumerate(titles):
+        fallback = text.encode("ascii", "replace").decode()
+        write_label(draw, text, (gap, (number + 0.5) * line), text_width, font_size, fallback)
+    for number, text in enumerate(column_labels):
+        center = (gap + number * (cell + gap) + cell / 2, top - line / 2)
+        write_label(draw, text, center, cell, font_size, None, "mm", "black")
 
-    for y, text in enumerate(titles):
-        write(text, line * y, instead=text.encode("ascii", "replace").decode())
-    for x, text in enumerate(column_labels):
-        write(text, top - line, gap + x * (cell + gap) + cell / 2, cell, "mm", "black")
-    for number, (images, text, height) in enumerate(zip(rows, row_labels, heights), 1):
-        write(text, top, instead=f"row {number} (its prompt is Chinese; no Chinese font found)")
-        for x, image in enumerate(images):
-            grid.paste(
-                image.resize((cell, height), Image.Resampling.LANCZOS),
-                (gap + x * (cell + gap), top + line),
-            )
-        top += line + height
+    for number, images in enumerate(rows):
+        fallback = f"row {number + 1} (Chinese prompt; no Chinese font found)"
+        position = (gap, top + line / 2)
+        write_label(draw, row_labels[number], position, text_width, font_size, fallback)
+        top += line
+        for column, image in enumerate(images):
+            small = image.resize((cell, heights[number]), Image.Resampling.LANCZOS)
+            grid.paste(small, (gap + column * (cell + gap), top))
+        top += heights[number]
     return grid
 
 
+def write_label(draw, text, position, width, size, fallback, anchor="lm", color="#444444"):
+    """Writes one line of text into a grid, cut to `width` pixels. `anchor` is Pillow's: what of the
+    text is at `position`. `fallback` replaces a Chinese text if there is no font for it."""
+    text, font = label(text[:300], size, fallback)
+    while draw.textlength(text, font=font) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    draw.text(position, text, color, font=font, anchor=anchor)
+
+
 def save_image(image, path, **text):
-    """Writes a PNG whole or not at all, with `text` in its metadata."""
-    info, data = PngInfo(), io.BytesIO()
+    """Writes a PNG with `text` in its metadata, completely or not at all."""
+    info = PngInfo()
     for name, value in text.items():
         info.add_itxt(name, value)
+    data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_file(path, data.getvalue())
 
 
-# ---------------------------------------------------------------- what is drawn
-
-
-def newest_lora(folder):
-    """The LoRA file of a run with the most steps: its last, or that of a checkpoint. None if it has none yet."""
-    found = [*folder.glob(f"checkpoints/step-*/{LORA_FILE}"), *folder.glob(LORA_FILE)]
-    return max(reversed(found), key=trained_steps, default=None)
+# ---------------------------------------------------------------- what is generated
 
 
 def lora_metadata(lora, name):
-    """What the header of a LoRA of ours says under this name; None for another trainer's."""
-    with contextlib.suppress(LookupError, TypeError, ValueError):  # such as a damaged file's
+    """A value of the metadata that train_lora.py writes to a LoRA's header, or None."""
+    # Another trainer's file has none, and a corrupt file cannot be read.
+    with contextlib.suppress(LookupError, TypeError, ValueError):
         return json.loads(read_header(lora)["longcat_lora"])[name]
 
 
 def trained_steps(lora):
-    """How many steps a LoRA of ours has learned for; -1 for another trainer's."""
-    with contextlib.suppress(TypeError):
+    """The number of steps that a LoRA was trained for; -1 if its file does not say."""
+    with contextlib.suppress(TypeError):  # lora_metadata returns None
         return int(lora_metadata(lora, "steps"))
     return -1
 
 
+def newest_lora(folder):
+    """The LoRA file with the most steps in a run's folder: its last, or a checkpoint's; or None."""
+    # max takes the first of several with equal steps: the run's last LoRA, not the checkpoint's.
+    loras = [*folder.glob(LORA_FILE), *folder.glob(f"checkpoints/step-*/{LORA_FILE}")]
+    return max(loras, key=trained_steps, default=None)
+
+
+def find_checkpoint_loras(config):
+    """The LoRA file of each checkpoint, oldest first. Raises UserError if there is none."""
+    if config.lora:
+        raise UserError(
+            "compare_checkpoints: compares all checkpoints, while lora names one LoRA; set only "
+            "one of the two"
+        )
+    loras = []
+    for folder in checkpoint_folders(config):
+        lora = folder / LORA_FILE
+        if is_readable(lora):
+            loras.append(lora)
+        else:
+            print(f"{lora}: is missing or corrupt; skipped")
+    if not loras:
+        raise UserError(
+            f"compare_checkpoints: no checkpoint in {config.output_dir}; train first, or set "
+            "output_dir to the folder of a run"
+        )
+    return loras
+
+
 def find_loras(config):
-    """The LoRA files to show, oldest first: those of all checkpoints, the one that `lora` names, or none."""
-    output = Path(config.output_dir)
+    """The LoRA files to compare with the base model: those of all checkpoints, oldest first, or the
+    one that `lora` names, or none. Raises UserError if what is asked for is not found."""
     if config.compare_checkpoints:
-        if config.lora:
-            raise UserError(
-                "compare_checkpoints: shows every checkpoint, and lora names one; leave one of them out"
-            )
-        found = [folder / LORA_FILE for folder in checkpoint_folders(config)]
-        for lora in [lora for lora in found if not is_readable(lora)]:
-            print(f"{lora}: is missing or damaged, and left out")
-            found.remove(lora)
-        if not found:
-            raise UserError(
-                f"compare_checkpoints: {output} holds no checkpoint; train first, or name its output_dir"
-            )
-        return found
+        return find_checkpoint_loras(config)
     if config.lora == "none":
         return []
     if config.lora in (None, "latest"):
-        newest = newest_lora(output)
-        if newest is None and config.lora:
+        newest = newest_lora(Path(config.output_dir))
+        if newest:
+            return [newest]
+        if config.lora:
             raise UserError(
-                f"lora: {output} holds no LoRA yet; train one, or name a file with --lora"
+                f"lora: no LoRA in {config.output_dir} yet; train one, or name a file with --lora"
             )
-        return [newest] if newest else []
+        return []
+    # The folder of a run, or else a LoRA file or a folder with one.
     return [newest_lora(Path(config.lora)) or lora_file(config.lora)]
 
 
 def read_metrics(path):
-    """Yields the lines of a `metrics.jsonl` as dictionaries, but for the cut-off last one of a killed run."""
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    ):
+    """Yields the lines of a `metrics.jsonl` as dictionaries. The last one may be incomplete, if the
+    run was killed: it is skipped."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
 
 def held_out_losses(lora):
-    """(loss of the pictures held out, the base's) at a LoRA's step, as its run has noted them; None if it has none."""
+    """(the LoRA's loss, the base model's) on the held-out images, as the run measured them at the
+    LoRA's step; None if it did not."""
     step = trained_steps(lora)
-    for folder in (lora.parent, lora.parent.parent.parent):  # of a run, or of a run's checkpoint
+    # The LoRA is in the run's folder, or in <run>/checkpoints/step-000500.
+    for folder in (lora.parent, lora.parent.parent.parent):
         for values in read_metrics(folder / "metrics.jsonl"):
-            if values["step"] == step and {"held_out_loss", "held_out_base"} <= values.keys():
+            if values["step"] == step and "held_out_base" in values:
                 return values["held_out_loss"], values["held_out_base"]
 
 
-def columns_of(config, loras):
-    """The grid's columns, the base first: (label, name in the pictures' file names, LoRA file or None, strength)."""
-    strengths = list(
-        {f"{strength:g}": strength for strength in config.validation_lora_strength}.values()
-    )
-    columns, base_loss = [], ""
+class Row(NamedTuple):
+    """A row of the grid: a prompt, a size and a seed."""
+
+    label: str
+    name: str  # begins the names of the image files
+    prompt: str
+    size: tuple  # (width, height)
+    seed: int
+
+
+class Column(NamedTuple):
+    """A column of the grid: the base model, or a LoRA at a strength."""
+
+    label: str
+    name: str  # ends the names of the image files
+    lora: Path | None  # None: the base model
+    strength: float
+
+
+def grid_rows(config, prompts):
+    """A Row for every prompt, size and seed."""
+    sizes = validation_sizes(config)
+    seeds = list(dict.fromkeys(config.validation_seed))
+    rows = []
+    for number, size, seed in itertools.product(range(len(prompts)), sizes, seeds):
+        resolution = "{}x{}".format(*size)
+        # The label says only what differs between rows.
+        row_label = prompts[number]
+        if len(seeds) > 1:
+            row_label = f"seed {seed} | {row_label}"
+        if len(sizes) > 1:
+            row_label = f"{resolution} | {row_label}"
+        name = f"{number:02d}-{resolution}-seed{seed}"
+        rows.append(Row(row_label, name, prompts[number], size, seed))
+    return rows
+
+
+def grid_columns(config, loras):
+    """A Column for the base model, then one for every LoRA and strength. Prints held-out losses."""
+    # Strengths that are written the same would have the same file names.
+    strengths = list({f"{value:g}": value for value in config.validation_lora_strength}.values())
+    base_label = "base model"
+    columns = []
     for lora in loras:
+        column_label = "with LoRA"
+        name = "lora"
+        if config.compare_checkpoints:
+            column_label = f"step {checkpoint_step(lora.parent)}"
+            name = lora.parent.name
+
         losses = held_out_losses(lora)
-        for strength in strengths:
-            label, name = "with LoRA", "lora"
-            if config.compare_checkpoints:
-                label, name = f"step {checkpoint_step(lora.parent)}", lora.parent.name
-            if len(strengths) > 1 or strength != 1:
-                label, name = f"{label}, strength {strength:g}", f"{name}-x{strength:g}"
-            if losses and strengths == [1]:
-                label, base_loss = (
-                    f"{label}, held-out {losses[0]:.3f}",
-                    f", held-out {losses[1]:.3f}",
-                )
-            columns.append((label, name, lora, strength))
         if losses:
-            print(f"{lora}: held-out loss {losses[0]:.4f}, the base's {losses[1]:.4f}")
-    return [(f"base model{base_loss}", "base", None, 0.0), *columns]
+            print(f"{lora}: held-out loss {losses[0]:.4f}, base model {losses[1]:.4f}")
+        # The losses were measured at strength 1.
+        if losses and strengths == [1]:
+            column_label += f", held-out {losses[0]:.3f}"
+            base_label = f"base model, held-out {losses[1]:.3f}"
+
+        for strength in strengths:
+            column = Column(column_label, name, lora, strength)
+            if strengths != [1]:
+                column = Column(
+                    f"{column_label}, strength {strength:g}",
+                    f"{name}-x{strength:g}",
+                    lora,
+                    strength,
+                )
+            columns.append(column)
+    return [Column(base_label, "base", None, 0.0), *columns]
+
+
+def grid_title(config, loras):
+    """The grid's title, two lines: the settings that all images share, and the run or the LoRA."""
+    sizes = validation_sizes(config)
+    seeds = set(config.validation_seed)
+    steps = config.validation_num_inference_steps
+    shared = [f"{steps} steps, guidance {config.validation_guidance:g}"]
+    if len(sizes) == 1:
+        shared.append("{}x{}".format(*sizes[0]))
+    if len(seeds) == 1:
+        shared.append(f"seed {config.validation_seed[0]}")
+    if config.validation_negative_prompt:
+        shared.append(f"negative prompt: {config.validation_negative_prompt}")
+
+    source = Path(config.output_dir).name
+    if len(loras) == 1:
+        source = "/".join(loras[0].parts[-3:])
+        steps = trained_steps(loras[0])
+        if steps >= 0:
+            source += f", step {steps}"
+
+    # A LoRA may have been trained on another base model than the one that generates.
+    base_model = base_model_name(config)
+    trained_on = {lora_metadata(lora, "base_model") for lora in loras} - {None, base_model}
+    if trained_on:
+        source += f"; trained on {', '.join(sorted(trained_on))}, generated with {base_model}"
+    return f"{', '.join(shared)}\n{source}"
 
 
 def new_folder(output):
-    """A folder that was not there yet: pictures of earlier runs are never overwritten."""
+    """Makes and returns a new folder in `output`, so that no earlier images are overwritten.
+    Raises UserError."""
     for number in itertools.count(1):
         folder = output / "validation" / f"compare-{number:03d}"
         try:
@@ -417,128 +605,113 @@ def new_folder(output):
             ) from None
 
 
+# ---------------------------------------------------------------- main
+
+
+def generate_grid(config, pipe, rows, columns, loras, folder):
+    """Generates the image of every row and column into `folder`, and the grid `comparison.png` with
+    its description `comparison.json`. Returns the grid's path.
+
+    Images are saved one by one, the grid after each column: an interrupted run keeps what it has.
+    """
+    settings = generation_settings(config, without="validation_prompts")
+    settings["base_model_precision"] = config.base_model_precision
+    settings["mixed_precision"] = config.mixed_precision
+    base_model = base_model_name(config)
+    comparison = {
+        "title": grid_title(config, loras),
+        "columns": [],
+        "rows": [row.label for row in rows],
+        "settings": settings,
+        "pictures": [],
+    }
+    grid_file = folder / "comparison.png"
+    all_loras = ", ".join(map(str, loras)) or "none"
+    images = [[] for _ in rows]
+    with tqdm(total=len(columns) * len(rows), desc="validation", unit="image") as bar:
+        for column in columns:
+            if column.lora:
+                load_lora(pipe.transformer, column.lora, column.strength)
+            for row, row_images in zip(rows, images):
+                row_images += generate(pipe, config, [row.prompt], row.size, row.seed)
+                entry = save_cell(config, row_images[-1], row, column, settings, folder)
+                comparison["pictures"].append(entry)
+                bar.update()
+
+            # The grid of the columns so far.
+            comparison["columns"].append(column.label)
+            grid = image_grid(
+                images, comparison["rows"], comparison["columns"], comparison["title"]
+            )
+            save_image(grid, grid_file, longcat=GRID, lora=all_loras, base_model=base_model)
+            text = json.dumps(comparison, indent=2, ensure_ascii=False)
+            write_file(folder / "comparison.json", text + "\n")
+    return grid_file
+
+
+def save_cell(config, image, row, column, settings, folder):
+    """Saves one image of the grid, with its settings in the PNG's text. Returns its entry in
+    comparison.json, a dictionary."""
+    file = f"{row.name}-{column.name}.png"
+    source = {
+        "prompt": row.prompt,
+        "lora": str(column.lora or "none"),
+        "base_model": base_model_name(config),
+    }
+    varied = {
+        "validation_resolution": "{}x{}".format(*row.size),
+        "validation_seed": row.seed,
+        "validation_lora_strength": column.strength,
+    }
+    image_settings = json.dumps(settings | varied, ensure_ascii=False)
+    save_image(image, folder / file, **source, settings=image_settings)
+    return {"file": file, "column": column.label, **source, **varied}
+
+
 @explain_out_of_memory({"enable_group_offload": True})
 def main(config):
-    """Draws every validation prompt from the same noise with the base and with each LoRA and strength. Returns the
-    grid's path. Raises UserError for a LoRA that is not there, cannot be read or does not fit."""
+    """Generates the validation prompts with the base model and with each LoRA, from the same noise.
+    Returns the grid's path. Raises UserError for a LoRA that cannot be found, read or used."""
     if WORLD_SIZE > 1:
         raise UserError("validate.py: runs in one process; start it without torchrun")
-    device, prompts = pick_device(), config.validation_prompts or PROMPTS
+    device = pick_device()
+
+    # What to generate. A LoRA that cannot be read stops here, not after the base model's images.
     loras = find_loras(config)
     for lora in loras:
-        read_lora(lora)  # a wrong file is said now, not after the base's pictures
-    columns = columns_of(config, loras)
+        read_lora(lora)
+    prompts = config.validation_prompts or PROMPTS
+    rows = grid_rows(config, prompts)
+    columns = grid_columns(config, loras)
     if not config.validation_prompts:
-        print("validation_prompts: none given; these are drawn: " + "; ".join(PROMPTS))
+        print("validation_prompts: none given; using: " + "; ".join(PROMPTS))
     if not loras:
-        where = f", in {config.output_dir} neither" if config.lora is None else ""
-        print(f"lora: none{where}; the base is drawn alone")
+        reason = "none"
+        if config.lora is None:
+            reason = f"not set, and no LoRA in {config.output_dir}"
+        print(f"lora: {reason}; generating with the base model only")
 
-    folder = new_folder(Path(config.output_dir))  # what cannot be written is said before the work
+    # An unwritable folder and a LoRA that does not fit are errors before the first image, too.
+    folder = new_folder(Path(config.output_dir))
     try:
-        # All prompts first: the text encoder is gone from the device before the transformer comes.
+        # All prompts first: the text encoder leaves the device before the transformer is loaded.
         cache_prompts(config, [*prompts, config.validation_negative_prompt], device)
         pipe = load_pipeline(config, device)
         for lora in loras:
-            read_fitting_lora(
-                pipe.transformer, lora
-            )  # what does not fit is said now, not after the base's pictures
-        return draw(config, pipe, prompts, loras, columns, folder, device)
+            read_fitting_lora(pipe.transformer, lora)
+        started = time.perf_counter()
+        grid_file = generate_grid(config, pipe, rows, columns, loras, folder)
+        seconds = (time.perf_counter() - started) / (len(rows) * len(columns))
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing was drawn
+            folder.rmdir()  # only if it is empty
 
-
-def draw(config, pipe, prompts, loras, columns, folder, device):
-    """Draws the pictures into `folder`, each saved at once, and after each column the grid so far. Returns the grid's
-    path."""
-    sizes, seeds = (
-        list(dict.fromkeys(values)) for values in (validation_sizes(config), config.validation_seed)
-    )
-    settings = generation_settings(config, without="validation_prompts")
-    settings |= {
-        name: getattr(config, name) for name in ("base_model_precision", "mixed_precision")
-    }
-    rows = [(i, size, seed) for i in range(len(prompts)) for size in sizes for seed in seeds]
-    images, cells, labels = [[] for _ in rows], [], []
-    for i, (width, height), seed in rows:
-        own = (
-            [f"{width}x{height}"] * (len(sizes) > 1)
-            + [f"seed {seed}"] * (len(seeds) > 1)
-            + [prompts[i]]
-        )
-        labels.append(" | ".join(own))
-    grid, title = folder / "comparison.png", title_of(config, loras, sizes, seeds)
-
-    started = time.perf_counter()
-    with tqdm(total=len(columns) * len(rows), desc="validation", unit="picture") as bar:
-        for number, (label_of_column, name, lora, strength) in enumerate(columns, 1):
-            if lora:
-                load_lora(pipe.transformer, lora, strength)
-            for row, (i, size, seed) in enumerate(rows):
-                images[row] += generate(pipe, config, [prompts[i]], size, seed)
-                own = {"validation_resolution": "{}x{}".format(*size), "validation_seed": seed}
-                own["validation_lora_strength"] = strength
-                made_with = {
-                    "prompt": prompts[i],
-                    "lora": str(lora or "none"),
-                    "base_model": base_model_name(config),
-                }
-                file = f"{i:02d}-{size[0]}x{size[1]}-seed{seed}-{name}.png"
-                said = json.dumps(settings | own, ensure_ascii=False)
-                save_image(images[row][-1], folder / file, **made_with, settings=said)
-                cells.append({"file": file, "column": label_of_column, **made_with, **own})
-                bar.update()
-            titles = [label for label, *_ in columns[:number]]
-            of_all, picture = (
-                ", ".join(map(str, loras)) or "none",
-                image_grid(images, labels, titles, title),
-            )
-            save_image(picture, grid, longcat=GRID, lora=of_all, base_model=base_model_name(config))
-            shown = {
-                "title": title,
-                "columns": titles,
-                "rows": labels,
-                "settings": settings,
-                "pictures": cells,
-            }
-            write_file(
-                folder / "comparison.json", json.dumps(shown, indent=2, ensure_ascii=False) + "\n"
-            )
-    memory = f", peak device memory {peak_memory(device):.1f} GiB" if device.type != "cpu" else ""
-    print(f"{(time.perf_counter() - started) / bar.total:.1f} s a picture{memory}")
-    print(f"base beside LoRA: {grid}")
-    return grid
-
-
-def title_of(config, loras, sizes, seeds):
-    """The grid's two lines of title: the settings that all its pictures share, and what was drawn with."""
-    shared = [
-        f"{config.validation_num_inference_steps} steps, guidance {config.validation_guidance:g}"
-    ]
-    shared += [f"{sizes[0][0]}x{sizes[0][1]}"] * (len(sizes) == 1) + [f"seed {seeds[0]}"] * (
-        len(seeds) == 1
-    )
-    shared += (
-        [f"negative prompt: {config.validation_negative_prompt}"]
-        if config.validation_negative_prompt
-        else []
-    )
-    drawn = Path(config.output_dir).name
-    if len(loras) == 1:
-        drawn = "/".join(loras[0].parts[-3:]) + (
-            f", step {trained_steps(loras[0])}" if trained_steps(loras[0]) >= 0 else ""
-        )
-    trained = {lora_metadata(lora, "base_model") for lora in loras} - {
-        None,
-        base_model_name(config),
-    }
-    drawn += (
-        f"; trained on {', '.join(sorted(trained))}, drawn on {base_model_name(config)}"
-        if trained
-        else ""
-    )
-    return f"{', '.join(shared)}\n{drawn}"
+    memory = ""
+    if device.type != "cpu":
+        memory = f", peak device memory {peak_memory(device):.1f} GiB"
+    print(f"{seconds:.1f} s per image{memory}")
+    print(f"base beside LoRA: {grid_file}")
+    return grid_file
 
 
 if __name__ == "__main__":

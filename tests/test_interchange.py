@@ -1,4 +1,4 @@
-"""LoRAs travel: ours to other programs, other trainers' to ours, each at the strength it was trained with."""
+"""LoRA files between programs: ours in others, others' in ours, each at its own strength."""
 
 import functools
 
@@ -22,59 +22,85 @@ TARGETS = [
     "proj_mlp",
     "proj_out",
 ]
-plain = lambda: LongCatImageTransformer2DModel.from_pretrained(
-    MODEL, subfolder="transformer"
-).eval()
-distance = lambda a, b: ((a - b).norm() / b.norm()).item()
+
+
+def plain():
+    """diffusers' own transformer, without a LoRA."""
+    return LongCatImageTransformer2DModel.from_pretrained(MODEL, subfolder="transformer").eval()
+
+
+def distance(a, b):
+    """The relative distance of two tensors, by their norms."""
+    return ((a - b).norm() / b.norm()).item()
 
 
 @torch.no_grad()
 def predict(transformer):
-    draw = torch.Generator().manual_seed(0)
-    picture, text = torch.randn(1, 16, 64, generator=draw), torch.randn(1, 32, 64, generator=draw)
+    """The transformer's output for fixed random latents and prompt embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 64, generator=generator)
+    prompt_embeds = torch.randn(1, 32, 64, generator=generator)
     text_ids, image_ids = position_ids(8, 8)
+    timestep = torch.tensor([0.5])
     return transformer(
-        picture, text, torch.tensor([0.5]), image_ids, text_ids[:32], return_dict=False
+        latents, prompt_embeds, timestep, image_ids, text_ids[:32], return_dict=False
     )[0]
 
 
-def shake(transformer, seed=0):
-    """Gives every lora_B a value: an untrained one is zero."""
-    draw = torch.Generator().manual_seed(seed)
+def randomize(transformer, seed=0):
+    """Gives every lora_B random values, as an untrained one is zero. Returns the transformer."""
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.05
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return transformer.eval()
 
 
 def make_lora(config, folder, seed=0):
-    """Trains nothing, but saves a LoRA with alpha unlike its rank. Returns the transformer that has it."""
+    """Saves a LoRA with random values to a folder. Returns the transformer with it."""
     transformer = load_transformer(config, "cpu")
     add_lora(transformer, config)
-    save_lora(shake(transformer, seed), folder)
+    save_lora(randomize(transformer, seed), folder)
     return transformer
 
 
-def test_ours_is_as_strong_in_diffusers_peft_and_comfyui_and_replaces_another(
-    tiny_config, tmp_path
-):
+# ---------------------------------------------------------------- ours in other programs
+
+
+@pytest.fixture
+def expected(tiny_config, tmp_path):
+    """The prediction with a LoRA of ours whose alpha is not its rank; tmp_path holds its files."""
     settings = dict(lora_rank=4, lora_alpha=6, lora_target_modules=TARGETS)
-    expected = predict(make_lora(tiny_config(**settings), tmp_path))
-    in_diffusers, in_peft, in_comfyui = (
-        plain(),
-        PeftModel.from_pretrained(plain(), tmp_path),
-        plain(),
-    )
-    in_diffusers.load_lora_adapter(tmp_path / LORA_FILE, adapter_name="ours")
+    prediction = predict(make_lora(tiny_config(**settings), tmp_path))
+    assert distance(prediction, predict(plain())) > 0.05
+    return prediction
+
+
+def test_ours_is_as_strong_in_diffusers(expected, tmp_path):
+    transformer = plain()
+    transformer.load_lora_adapter(tmp_path / LORA_FILE)
+    assert distance(predict(transformer), expected) < 1e-5
+
+
+def test_ours_is_as_strong_in_peft_and_merged_into_the_weights(expected, tmp_path):
+    transformer = PeftModel.from_pretrained(plain(), tmp_path)
+    assert distance(predict(transformer), expected) < 1e-5
+    assert distance(predict(transformer.merge_and_unload()), expected) < 1e-5
+
+
+def test_ours_is_as_strong_in_comfyui(expected, tmp_path):
+    transformer = plain()
     state = load_file(tmp_path / LORA_FILE)
     for module in {name.rsplit(".lora_", 1)[0] for name in state}:
-        assert f"{module}.alpha" not in state  # then ComfyUI takes strength 1
-        weight = in_comfyui.get_submodule(module.removeprefix("transformer.")).weight
+        assert f"{module}.alpha" not in state  # without it ComfyUI uses strength 1
+        weight = transformer.get_submodule(module.removeprefix("transformer.")).weight
         weight.data += state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
-    for transformer in (in_diffusers, in_comfyui, in_peft, in_peft.merge_and_unload()):
-        assert distance(predict(transformer), expected) < 1e-5
-    assert distance(expected, predict(plain())) > 0.05
+    assert distance(predict(transformer), expected) < 1e-5
 
+
+def test_load_lora_replaces_another_and_its_strength_is_diffusers(expected, tiny_config, tmp_path):
+    in_diffusers = plain()
+    in_diffusers.load_lora_adapter(tmp_path / LORA_FILE, adapter_name="ours")
     ours = load_transformer(tiny_config(), "cpu")
     make_lora(tiny_config(lora_target_modules=["attn.to_v"]), tmp_path / "other", seed=1)
     load_lora(ours, tmp_path / "other")
@@ -84,133 +110,157 @@ def test_ours_is_as_strong_in_diffusers_peft_and_comfyui_and_replaces_another(
         assert distance(predict(ours), predict(in_diffusers)) < 1e-5
 
 
-def of_diffusers(folder):
+# ---------------------------------------------------------------- other trainers' in ours
+
+
+def save_with_diffusers(folder):
     """transformer.save_lora_adapter: bare keys, alpha in the header."""
     transformer = plain()
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS))
-    shake(transformer).save_lora_adapter(folder)
+    randomize(transformer).save_lora_adapter(folder)
     return predict(transformer), folder / LORA_FILE
 
 
-def of_peft(folder, **settings):
-    """get_peft_model and save_pretrained, as the model authors' scripts do; alpha is 8 at any rank, if not given."""
-    transformer = shake(
+def save_with_peft(folder, **settings):
+    """get_peft_model and save_pretrained, as the authors' scripts do; alpha is 8 if not given."""
+    transformer = randomize(
         get_peft_model(plain(), LoraConfig(r=4, target_modules=TARGETS, **settings))
     )
     transformer.save_pretrained(folder)
     return predict(transformer), folder
 
 
-def of_kohya(folder, prefix="transformer.", dot=".", dtype=torch.float32):
-    """lora_down and lora_up with an alpha each, some with underscores for dots."""
-    prediction, path = of_diffusers(folder)
+def save_like_kohya(folder, prefix="transformer.", dot=".", dtype=torch.float32):
+    """lora_down, lora_up and alpha tensors; in some files with underscores for dots."""
+    prediction, path = save_with_diffusers(folder)
     tensors = {}
     for name, tensor in load_file(path).items():
         module = prefix + name.rsplit(".lora_", 1)[0].replace(".", dot)
-        tensors[f"{module}.lora_{'down' if 'lora_A' in name else 'up'}.weight"] = tensor.to(dtype)
+        part = "lora_down" if "lora_A" in name else "lora_up"
+        tensors[f"{module}.{part}.weight"] = tensor.to(dtype)
         tensors[f"{module}.alpha"] = torch.tensor(10.0)
     save_file(tensors, path)
     return prediction, path
 
 
-def of_simpletuner(folder):
-    """No alpha in the file; it is in the configuration beside it."""
-    prediction, path = of_diffusers(folder)
-    save_file({f"transformer.{name}": tensor for name, tensor in load_file(path).items()}, path)
+def save_like_simpletuner(folder):
+    """No alpha in the file; it is in the configuration next to it."""
+    prediction, path = save_with_diffusers(folder)
+    tensors = {f"transformer.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
     (folder / "simpletuner_config.json").write_text('{"--lora_rank": 4, "--lora_alpha": 10}')
     return prediction, path
 
 
-FOREIGN = {
-    "diffusers": of_diffusers,
+OTHER_TRAINERS = {
+    "diffusers": save_with_diffusers,
     "PEFT, alphas by pattern": functools.partial(
-        of_peft, alpha_pattern={"attn.to_q": 3, "^single.*.0.proj_out": 1}
+        save_with_peft, alpha_pattern={"attn.to_q": 3, "^single.*.0.proj_out": 1}
     ),
-    "PEFT, rsLoRA": functools.partial(of_peft, use_rslora=True),
-    "kohya, bf16": functools.partial(of_kohya, dtype=torch.bfloat16),
-    "lora_unet_": functools.partial(of_kohya, prefix="lora_unet_", dot="_"),
-    "lora_transformer_": functools.partial(of_kohya, prefix="lora_transformer_", dot="_"),
-    "SimpleTuner": of_simpletuner,
+    "PEFT, rsLoRA": functools.partial(save_with_peft, use_rslora=True),
+    "kohya, bf16": functools.partial(save_like_kohya, dtype=torch.bfloat16),
+    "lora_unet_": functools.partial(save_like_kohya, prefix="lora_unet_", dot="_"),
+    "lora_transformer_": functools.partial(save_like_kohya, prefix="lora_transformer_", dot="_"),
+    "SimpleTuner": save_like_simpletuner,
 }
 
 
-@pytest.mark.parametrize("trainer", FOREIGN)
+@pytest.mark.parametrize("trainer", OTHER_TRAINERS)
 def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, capsys, trainer):
-    expected, path = FOREIGN[trainer](tmp_path)
-    close = 0.003 if "bf16" in trainer else 1e-5
+    expected, path = OTHER_TRAINERS[trainer](tmp_path)
     assert distance(expected, predict(plain())) > 0.03
-    drawn_with, trained_on = (
-        load_transformer(tiny_config(), "cpu"),
-        load_transformer(tiny_config(), "cpu"),
-    )
-    load_lora(drawn_with, path)
-    add_lora(
-        trained_on,
-        tiny_config(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS, init_lora=str(path)),
-    )
-    for transformer in (drawn_with, trained_on.eval()):
-        assert distance(predict(transformer), expected) < close
+    close = 0.003 if "bf16" in trainer else 1e-5
+
+    generating = load_transformer(tiny_config(), "cpu")
+    load_lora(generating, path)
+    assert distance(predict(generating), expected) < close
+
+    settings = dict(lora_rank=4, lora_alpha=7.0, lora_target_modules=TARGETS)
+    training = load_transformer(tiny_config(), "cpu")
+    add_lora(training, tiny_config(**settings, init_lora=str(path)))
+    assert distance(predict(training.eval()), expected) < close
     assert "alpha" not in capsys.readouterr().out
 
 
-Q = "transformer_blocks.0.attn.to_q"
-pair = lambda A, B, module=Q: {
-    f"{module}.lora_A.weight": torch.ones(A),
-    f"{module}.lora_B.weight": torch.ones(B),
-}
+# ---------------------------------------------------------------- what cannot be used
+
+TO_Q = "transformer_blocks.0.attn.to_q"
+
+
+def pair(A, B, module=TO_Q):
+    """A LoRA of one module, with matrices of these shapes."""
+    return {f"{module}.lora_A.weight": torch.ones(A), f"{module}.lora_B.weight": torch.ones(B)}
+
+
 GOOD = pair((4, 192), (192, 4))  # fits the tiny model
-NOT_OPENED = [
+UNUSABLE = [
     (
-        GOOD | {f"{Q}.lora_magnitude_vector.weight": torch.ones(3)},
-        "is no LoRA that can be opened here: it is a DoRA",
+        GOOD | {f"{TO_Q}.lora_magnitude_vector.weight": torch.ones(3)},
+        "is a DoRA; only plain LoRAs can be opened",
     ),
     (
         pair((4, 192), (192, 4), "double_blocks.0.img_attn.qkv"),
         "original layout, with q, k and v in one",
     ),
-    ({f"{Q}.lora_A.weight": torch.ones(4, 192)}, "lora_B.weight is unknown, missing"),
-    (GOOD | {f"{Q}.lora_B.weight": torch.full((192, 4), torch.nan)}, "not finite"),
+    (
+        {f"{TO_Q}.lora_A.weight": torch.ones(4, 192)},
+        "lora_B.weight is unknown or missing",
+    ),
+    (
+        GOOD | {f"{TO_Q}.lora_B.weight": torch.full((192, 4), torch.nan)},
+        "not finite",
+    ),
     (
         pair((4, 96), (96, 4)),
-        r"made for another model.*to_q has \(4, 96\) and \(96, 4\), and here it takes 192",
+        r"does not fit this model: .*to_q has shapes \(4, 96\) and \(96, 4\), but .* 192 inputs",
     ),
     (
         pair((4, 192), (192, 4), "transformer_blocks.99.attn.to_q"),
-        r"transformer_blocks.99.attn.to_q has .*is missing",
+        r"this model, which has no linear layer transformer_blocks.99.attn.to_q",
     ),
     (
-        {f"base_model.model.{n}": t for n, t in GOOD.items()},
-        "its strength is unknown without adapter_config.json",
+        {f"base_model.model.{name}": tensor for name, tensor in GOOD.items()},
+        "PEFT stores the LoRA's alpha in adapter_config.json, which is not found",
     ),
 ]
 
 
-@pytest.mark.parametrize("tensors, told", NOT_OPENED)
-def test_what_is_no_lora_for_this_model_is_told_by_its_kind(tiny_config, tmp_path, tensors, told):
-    save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=f"other.safetensors: .*{told}"):
-        load_lora(load_transformer(tiny_config(), "cpu"), tmp_path / "other.safetensors")
+@pytest.mark.parametrize("tensors, message", UNUSABLE)
+def test_an_unusable_lora_is_refused_with_the_reason(tiny_config, tmp_path, tensors, message):
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=f"other.safetensors: .*{message}"):
+        load_lora(load_transformer(tiny_config(), "cpu"), path)
 
 
-def test_what_is_left_out_or_unknown_of_a_lora_is_said_and_on_one_block_it_is_not_trained_on(
-    tiny_config, tmp_path, capsys
-):
-    file = tmp_path / "some.safetensors"
+@pytest.fixture
+def foreign_lora(tmp_path):
+    """A LoRA file without alpha, for one layer of the transformer and one of the text encoder."""
+    path = tmp_path / "some.safetensors"
     tensors = {f"diffusion_model.{name}": tensor for name, tensor in GOOD.items()}
-    save_file(tensors | {"text_encoder.layers.0.lora_A.weight": torch.ones(2, 2)}, file)
-    assert read_lora(file).keys() == GOOD.keys()
+    save_file(tensors | {"text_encoder.layers.0.lora_A.weight": torch.ones(2, 2)}, path)
+    return path
+
+
+def test_ignored_weights_and_a_missing_alpha_are_reported(foreign_lora, capsys):
+    assert read_lora(foreign_lora).keys() == GOOD.keys()
     printed = capsys.readouterr().out
-    assert f"{file}: its text encoder's part is left out" in printed
-    assert f"{file}: says nothing of its alpha, which is taken to be its rank" in printed
-    for target, rank, told in (
+    assert f"{foreign_lora}: text encoder weights ignored" in printed
+    assert f"{foreign_lora}: alpha not found; it is taken to be equal to the rank" in printed
+
+
+@pytest.mark.parametrize(
+    "target, rank, message",
+    [
         ("attn.to_q", 16, r'init_lora: .*has lora_rank 4 and .* \["attn.to_q"\]; set these'),
         ("attn.to_q", 4, "init_lora: .*cannot be trained further"),
-        (
-            "attn.to_x",
-            4,
-            "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'",
-        ),
-    ):
-        config = tiny_config(lora_rank=rank, lora_target_modules=[target], init_lora=str(file))
-        with pytest.raises(UserError, match=told):
-            add_lora(load_transformer(config, "cpu"), config)
+        ("attn.to_x", 4, "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'"),
+    ],
+)
+def test_training_does_not_start_from_a_lora_of_other_layers_or_rank(
+    tiny_config, foreign_lora, target, rank, message
+):
+    settings = dict(lora_rank=rank, lora_target_modules=[target], init_lora=str(foreign_lora))
+    config = tiny_config(**settings)
+    with pytest.raises(UserError, match=message):
+        add_lora(load_transformer(config, "cpu"), config)

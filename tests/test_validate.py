@@ -1,4 +1,4 @@
-"""Stage 4 as people use it: which LoRA is shown, what is drawn, what the pictures say about themselves."""
+"""Stage 4 as people use it: which LoRA is shown, what is generated, what images record."""
 
 import json
 import shutil
@@ -13,7 +13,11 @@ import validate
 from longcat_common import LORA_FILE, UserError
 
 CHINESE = "一颗星星，白色背景"
-drawn_in = lambda folder: sorted(path.name for path in folder.glob("0*.png"))
+
+
+def images_in(folder):
+    """The names of the single images in a comparison's folder."""
+    return sorted(path.name for path in folder.glob("0*.png"))
 
 
 def pixels(path):
@@ -23,7 +27,8 @@ def pixels(path):
 
 @pytest.fixture
 def run(reference_run):
-    """A finished run with a LoRA and checkpoints 2 and 3, and a held-out loss for each; it draws small and quick."""
+    """The configuration of a finished run: a LoRA, checkpoints 2 and 3, and a held-out loss for
+    each. Validation images are small and take one step."""
     shutil.rmtree(f"{reference_run.output_dir}/checkpoints/step-000001")
     quick = dict(
         validation_prompts=["zumi", CHINESE],
@@ -34,90 +39,104 @@ def run(reference_run):
 
 
 def test_rows_are_prompts_sizes_and_seeds_columns_the_base_and_strengths(run):
-    run.validation_prompts, run.validation_resolution = [CHINESE], "64x64,96x64"
-    run.validation_seed, run.validation_lora_strength = [1, 2, 1], [0.0, 1.0]
+    run.validation_prompts = [CHINESE]
+    run.validation_resolution = "64x64,96x64"
+    run.validation_seed = [1, 2, 1]
+    run.validation_lora_strength = [0.0, 1.0]
     grid = validate.main(run)
+
     rows = [f"{size}-seed{seed}" for size in ("64x64", "96x64") for seed in (1, 2)]
     columns = ("base", "lora-x0", "lora-x1")
-    assert drawn_in(grid.parent) == sorted(
-        f"00-{row}-{column}.png" for row in rows for column in columns
-    )
-    drawn = {
-        row: [pixels(grid.parent / f"00-{row}-{column}.png") for column in columns] for row in rows
-    }
-    for base, none, tuned in drawn.values():
-        assert np.abs(base - none).max() <= 1 < np.abs(base - tuned).max()
-    assert np.abs(drawn["64x64-seed1"][0] - drawn["64x64-seed2"][0]).mean() > 1, (
-        "another seed, another picture"
-    )
+    expected = sorted(f"00-{row}-{column}.png" for row in rows for column in columns)
+    assert images_in(grid.parent) == expected
 
+    bases = {}
+    for row in rows:
+        base, strength_0, strength_1 = (
+            pixels(grid.parent / f"00-{row}-{column}.png") for column in columns
+        )
+        assert np.abs(base - strength_0).max() <= 1 < np.abs(base - strength_1).max()
+        bases[row] = base
+    difference = np.abs(bases["64x64-seed1"] - bases["64x64-seed2"]).mean()
+    assert difference > 1, "another seed, another image"
+
+    with Image.open(grid) as image:
+        assert image.width > 3 * 192 and image.height > 4 * 128
+
+    # What comparison.json and the image itself say of the last image.
     shown = json.loads(grid.with_suffix(".json").read_text(encoding="utf-8"))
     last = dict(validation_resolution="96x64", validation_seed=2, validation_lora_strength=1.0)
     assert shown["pictures"][-1].items() >= last.items() and len(shown["pictures"]) == 12
-    with Image.open(grid) as image, Image.open(grid.parent / "00-96x64-seed2-lora-x1.png") as one:
-        assert image.width > 3 * 192 and image.height > 4 * 128 and one.size == (96, 64)
-        assert (one.text["prompt"], one.text["base_model"]) == (CHINESE, MODEL)
-        assert (
-            one.text["lora"].endswith(LORA_FILE) and "validation_split" not in one.text["settings"]
-        )
-        assert json.loads(one.text["settings"]).items() >= last.items()
+    with Image.open(grid.parent / "00-96x64-seed2-lora-x1.png") as image:
+        assert image.size == (96, 64)
+        assert (image.text["prompt"], image.text["base_model"]) == (CHINESE, MODEL)
+        assert image.text["lora"].endswith(LORA_FILE)
+        assert "validation_split" not in image.text["settings"]
+        assert json.loads(image.text["settings"]).items() >= last.items()
 
 
-def test_checkpoints_stand_side_by_side_and_nothing_is_overwritten(run, capsys):
-    run.compare_checkpoints, run.validation_prompts = True, ["zumi"]
-    damaged = Path(run.output_dir, "checkpoints/step-000005", LORA_FILE)
-    damaged.parent.mkdir()
-    damaged.write_bytes(b"half a file")
-    first = validate.main(run)
-    assert drawn_in(first.parent) == [
-        f"00-64x64-seed42-{name}.png" for name in ("base", "step-000002", "step-000003")
-    ]
-    assert f"{damaged}: is missing or damaged, and left out" in capsys.readouterr().out
+def test_every_readable_checkpoint_is_a_column_with_its_held_out_loss(run, capsys):
+    run.compare_checkpoints = True
+    run.validation_prompts = ["zumi"]
+    corrupt = Path(run.output_dir, "checkpoints/step-000005", LORA_FILE)
+    corrupt.parent.mkdir()
+    corrupt.write_bytes(b"half a file")
+    grid = validate.main(run)
+
+    names = ("base", "step-000002", "step-000003")
+    assert images_in(grid.parent) == [f"00-64x64-seed42-{name}.png" for name in names]
+    assert f"{corrupt}: is missing or corrupt; skipped" in capsys.readouterr().out
+
     lines = map(json.loads, Path(run.output_dir, "metrics.jsonl").read_text().splitlines())
-    scores = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-    titles = json.loads(first.with_suffix(".json").read_text())["columns"]
-    assert titles[1:] == [f"step {step}, held-out {scores[step]:.3f}" for step in (2, 3)]
-
-    run.compare_checkpoints = False
-    assert [grid.parent.name for grid in (first, validate.main(run))] == [
-        "compare-001",
-        "compare-002",
-    ]
+    losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    labels = json.loads(grid.with_suffix(".json").read_text())["columns"]
+    assert labels[1:] == [f"step {step}, held-out {losses[step]:.3f}" for step in (2, 3)]
 
 
-def test_what_was_drawn_is_kept_when_it_is_interrupted_and_memory_is_advised(run, monkeypatch):
-    drawn, generate, folder = [], validate.generate, Path(run.output_dir, "validation")
-    full = RuntimeError("MPS backend out of memory")
+def test_earlier_images_are_not_overwritten(run):
+    run.validation_prompts = ["zumi"]
+    folders = [validate.main(run).parent.name for _ in range(2)]
+    assert folders == ["compare-001", "compare-002"]
 
-    def stopping(*arguments):
-        drawn.append(1)
-        if len(drawn) % 3 == 0:
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (KeyboardInterrupt(2), "2"),
+        (RuntimeError("MPS backend out of memory"), "a smaller resolution"),
+    ],
+)
+def test_generated_images_are_kept_when_it_is_interrupted_or_out_of_memory(
+    run, monkeypatch, error, message
+):
+    calls = []
+    generate = validate.generate
+
+    def failing_generate(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
             raise error
         return generate(*arguments)
 
-    monkeypatch.setattr(validate, "generate", stopping)
-    for error, told, name in (
-        (KeyboardInterrupt(2), "2", "001"),
-        (full, "a smaller resolution", "002"),
-    ):
-        with pytest.raises((KeyboardInterrupt, UserError), match=told):
-            validate.main(run)
-        assert (folder / f"compare-{name}/comparison.png").exists()
-        assert drawn_in(folder / f"compare-{name}") == [
-            f"0{row}-64x64-seed42-base.png" for row in (0, 1)
-        ]
+    monkeypatch.setattr(validate, "generate", failing_generate)
+    with pytest.raises((KeyboardInterrupt, UserError), match=message):
+        validate.main(run)
+    folder = Path(run.output_dir, "validation/compare-001")
+    assert (folder / "comparison.png").exists()
+    assert images_in(folder) == [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
 
 
-def test_without_a_config_the_base_is_drawn(tmp_path):
-    words = (
-        f"--output_dir {tmp_path} --cache_dir {tmp_path} --pretrained_model_name_or_path {MODEL} "
-    )
-    words += "--base_model_precision no_change --validation_resolution 64x64 --validation_num_inference_steps 1"
-    printed = run_script("validate.py", *words.split()).stdout
-    assert "none given; these are drawn: a cat" in printed and "the base is drawn alone" in printed
-    assert drawn_in(tmp_path / "validation/compare-001") == [
-        f"0{row}-64x64-seed42-base.png" for row in (0, 1)
+def test_without_a_config_the_base_model_generates(tmp_path):
+    arguments = [
+        f"--output_dir {tmp_path} --cache_dir {tmp_path} --pretrained_model_name_or_path {MODEL}",
+        "--base_model_precision no_change --validation_resolution 64x64",
+        "--validation_num_inference_steps 1",
     ]
+    printed = run_script("validate.py", *" ".join(arguments).split()).stdout
+    assert "validation_prompts: none given; using: a cat" in printed
+    assert "generating with the base model only" in printed
+    names = [f"0{row}-64x64-seed42-base.png" for row in (0, 1)]
+    assert images_in(tmp_path / "validation/compare-001") == names
 
 
 def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp_path):
@@ -126,7 +145,7 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
     peft = tmp_path / "adapter_model.safetensors"
     shutil.copy(last.with_name(peft.name), peft)
     second.touch()  # the steps count, not the files' times
-    shown = {
+    expected_files = {
         None: last,
         "latest": last,
         last.parent: last,
@@ -134,8 +153,8 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
         second.parent: second,
         tmp_path: peft,
     }
-    for named, expected in shown.items():
-        run.lora = named and str(named)
+    for lora, expected in expected_files.items():
+        run.lora = lora and str(lora)
         assert validate.find_loras(run) == [expected]
     last.unlink()
     run.lora = "latest"
@@ -143,23 +162,27 @@ def test_the_lora_with_the_most_steps_is_shown_or_the_one_that_is_named(run, tmp
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
-        (dict(lora="latest"), "holds no LoRA yet; train one, or name a file with --lora"),
+        (
+            dict(lora="latest"),
+            "no LoRA in .*output yet; train one, or name a file with --lora",
+        ),
         (
             dict(lora="README.md"),
-            "README.md: is no .safetensors file; others are not opened, for a pickled one",
+            "README.md: is not a .safetensors file; other formats can run code",
         ),
         (
             dict(lora="nowhere"),
-            f"there is no such LoRA file, or the folder holds neither {LORA_FILE} nor",
+            f"nowhere: LoRA not found; name a .safetensors file, or a folder with {LORA_FILE} or",
         ),
-        (dict(output_dir="README.md"), "README.md/validation/compare-001: cannot be written"),
+        (
+            dict(output_dir="README.md"),
+            "README.md/validation/compare-001: cannot be written",
+        ),
     ],
 )
-def test_what_cannot_be_shown_or_written_is_told_before_the_work(
-    tiny_config, monkeypatch, settings, told
-):
+def test_errors_are_found_before_the_model_is_loaded(tiny_config, monkeypatch, settings, message):
     monkeypatch.setattr(validate, "load_pipeline", None)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         validate.main(tiny_config(**settings))
