@@ -1,4 +1,4 @@
-"""Stage 1: folders of images and captions -> `manifest.jsonl`, `report.md` and `preview.jpg`, all in
+"""Stage 1: folders of images and captions -> `manifest.jsonl`, `report.md` and `preview.jpg` in
 `output_dir`.
 
     python prepare_data.py configs/24gb.json
@@ -34,21 +34,21 @@ from longcat_common import (
     TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage,
     token_counts, unique_keys, write_file,
 )  # fmt: skip
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
-    split_quotation,
-)  # after longcat_common, which silences its imports
+
+# After longcat_common, which silences what the imports of diffusers print.
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
 
 IMAGE_SUFFIXES = set(
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split()
 )
-TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")  # captions of many images
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")  # each holds captions of many images
 CAPTION_KEYS = ("caption", "text", "prompt")
 OUTPUT_FILES = ("manifest.jsonl", "report.md", "preview.jpg")
-GRID = (
-    "longcat grid"  # marks the grids and previews that these scripts save; they are not trained on
-)
+GRID = "longcat grid"  # marks the grids and previews of these scripts, which are not trained on
 SMALLEST_SIDE = 64  # pixels; smaller images are icons or tracking pixels
 SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
+
+# How an image with this EXIF orientation is turned upright. From 5 on, its sides change places.
 TURNS = {
     2: Image.FLIP_LEFT_RIGHT,
     3: Image.ROTATE_180,
@@ -57,16 +57,18 @@ TURNS = {
     6: Image.ROTATE_270,
     7: Image.TRANSVERSE,
     8: Image.ROTATE_90,
-}  # {EXIF orientation: what turns the image upright}; from 5 on, width and height change places
-PLACEHOLDER = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
-LETTERING = re.compile(
-    r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样"
-)  # words that announce text in an image
-CHINESE = re.compile("[\u2e80-\U0010ffff]")  # characters that only CJK fonts have
+}
 
-# The preview: at most so many images, in so many columns, each in a cell so many pixels wide.
-SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
-TILE = SHEET_CELL - 8  # pixels; the longer side of an image in its cell
+PLACEHOLDER = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
+CHINESE = re.compile("[\u2e80-\U0010ffff]")  # characters that only CJK fonts have
+# Words that suggest that there is text in an image.
+LETTERING = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
+
+# The preview: at most about this many images, in this many columns of this width in pixels.
+SHEET_IMAGES = 64
+SHEET_COLUMNS = 8
+SHEET_CELL = 200
+TILE = SHEET_CELL - 8  # pixels; the longer side of each image
 CHINESE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "wqy-microhei.ttc",
@@ -77,10 +79,10 @@ CHINESE_FONTS = (
 # For accents, Cyrillic and Greek.
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)
 
-# What the user should know about the data: {title of a section of report.md: its lines}. These
-# sections come first.
+# What the user should know about the data, {title: lines}: the sections of report.md.
 Findings = functools.partial(defaultdict, list)
-LEFT_OUT, CAPTIONS = "Left out", "Captions to check"
+LEFT_OUT = "Left out"
+CAPTIONS = "Captions to check"
 
 
 @dataclass
@@ -114,9 +116,7 @@ def read_manifest(path):
 def reason(error):
     """The text of an exception, for a line that already names the file."""
     if isinstance(error, UnicodeError):
-        return (
-            "its text or file name is not valid UTF-8; save the text as UTF-8, or rename the file"
-        )
+        return "its text or name is not valid UTF-8; save it as UTF-8, or rename it"
     if isinstance(error, Image.UnidentifiedImageError):
         return "is empty or not an image that Pillow can read; save it as JPEG or PNG"
     if isinstance(error, json.JSONDecodeError):
@@ -164,15 +164,15 @@ def captions_in(value):
             return [caption]
         return []
 
-    # Of an object with caption keys the first caption that is not empty, else those in all
-    # languages.
+    # Of an object with caption keys the first value that is not empty, otherwise the captions in
+    # all languages.
     if isinstance(value, dict):
         named = [value[key] for key in CAPTION_KEYS if key in value]
         if named:
             return captions_in(next(filter(None, named), None))
         if not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", key) for key in value):
             keys = ", ".join(CAPTION_KEYS)
-            raise ValueError(f"must have one of the keys {keys}, or languages such as en as keys")
+            raise ValueError(f"needs one of the keys {keys}, or language codes such as en as keys")
         value = list(value.values())
 
     if not isinstance(value, list):
@@ -190,8 +190,7 @@ def caption_rows(path, is_sidecar, findings):
     RecursionError."""
     text = read_text(path, findings)
     suffix = path.suffix.lower()
-    # The one row of a sidecar: the captions of the images that have the file's name.
-    if is_sidecar:
+    if is_sidecar:  # one row, for the images that have the file's name
         value = text if suffix == ".txt" else load_json(text)
         yield "", {"file_name": path.stem, "text": value}
     elif suffix == ".csv":
@@ -274,26 +273,29 @@ def walk(folder, skipped, findings):
 
 def list_files(folder, skipped, findings):
     """(image paths, caption files) under `folder`; the other files become findings."""
-    image_paths, caption_files, other_files, unreadable = [], [], [], []
+    image_paths = []
+    caption_files = []
+    other_files = []
+    not_files = []
     for path in walk(folder, skipped, findings):
         suffix = path.suffix.lower()
         if not path.is_file():
-            unreadable.append(path)
+            not_files.append(path)
         elif suffix in IMAGE_SUFFIXES:
             image_paths.append(path)
         elif suffix in (".txt", ".json") or path.name in TABLES:
             caption_files.append(path)
         else:
             other_files.append(path)
-    for path in sorted(unreadable):
+    for path in sorted(not_files):
         findings[LEFT_OUT].append(f"{path}: is not a regular file, or is a broken link")
     findings["Other files, not read"] += sorted(other_files)
     return image_paths, caption_files
 
 
 def precedence(file):
-    """Sorts caption files, those that take precedence first: sidecars, then the tables of the
-    deepest folders."""
+    """Sort key of caption files: first the sidecars, then the tables of the deepest folders, in the
+    order of their formats."""
     formats = [".txt", ".jsonl", ".csv", ".json"]
     return file.name in TABLES, -len(file.parts), formats.index(file.suffix.lower())
 
@@ -308,13 +310,13 @@ def find_listed_image(file, name):
 
 
 def image_index(image_paths):
-    """A function find_images for read_captions. It finds images by their path, or by their path
-    without the suffix."""
+    """The function find_images of read_captions for these images, whose suffix may be missing."""
 
-    def plain(path):  # Unicode has two forms of accents and Korean; file systems use either
+    def plain(path):
+        """The path in one Unicode form: macOS may write accents and Korean in another."""
         return unicodedata.normalize("NFC", str(path))
 
-    # A name with its suffix takes precedence over one without.
+    # A name with a suffix is looked up as such first, so these entries replace the others.
     paths_by_name = defaultdict(list)
     for image_path in image_paths:
         paths_by_name[plain(image_path.with_suffix(""))].append(image_path)
@@ -328,9 +330,9 @@ def image_index(image_paths):
 
 
 def read_source(source, config, findings):
-    """(image path, captions) of every image of one source in `data_dir`, by the order of precedence
-    at the top of this file; images without captions have []. A folder that is a source of its own
-    belongs to that source alone. Raises UserError if the source does not exist."""
+    """Pairs (image path, captions) for all images of one source in `data_dir`, by the order of
+    precedence at the top of this file; images without captions have []. A folder inside that is
+    itself a source is skipped. Raises UserError if the source does not exist."""
     folder = Path(source.path)
     if folder.is_file():  # a list of images
         return read_captions(folder, find_listed_image, findings).items()
@@ -343,7 +345,7 @@ def read_source(source, config, findings):
     skipped |= {os.path.realpath(config.output_dir), os.path.realpath(config.cache_dir)}
     image_paths, caption_files = list_files(folder, skipped, findings)
 
-    # The first file with a caption for an image is used.
+    # The first file that has captions for an image provides all of them.
     find_images = image_index(image_paths)
     captions_by_image = {image_path: [] for image_path in image_paths}
     caption_files.sort(key=precedence)
@@ -385,8 +387,9 @@ def buckets_of(size, sets):
     width, height = size
 
     def distance(bucket):
-        ratio = width / height * bucket[1] / bucket[0]
-        return abs(math.log(ratio)), -bucket[0] * bucket[1]
+        bucket_width, bucket_height = bucket
+        ratio = width / height * bucket_height / bucket_width
+        return abs(math.log(ratio)), -bucket_width * bucket_height
 
     nearest = [min(buckets, key=distance) for buckets in sets]
     filled = [bucket for bucket in nearest if bucket[0] <= width and bucket[1] <= height]
@@ -407,7 +410,7 @@ def inspect_image(path, known):
     """{"stamp", "content_hash", "size"} of an image, as in ImageRecord; from `known`, {(path,
     *stamp): facts}, if the file is unchanged. Raises an exception if the image cannot be used;
     Pillow's plugins raise many types."""
-    str(path).encode("utf-8")  # a manifest holds no other path
+    str(path).encode("utf-8")  # raises ValueError for a path that the manifest cannot hold
     stamp = file_stamp(os.stat(path))
     key = (str(path), *stamp)
     if key in known:
@@ -449,24 +452,28 @@ def srgb_transform(profile, mode):
             return transform
 
 
-def crop_box(image, size):
-    """Lets the decoder of a JPEG reduce `image` in place where `size` (width, height) is much
-    smaller. Returns the box (left, top, right, bottom) of the centered part with the aspect ratio
-    of `size`."""
-    # The decoder leaves at least 1.5 times what is needed, so that the resize, not the decoder,
-    # decides the quality.
-    scale = max(size[0] / image.width, size[1] / image.height)
-    needed_size = (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height))
+def reduce_decoding(image, size):
+    """Sets the decoder of a JPEG that is much larger than `size` (width, height) to decode it at
+    reduced size. Returns the exact (width, height) that any image then has."""
+    # At least 1.5 times the size is left, so that the resize, not the decoder, decides the quality.
+    scale = 1.5 * max(size[0] / image.width, size[1] / image.height)
+    needed_size = (math.ceil(scale * image.width), math.ceil(scale * image.height))
     reduced = image.draft(None, needed_size)
-
-    # The decoder rounds the reduced size up; within it the image has this width and height.
-    width, height = image.size
     if reduced:
-        width, height = reduced[1][2:]
-    crop = min(width / size[0], height / size[1])
-    left = max(0, (width - crop * size[0]) / 2)
-    top = max(0, (height - crop * size[1]) / 2)
-    return left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1])
+        return reduced[1][2:]  # image.size has these rounded up
+    return image.size
+
+
+def crop_box(width, height, size):
+    """The box (left, top, right, bottom) of the largest centered part of an image of this width and
+    height that has the aspect ratio of `size` (width, height)."""
+    target_width, target_height = size
+    scale = min(width / target_width, height / target_height)
+    left = max(0, (width - scale * target_width) / 2)
+    top = max(0, (height - scale * target_height) / 2)
+    right = min(width, left + scale * target_width)
+    bottom = min(height, top + scale * target_height)
+    return left, top, right, bottom
 
 
 def load_image(path, bucket):
@@ -480,14 +487,15 @@ def load_image(path, bucket):
         if image.mode.startswith("I;16"):  # Pillow's own conversion would make all of it white
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
 
-        # Pixels are resized in the mode that a profile or transparency needs.
+        # The mode for resizing: profiles for gray or CMYK pixels need these as they are.
         mode = {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
         if image.has_transparency_data:
             mode = "RGBA"
         size = bucket
         if orientation > 4:
             size = bucket[::-1]
-        box = crop_box(image, size)
+        width, height = reduce_decoding(image, size)
+        box = crop_box(width, height, size)
         if image.mode != mode:
             image = image.convert(mode)
         image = image.resize(size, Image.Resampling.BICUBIC, box)
@@ -496,11 +504,10 @@ def load_image(path, bucket):
     if mode == "RGBA":
         white = Image.new("RGBA", size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-    transform = None
     if profile:
         transform = srgb_transform(profile, image.mode)
-    if transform:
-        image = ImageCms.applyTransform(image, transform)
+        if transform:
+            image = ImageCms.applyTransform(image, transform)
     if orientation > 1:
         image = image.transpose(TURNS[orientation])
     return image.convert("RGB")
@@ -530,8 +537,9 @@ def check_images(records, findings):
 
 def has_unquoted_lettering(caption):
     """Whether a caption seems to describe text in the image, and quotes none."""
-    is_quoted = any(is_quoted for _, is_quoted in split_quotation(caption))
-    return LETTERING.search(caption) and not is_quoted
+    if not LETTERING.search(caption):
+        return False
+    return not any(is_quoted for _, is_quoted in split_quotation(caption))
 
 
 def check_captions(captions, config, findings):
@@ -553,12 +561,15 @@ def check_captions(captions, config, findings):
     except UserError as error:
         return f"{len(captions)} captions; tokens were not counted ({error})."
     tokens = token_counts(tokenizer, {caption for _, caption in captions})
-    title = f"Over {TEXT_TOKENS} tokens, the rest is cut off"
-    findings[title] = lines_where(lambda caption: tokens[caption] > TEXT_TOKENS)
+    findings[f"Over {TEXT_TOKENS} tokens, the rest is cut off"] = lines_where(
+        lambda caption: tokens[caption] > TEXT_TOKENS
+    )
     longest = max(tokens.values(), default=0)
     short = sum(tokens[caption] < SHORT_CAPTION for _, caption in captions)
-    lengths = f"of at most {longest} tokens, {short} under {SHORT_CAPTION}"
-    return f"{len(captions)} captions {lengths}; long descriptions work best."
+    return (
+        f"{len(captions)} captions of at most {longest} tokens, {short} under {SHORT_CAPTION}; "
+        "long descriptions work best."
+    )
 
 
 def describe(records, config, findings):
@@ -573,8 +584,10 @@ def describe(records, config, findings):
     sentence = check_captions(list(captions), config, findings)
     image_count = len({record.path for record in records})
     sample_count = sum(record.repeats for record in records)
-    summary = f"{image_count} images, {len(findings[LEFT_OUT])} left out; "
-    summary += f"{sample_count} samples per epoch; {sentence}"
+    summary = (
+        f"{image_count} images, {len(findings[LEFT_OUT])} left out; "
+        f"{sample_count} samples per epoch; {sentence}"
+    )
     return summary, report_text(summary, records, findings)
 
 
@@ -629,8 +642,7 @@ def label(text, size, instead="(no font for Chinese text)"):
 def load_tile(record):
     """The image as the model will see it, its longer side TILE pixels; red if it cannot be
     loaded."""
-    longer_side = max(record.bucket)
-    size = tuple(math.ceil(side * TILE / longer_side) for side in record.bucket)
+    size = tuple(math.ceil(side * TILE / max(record.bucket)) for side in record.bucket)
     try:
         return load_image(record.path, size)
     except Exception:  # caching the latents will report it
@@ -688,41 +700,46 @@ def with_prefix(prefix, caption):
     return prefix + caption
 
 
-def make_records(images, config, previous_records, findings):
-    """The ImageRecords of `images`, [(source, path, captions)]: one for each bucket of an image.
-    Files that are as in `previous_records` are not read again. Images that cannot be used become
-    findings."""
+def inspect_images(image_paths, previous_records):
+    """Yields inspect_image's result for every image, or as text the reason to leave it out. Files
+    that have not changed since `previous_records` are not read again."""
     known = {}
     for record in previous_records:
         facts = dict(stamp=record.stamp, content_hash=record.content_hash, size=record.size)
         known[record.path, *record.stamp] = facts
 
-    def inspect(image):
-        """The facts of an image, or the reason to leave it out."""
+    def inspect(image_path):
         try:
-            return inspect_image(image[1], known)
+            return inspect_image(image_path, known)
         except Exception as error:  # Pillow's plugins raise many types
             return reason(error)
 
+    inspected = in_parallel(inspect, image_paths)
+    yield from tqdm(inspected, "images", len(image_paths), leave=False, unit="image")
+
+
+def make_records(items, config, previous_records, findings):
+    """The ImageRecords of `items`, [(source, image path, captions)]: one for each bucket of an
+    image. Images that cannot be used become findings."""
     records = []
     sets = bucket_sets(config)
-    inspected = in_parallel(inspect, images)
-    inspected = tqdm(inspected, "images", len(images), leave=False, unit="image")
-    for (source, path, captions), facts in zip(images, inspected):
+    inspected = inspect_images([image_path for _, image_path, _ in items], previous_records)
+    for (source, image_path, captions), facts in zip(items, inspected):
         if isinstance(facts, str):
-            findings[LEFT_OUT].append(f"{path}: {facts}")
+            findings[LEFT_OUT].append(f"{image_path}: {facts}")
             continue
         if not captions and not config.instance_prompt:
-            advice = f"write one to {path.stem}.txt next to it, in UTF-8, or set instance_prompt"
-            findings[LEFT_OUT].append(f"{path}: has no caption; {advice}")
+            advice = f"write one to {image_path.stem}.txt, in UTF-8, or set instance_prompt"
+            findings[LEFT_OUT].append(f"{image_path}: has no caption; {advice}")
             continue
         if not captions:
-            findings["No caption of their own, instance_prompt is used"].append(path)
+            findings["No caption of their own, instance_prompt is used"].append(image_path)
             captions = [config.instance_prompt]
+
         captions = [with_prefix(source.caption_prefix, caption) for caption in captions]
         for bucket in buckets_of(facts["size"], sets):
             record = ImageRecord(
-                path=str(path),
+                path=str(image_path),
                 bucket=bucket,
                 captions=captions,
                 repeats=source.repeats,
@@ -755,18 +772,17 @@ def main(config):
     manifest, report, preview = (Path(config.output_dir) / name for name in OUTPUT_FILES)
     findings = Findings()
 
-    # The captions of every source, then the images themselves.
-    images = []
+    # Captions and images of all sources.
+    items = []
     for source in config.data_dir:
-        for path, captions in read_source(source, config, findings):
-            images.append((source, path, captions))
+        for image_path, captions in read_source(source, config, findings):
+            items.append((source, image_path, captions))
     previous_records = []
     with contextlib.suppress(OSError, ValueError):  # no manifest yet, or none that can be used
         previous_records = read_manifest(manifest)
-    records = make_records(images, config, previous_records, findings)
+    records = make_records(items, config, previous_records, findings)
 
-    # What has not changed is not written again: the manifest's time tells whether the preview is
-    # current.
+    # An unchanged manifest is not written again, so its time tells whether the preview is current.
     summary, text = describe(records, config, findings)
     if records and records != previous_records:
         write_manifest(manifest, records)
