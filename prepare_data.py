@@ -172,7 +172,7 @@ def captions_in(value):
             return captions_in(next(filter(None, named), None))
         if not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", key) for key in value):
             keys = ", ".join(CAPTION_KEYS)
-            raise ValueError(f"needs one of the keys {keys}, or language codes such as en as keys")
+            raise ValueError(f"needs one of the keys {keys}, or only language codes (en, zh)")
         value = list(value.values())
 
     if not isinstance(value, list):
@@ -426,7 +426,9 @@ def inspect_image(path, known):
         if orientation_of(image) > 4:
             size = size[::-1]
         if min(size) < SMALLEST_SIDE:
-            raise ValueError(f"is {size[0]}x{size[1]} pixels; both sides need {SMALLEST_SIDE}")
+            raise ValueError(
+                f"is {size[0]}x{size[1]} pixels; both sides need at least {SMALLEST_SIDE}"
+            )
 
         # Decoding tells whether a file is complete; a JPEG's end marker tells it at once.
         has_end_marker = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
@@ -622,7 +624,7 @@ def system_font(names, size):
 
 
 def label(text, size, instead="(no font for Chinese text)"):
-    """(text on one line, font of this size) to write under or beside an image. Pillow's own font
+    """(text on one line, font of this size) to write next to an image. Pillow's own font
     has only ASCII; other texts need a font of the system. Without one, accents are dropped and
     Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
@@ -733,7 +735,7 @@ def make_records(items, config, previous_records, findings):
             findings[LEFT_OUT].append(f"{image_path}: has no caption; {advice}")
             continue
         if not captions:
-            findings["No caption of their own, instance_prompt is used"].append(image_path)
+            findings["Without a caption, instance_prompt is used"].append(image_path)
             captions = [config.instance_prompt]
 
         captions = [with_prefix(source.caption_prefix, caption) for caption in captions]

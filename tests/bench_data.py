@@ -1,10 +1,10 @@
-"""Speed of data preparation on photographs, beside the model authors' way, in one run:
+"""Speed of data preparation on photographs, compared with the model authors' way:
 
     python tests/bench_data.py [--pictures 200] [--rounds 5]
     python tests/bench_data.py --small 100000
 
 First: `prepare_data.py` (with report and preview), then what `cache_latents.py` does to decode and
-crop images, on one core and on all; beside it, on one core, each image decoded at full size,
+crop images, on one core and on all; for comparison, on one core, each image decoded in full,
 resized (bicubic), cropped and made a tensor. Second: prepare_data.py alone on many small files,
 with its peak memory and the size of the manifest.
 """

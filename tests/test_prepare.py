@@ -173,7 +173,7 @@ GOOD = [
 
 
 def make_messy_folder(data):
-    """Fills a folder with what people have in theirs; a link in it points to a file beside it."""
+    """Fills a folder with what people have in theirs; a link in it points to a file outside."""
     sizes = {
         "a.jpg": (400, 300),
         "strip.png": (900, 100),
@@ -403,7 +403,7 @@ def write(folder, files):
 
 @pytest.fixture
 def folder(data):
-    """A folder with two images, beside a third one, and with an empty folder in it."""
+    """A folder with two images and an empty folder; a third image lies outside."""
     (data / "sub").mkdir()
     write(data, {"a.jpg": "", "b.jpg": "", "../outside.jpg": ""})
     return data
