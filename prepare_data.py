@@ -1,10 +1,12 @@
-"""Stage 1: folders of pictures and captions -> `<output_dir>/manifest.jsonl`, `report.md` and `preview.jpg`.
+"""Stage 1: folders of images and captions -> `manifest.jsonl`, `report.md` and `preview.jpg` in
+`output_dir`.
 
     python prepare_data.py configs/24gb.json
 
-Captions, the first that is there counts: `picture.txt`; `picture.json`; a row of `metadata.jsonl`, `metadata.csv` or
-`captions.json` in the picture's folder or one above it (the nearest counts); `instance_prompt`. Every picture goes to
-the bucket with the nearest aspect ratio, of each resolution that it reaches, resized to cover it and centre cropped.
+The captions of an image `cat.jpg` come from the first of these that exists: `cat.txt`; `cat.json`;
+a row of `metadata.jsonl`, `metadata.csv` or `captions.json` in its folder, or else in the nearest
+folder above; `instance_prompt`. Each image goes to the bucket with the nearest aspect ratio, of
+every resolution that it fills: it is resized to cover the bucket and center-cropped.
 """
 
 import contextlib
@@ -29,29 +31,44 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage, token_counts, unique_keys,
-    write_file,
+    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage,
+    token_counts, unique_keys, write_file,
 )  # fmt: skip
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
-    split_quotation,
-)  # quieted by longcat_common
 
-PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split())
-TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
-CAPTION_NAMES = ("caption", "text", "prompt")
-GRID = "longcat grid"  # marks what these scripts draw of several pictures, which is not to be trained on
-SMALLEST_SIDE = 64  # pixels; a smaller picture is an icon or a tracking pixel
+# After longcat_common, which silences what the imports of diffusers print.
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
+
+IMAGE_SUFFIXES = set(
+    ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jxl".split()
+)
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")  # each holds captions of many images
+CAPTION_KEYS = ("caption", "text", "prompt")
+OUTPUT_FILES = ("manifest.jsonl", "report.md", "preview.jpg")
+GRID = "longcat grid"  # marks the grids and previews of these scripts, which are not trained on
+SMALLEST_SIDE = 64  # pixels; smaller images are icons or tracking pixels
 SHORT_CAPTION = 20  # tokens; the model was trained on long descriptions
+
+# How an image with this EXIF orientation is turned upright. From 5 on, its sides change places.
 TURNS = {
-    2: 0,
-    3: 3,
-    4: 1,
-    5: 5,
-    6: 4,
-    7: 6,
-    8: 2,
-}  # {EXIF's orientation: the Image.Transpose that turns it upright}
-SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 64, 8, 200
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
+
+PLACEHOLDER = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
+CHINESE = re.compile("[\u2e80-\U0010ffff]")  # characters that only CJK fonts have
+# Words that suggest that there is text in an image.
+LETTERING = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
+
+# The preview: at most about this many images, in this many columns of this width in pixels.
+SHEET_IMAGES = 64
+SHEET_COLUMNS = 8
+SHEET_CELL = 200
+TILE = SHEET_CELL - 8  # pixels; the longer side of each image
 CHINESE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "wqy-microhei.ttc",
@@ -59,55 +76,51 @@ CHINESE_FONTS = (
     "STHeiti Light.ttc",
     "msyh.ttc",
 )
-OTHER_FONTS = (
-    "DejaVuSans.ttf",
-    "Arial.ttf",
-    "Helvetica.ttc",
-    *CHINESE_FONTS,
-)  # for accents, Cyrillic, Greek
-LEFT_OUT, CAPTIONS = "Left out", "Captions to look at"
+# For accents, Cyrillic and Greek.
+OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)
 
-Findings = functools.partial(defaultdict, list)  # {title: lines} of what the user should know
-is_chinese = re.compile(
-    "[\u2e80-\U0010ffff]"
-).search  # what only Chinese, Japanese and Korean fonts have
-file_stamp = lambda status: [
-    status.st_size,
-    status.st_mtime_ns,
-]  # of os.stat: what tells that a file has not changed
-read_strictly = functools.partial(
-    json.loads, object_pairs_hook=unique_keys
-)  # a key that is there twice is an error
+# What the user should know about the data, {title: lines}: the sections of report.md.
+Findings = functools.partial(defaultdict, list)
+LEFT_OUT = "Left out"
+CAPTIONS = "Captions to check"
 
 
 @dataclass
 class ImageRecord:
-    """A picture to train on, in one bucket: a line of the manifest."""
+    """An image to train on, in one bucket: a line of the manifest."""
 
     path: str
     content_hash: str  # hash of the file's bytes
-    size: tuple[int, int]  # width and height in pixels, as a viewer shows it
-    bucket: tuple[int, int]  # width and height
+    size: tuple[int, int]  # width and height in pixels, as an image viewer shows it
+    bucket: tuple[int, int]  # width and height in pixels
     captions: list[str]
-    repeats: int  # times an epoch
+    repeats: int  # times per epoch
     loss_weight: float
-    stamp: list[int]  # the file's size and time, which tell that it has not changed
+    stamp: list[int]  # see file_stamp
     source: str = ""  # the path in data_dir that it comes from
 
 
+def file_stamp(status):
+    """[size, modification time] of an os.stat result: as long as it is the same, the file is taken
+    as unchanged."""
+    return [status.st_size, status.st_mtime_ns]
+
+
 def read_manifest(path):
-    """The pictures in a manifest. Raises OSError, or ValueError for one that is damaged or of another kind."""
-    return list(map(TypeAdapter(ImageRecord).validate_json, Path(path).read_bytes().splitlines()))
+    """The ImageRecords of a manifest. Raises OSError, or ValueError if it is corrupt or in another
+    format."""
+    parse_record = TypeAdapter(ImageRecord).validate_json
+    return [parse_record(line) for line in Path(path).read_bytes().splitlines()]
 
 
 def reason(error):
-    """What an exception says, for a line that already names the file."""
+    """The text of an exception, for a line that already names the file."""
     if isinstance(error, UnicodeError):
-        return "its text or its name is not UTF-8; save it as that"
+        return "its text or name is not valid UTF-8; save it as UTF-8, or rename it"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "is empty, or no picture that Pillow can read; save it as JPEG or PNG"
+        return "is empty or not an image that Pillow can read; save it as JPEG or PNG"
     if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON: {error}"
+        return f"is not valid JSON: {error}"
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -115,343 +128,491 @@ def reason(error):
 
 
 def read_text(path, findings):
-    """The text of a file in UTF-8, in UTF-16 with its mark, or in GB18030. Raises OSError or ValueError."""
+    """The text of a file in UTF-8, in UTF-16 with a byte order mark, or in GB18030. Raises OSError
+    or ValueError."""
     data = path.read_bytes()
+    encoding = "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
     try:
-        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError:
-        data.decode("gb2312")  # Western and Cyrillic text and Big5 seldom pass for everyday Chinese
+        # Everyday Chinese is valid GB2312; Western text, Cyrillic and Big5 seldom are.
+        data.decode("gb2312")
         text = data.decode("gb18030")
         findings["Not UTF-8, read as GB18030"].append(path)
     if "\0" in text:
-        raise ValueError("is no text; save it as UTF-8")
+        raise ValueError("is not a text file; save it as UTF-8")
     return text
 
 
+def load_json(text):
+    """The value in a JSON text. Raises ValueError, also for an object that has a key twice."""
+    return json.loads(text, object_pairs_hook=unique_keys)
+
+
 def captions_in(value):
-    """All captions in a JSON value, each on one line: a text, a list, {"caption": ...} or {"en": ..., "zh": ...}."""
+    """All captions in a JSON value, each on one line: a text, a list, {"caption": ...} or {"en":
+    ..., "zh": ...}. Raises ValueError for any other value."""
+    if value is None:
+        return []
     if isinstance(value, str):
-        value = " ".join(value.split())
-        value.encode("utf-8")  # half an emoji is a ValueError
-        return (
-            [value] if any(letter.isprintable() and letter != " " for letter in value) else []
-        )  # zero width is empty
+        caption = " ".join(value.split())
+        caption.encode("utf-8")  # raises ValueError for half an emoji
+        # Spaces and zero-width characters alone are no caption.
+        if any(character.isprintable() for character in caption.replace(" ", "")):
+            return [caption]
+        return []
+
+    # Of an object with caption keys the first value that is not empty, otherwise the captions in
+    # all languages.
     if isinstance(value, dict):
-        named = [value[name] for name in CAPTION_NAMES if name in value]
-        if not named and not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", name) for name in value):
-            raise ValueError(
-                f"is no object with one of {', '.join(CAPTION_NAMES)}, or with languages"
-            )
-        value = [next(filter(None, named), [])] if named else list(value.values())
-    if not isinstance(value, (list, type(None))):
-        raise ValueError(f"holds {str(value)[:40]!r} where a caption should be")
-    return [caption for part in value or [] for caption in captions_in(part)]
+        named = [value[key] for key in CAPTION_KEYS if key in value]
+        if named:
+            return captions_in(next(filter(None, named), None))
+        if not all(re.fullmatch(r"[a-z]{2}([-_]\w+)?", key) for key in value):
+            keys = ", ".join(CAPTION_KEYS)
+            raise ValueError(f"needs one of the keys {keys}, or only language codes (en, zh)")
+        value = list(value.values())
+
+    if not isinstance(value, list):
+        raise ValueError(f"has {str(value)[:40]!r} where a caption should be")
+    captions = []
+    for part in value:
+        captions += captions_in(part)
+    return captions
 
 
-def caption_rows(path, own, findings):
-    """(where, {"file_name": ..., "text": ...} or the like) of every row of a table, or of the one in a picture's `own`
-    file. Lines of JSON are not parsed yet, so that a bad one does not end its file."""
-    text, kind = read_text(path, findings), path.suffix.lower()
-    if own:
-        return [
-            ("", {"file_name": path.stem, "text": text if kind == ".txt" else read_strictly(text)})
-        ]
-    if kind == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-        return ((f", line {table.line_num}", row) for row in table)
-    if path.name != "captions.json":
-        return ((f", line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    table = read_strictly(text)
-    if not isinstance(table, dict):
-        raise ValueError("is no object of file names and captions")
-    return (
-        (f", {name}", {"file_name": name, "text": captions}) for name, captions in table.items()
-    )
+def caption_rows(path, is_sidecar, findings):
+    """Yields (position, row) for each row of a caption file. `position` follows the file's name in
+    messages; `row` is {"file_name": ..., "text": ...} or the like. A line of JSON Lines is yielded
+    as text: parsed later, a bad one does not end its file. Raises OSError, ValueError, csv.Error or
+    RecursionError."""
+    text = read_text(path, findings)
+    suffix = path.suffix.lower()
+    if is_sidecar:  # one row, for the images that have the file's name
+        value = text if suffix == ".txt" else load_json(text)
+        yield "", {"file_name": path.stem, "text": value}
+    elif suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        for row in rows:
+            yield f", line {rows.line_num}", row
+    elif path.name == "captions.json":
+        table = load_json(text)
+        if not isinstance(table, dict):
+            raise ValueError("must be an object of file names and captions")
+        for name, value in table.items():
+            yield f", {name}", {"file_name": name, "text": value}
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f", line {number}", line
 
 
-def read_captions(path, find, findings, own=False):
-    """{picture: captions} of a caption file. `find(file, name)` gives the pictures of that name. What is wrong with a
-    row is said, and the next one read."""
-    found = defaultdict(list)
+def parse_row(row):
+    """(file name, captions) of a row of a caption file: a dictionary, or a line of JSON. Raises
+    ValueError."""
+    if isinstance(row, str):
+        row = load_json(row)
+    name = None
+    if isinstance(row, dict):
+        name = row.get("file_name") or row.get("img_path")
+    if not isinstance(name, str):
+        raise ValueError("'file_name' is missing; set it to the name of an image")
+    if None in row:  # where csv puts the fields for which there is no column
+        raise ValueError("has more fields than columns; put captions with commas in quotes")
+    named = {key: row[key] for key in CAPTION_KEYS if key in row}
+    return name, captions_in(named)
+
+
+def read_captions(path, find_images, findings, is_sidecar=False):
+    """{image path: captions} of a caption file. `find_images(file, name)` gives the paths of the
+    images that `name` in this file means. A row that cannot be used becomes a finding, and the rows
+    after it are read."""
+    captions_by_image = defaultdict(list)
     try:
-        for where, row in caption_rows(path, own, findings):
+        for position, row in caption_rows(path, is_sidecar, findings):
             try:
-                row = read_strictly(row) if isinstance(row, str) else row
-                name = (
-                    (row.get("file_name") or row.get("img_path")) if isinstance(row, dict) else None
-                )
-                if not isinstance(name, str):
-                    raise ValueError("names no picture: 'file_name' is missing")
-                if None in row:
-                    raise ValueError(
-                        "has more fields than there are columns; put a caption with commas in quotes"
-                    )
-                captions = captions_in({n: row[n] for n in CAPTION_NAMES if n in row})
-                pictures = find(path, os.path.normpath(name.replace("\\", "/")))
-                for picture in pictures:
-                    found[picture] += captions
-                if not pictures or not captions:
-                    raise ValueError(
-                        "holds no caption" if pictures else f"there is no picture {name!r}"
-                    )
+                name, captions = parse_row(row)
+                image_paths = find_images(path, os.path.normpath(name.replace("\\", "/")))
+                for image_path in image_paths:
+                    captions_by_image[image_path] += captions
+                if not image_paths:
+                    raise ValueError(f"image {name!r} not found")
+                if not captions:
+                    raise ValueError("contains no caption")
             except (ValueError, OSError, RecursionError) as error:
-                findings[CAPTIONS].append(f"{path}{where}: {reason(error)}")
+                findings[CAPTIONS].append(f"{path}{position}: {reason(error)}")
     except (ValueError, OSError, RecursionError, csv.Error) as error:
         findings[CAPTIONS].append(f"{path}: {reason(error)}")
-    return {picture: list(dict.fromkeys(captions)) for picture, captions in found.items()}
+    return {path: list(dict.fromkeys(captions)) for path, captions in captions_by_image.items()}
 
 
 def walk(folder, skipped, findings):
-    """Every visible file under `folder`, sorted, through links too, but each folder once and none of `skipped`."""
-    seen = {os.path.realpath(path) for path in skipped}
-    failed = lambda error: findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=failed):
-        another_run, real = (
-            {"manifest.jsonl", "report.md", "preview.jpg"} <= {*names},
-            os.path.realpath(root),
-        )
-        if another_run or real in seen:
-            findings["Output of a run, not read"] += [root] * another_run
-            folders.clear()
+    """Yields every visible file under `folder`, sorted. Links are followed, but each folder is read
+    once. Folders that hold a run's output are not read, nor are those in `skipped` (real paths)."""
+    seen = set(skipped)
+
+    def report_error(error):
+        findings[LEFT_OUT].append(f"{error.filename}: {reason(error)}")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=report_error):
+        real_path = os.path.realpath(root)
+        is_output = set(OUTPUT_FILES) <= set(names)
+        if is_output:
+            findings["Output of a run, not read"].append(root)
+        if is_output or real_path in seen:
+            folders.clear()  # os.walk then goes no deeper here
             continue
-        seen.add(real)
+        seen.add(real_path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(root) / name
+
+
+def list_files(folder, skipped, findings):
+    """(image paths, caption files) under `folder`; the other files become findings."""
+    image_paths = []
+    caption_files = []
+    other_files = []
+    not_files = []
+    for path in walk(folder, skipped, findings):
+        suffix = path.suffix.lower()
+        if not path.is_file():
+            not_files.append(path)
+        elif suffix in IMAGE_SUFFIXES:
+            image_paths.append(path)
+        elif suffix in (".txt", ".json") or path.name in TABLES:
+            caption_files.append(path)
+        else:
+            other_files.append(path)
+    for path in sorted(not_files):
+        findings[LEFT_OUT].append(f"{path}: is not a regular file, or is a broken link")
+    findings["Other files, not read"] += sorted(other_files)
+    return image_paths, caption_files
+
+
+def precedence(file):
+    """Sort key of caption files: first the sidecars, then the tables of the deepest folders, in the
+    order of their formats."""
+    formats = [".txt", ".jsonl", ".csv", ".json"]
+    return file.name in TABLES, -len(file.parts), formats.index(file.suffix.lower())
+
+
+def find_listed_image(file, name):
+    """[path] of an image that the list `file` names, relative to the current directory or else to
+    the list; [] if neither exists."""
+    for path in (Path(name), file.parent / name):
+        if path.is_file():
+            return [path]
+    return []
+
+
+def image_index(image_paths):
+    """The function find_images of read_captions for these images, whose suffix may be missing."""
+
+    def plain(path):
+        """The path in one Unicode form: macOS may write accents and Korean in another."""
+        return unicodedata.normalize("NFC", str(path))
+
+    # A name with a suffix is looked up as such first, so these entries replace the others.
+    paths_by_name = defaultdict(list)
+    for image_path in image_paths:
+        paths_by_name[plain(image_path.with_suffix(""))].append(image_path)
+    for image_path in image_paths:
+        paths_by_name[plain(image_path)] = [image_path]
+
+    def find_images(file, name):
+        return paths_by_name.get(plain(file.parent / name), [])
+
+    return find_images
 
 
 def read_source(source, config, findings):
-    """Pairs of picture and captions of one source, by the order of precedence in this file's first lines; a picture
-    without captions has []. What an inner source holds is that one's."""
+    """Pairs (image path, captions) for all images of one source in `data_dir`, by the order of
+    precedence at the top of this file; images without captions have []. A folder inside that is
+    itself a source is skipped. Raises UserError if the source does not exist."""
     folder = Path(source.path)
-    if (
-        folder.is_file()
-    ):  # a list of pictures relative to the current directory or, if nothing is there, to the list
-        find = lambda file, name: [
-            place for place in (Path(name), file.parent / name) if place.is_file()
-        ][:1]
-        return read_captions(folder, find, findings).items()
+    if folder.is_file():  # a list of images
+        return read_captions(folder, find_listed_image, findings).items()
     if not folder.is_dir():
-        raise UserError(f"data_dir: {folder} is no folder")
-    inner = [
-        other.path
-        for other in config.data_dir
-        if os.path.realpath(other.path) != os.path.realpath(folder)
-    ]
-    there = list(walk(folder, [config.output_dir, config.cache_dir, *inner], findings))
-    paths = list(filter(Path.is_file, there))
-    findings[LEFT_OUT] += [
-        f"{path}: is no file, or a link to none" for path in sorted({*there} - {*paths})
-    ]
-    pictures = [path for path in paths if path.suffix.lower() in PICTURES]
-    files = [
-        path for path in paths if path.suffix.lower() in (".txt", ".json") or path.name in TABLES
-    ]
-    findings["Other files, not read"] += sorted({*paths} - {*pictures} - {*files})
-    plain_name = lambda path: unicodedata.normalize(
-        "NFC", str(path)
-    )  # accents and Korean may come composed or not
-    named, found = defaultdict(list), {picture: [] for picture in pictures}
-    for picture in pictures:
-        named[plain_name(picture.with_suffix(""))].append(picture)
-    named |= {
-        plain_name(picture): [picture] for picture in pictures
-    }  # a whole name counts before a stem
-    find = lambda file, name: named.get(plain_name(file.parent / name), [])
-    forms = [
-        ".txt",
-        ".jsonl",
-        ".csv",
-        ".json",
-    ]  # a picture's own file counts first, then the nearest table
-    files.sort(
-        key=lambda file: (file.name in TABLES, -len(file.parts), forms.index(file.suffix.lower()))
-    )
-    for file in tqdm(files, desc=f"captions of {folder}", unit="file", leave=False):
-        for picture, captions in read_captions(
-            file, find, findings, own=file.name not in TABLES
-        ).items():
-            found[picture] = found[picture] or captions
-    return found.items()
+        raise UserError(f"data_dir: {folder} not found; set it to a folder of images")
+
+    # All files of the folder, without those of other sources and of the run itself.
+    skipped = {os.path.realpath(other.path) for other in config.data_dir}
+    skipped.discard(os.path.realpath(folder))
+    skipped |= {os.path.realpath(config.output_dir), os.path.realpath(config.cache_dir)}
+    image_paths, caption_files = list_files(folder, skipped, findings)
+
+    # The first file that has captions for an image provides all of them.
+    find_images = image_index(image_paths)
+    captions_by_image = {image_path: [] for image_path in image_paths}
+    caption_files.sort(key=precedence)
+    for file in tqdm(caption_files, desc=f"captions of {folder}", unit="file", leave=False):
+        is_sidecar = file.name not in TABLES
+        captions_of_file = read_captions(file, find_images, findings, is_sidecar)
+        for image_path, captions in captions_of_file.items():
+            if not captions_by_image[image_path]:
+                captions_by_image[image_path] = captions
+    return captions_by_image.items()
 
 
-def save_captions(picture, captions):
-    """Writes a picture's captions beside it: one as `picture.txt`; several, or where there is one already, into
-    `picture.json`, whose other keys stay. Returns the file. Raises UserError if it cannot be written."""
-    text, several = Path(picture).with_suffix(".txt"), Path(picture).with_suffix(".json")
-    if len(captions) == 1 and not several.exists():
-        write_file(os.path.realpath(text), captions[0] + "\n")
-        return text
-    old = read_json(several) if several.exists() else {}
-    write_file(
-        os.path.realpath(several),
-        json.dumps({**old, "caption": captions}, ensure_ascii=False, indent=2) + "\n",
-    )
-    text.unlink(missing_ok=True)  # it would count before
-    return several
+def save_captions(image_path, captions):
+    """Writes an image's captions next to it: a single one to `image.txt`; several, or where
+    `image.json` exists, to `image.json`, whose other keys are kept. Returns the file's path. Raises
+    UserError if it cannot be written."""
+    text_file = Path(image_path).with_suffix(".txt")
+    json_file = Path(image_path).with_suffix(".json")
+    if len(captions) == 1 and not json_file.exists():
+        write_file(os.path.realpath(text_file), captions[0] + "\n")
+        return text_file
+    content = {}
+    if json_file.exists():
+        content = read_json(json_file)
+    content["caption"] = captions
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    write_file(os.path.realpath(json_file), text + "\n")
+    text_file.unlink(missing_ok=True)  # it would take precedence
+    return json_file
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def buckets_of(size, sets):
-    """The buckets of a picture of this size (width, height): of each of the `sets` (see bucket_sets) the one with the
-    nearest aspect ratio, of equal ones the larger, if the picture fills it; if it fills none, that of the first."""
-    ratio = lambda bucket: abs(math.log(size[0] / size[1] * bucket[1] / bucket[0]))
-    nearest = [
-        min(buckets, key=lambda bucket: (ratio(bucket), -bucket[0] * bucket[1])) for buckets in sets
-    ]
-    filled = [bucket for bucket in nearest if bucket[0] <= size[0] and bucket[1] <= size[1]]
+    """The buckets for an image of this size (width, height): of each of the `sets` (see
+    bucket_sets) the one with the nearest aspect ratio, of equally near ones the larger, if the
+    image fills it; if it fills none, that of the first set."""
+    width, height = size
+
+    def distance(bucket):
+        bucket_width, bucket_height = bucket
+        ratio = width / height * bucket_height / bucket_width
+        return abs(math.log(ratio)), -bucket_width * bucket_height
+
+    nearest = [min(buckets, key=distance) for buckets in sets]
+    filled = [bucket for bucket in nearest if bucket[0] <= width and bucket[1] <= height]
     return list(dict.fromkeys(filled or nearest[:1]))
 
 
 def orientation_of(image):
-    """The EXIF orientation that is still to be applied: Pillow turns a TIFF itself. 1 if the EXIF is damaged."""
+    """The EXIF orientation that is still to be applied, 1 to 8; 1, upright, if the EXIF data is
+    invalid."""
     with contextlib.suppress(Exception):
         orientation = image.getexif().get(0x0112)
-        return orientation if orientation in TURNS and image.format != "TIFF" else 1
+        if orientation in TURNS and image.format != "TIFF":  # Pillow itself turns a TIFF upright
+            return orientation
     return 1
 
 
 def inspect_image(path, known):
-    """{"stamp", "content_hash", "size"} of a picture, as in ImageRecord; from `known`, {(path, *stamp): facts}, if it has not
-    changed. Raises an exception for what cannot be used."""
-    str(path).encode("utf-8")
+    """{"stamp", "content_hash", "size"} of an image, as in ImageRecord; from `known`, {(path,
+    *stamp): facts}, if the file is unchanged. Raises an exception if the image cannot be used;
+    Pillow's plugins raise many types."""
+    str(path).encode("utf-8")  # raises ValueError for a path that the manifest cannot hold
     stamp = file_stamp(os.stat(path))
-    if (str(path), *stamp) in known:
-        return known[(str(path), *stamp)]
+    key = (str(path), *stamp)
+    if key in known:
+        return known[key]
+
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         if image.info.get("longcat") == GRID or image.info.get("comment") == GRID.encode():
-            raise ValueError("is a grid or a preview that these scripts have drawn")
+            raise ValueError("is a grid or preview that these scripts created")
         if image.mode in ("F", "I"):
-            raise ValueError("32-bit pixels are not supported; save it with 8 or 16 bits a channel")
-        size = image.size[::-1] if orientation_of(image) > 4 else image.size
+            raise ValueError("has 32-bit pixels; save it with 8 or 16 bits per channel")
+        size = image.size
+        if orientation_of(image) > 4:
+            size = size[::-1]
         if min(size) < SMALLEST_SIDE:
-            raise ValueError(f"is {size[0]}x{size[1]} pixels, under {SMALLEST_SIDE} on a side")
-        end_marker = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
-        if not (image.format in ("JPEG", "MPO") and end_marker):  # that tells that a JPEG is whole
+            raise ValueError(
+                f"is {size[0]}x{size[1]} pixels; both sides need at least {SMALLEST_SIDE}"
+            )
+
+        # Decoding tells whether a file is complete; a JPEG's end marker tells it at once.
+        has_end_marker = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+        if image.format not in ("JPEG", "MPO") or not has_end_marker:
             image.draft(None, (1, 1))
             image.load()
-    return {"stamp": stamp, "content_hash": hashlib.sha256(data).hexdigest()[:32], "size": size}
+    content_hash = hashlib.sha256(data).hexdigest()[:32]
+    return {"stamp": stamp, "content_hash": content_hash, "size": size}
 
 
 @functools.lru_cache(maxsize=64)
 def srgb_transform(profile, mode):
-    """The transform of pixels of `mode` from a colour profile to sRGB; None if it cannot be used, or if it changes next
-    to nothing: many profiles are sRGB under some name."""
-    colours = Image.frombytes(mode, (64, 64), np.random.default_rng(0).bytes(64 * 64 * len(mode)))
+    """The transform of pixels of `mode` from a color profile (bytes) to sRGB. None if it cannot be
+    used, or changes next to nothing: many profiles are sRGB under another name."""
+    pixels = np.random.default_rng(0).bytes(64 * 64 * len(mode))
+    colors = Image.frombytes(mode, (64, 64), pixels)
+    srgb = ImageCms.createProfile("sRGB")
     with contextlib.suppress(ImageCms.PyCMSError):
-        transform = ImageCms.buildTransform(
-            io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB"
-        )
-        change = np.subtract(
-            ImageCms.applyTransform(colours, transform), colours.convert("RGB"), dtype=int
-        )
-        return transform if np.abs(change).max() > 3 else None
+        transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, mode, "RGB")
+        transformed = ImageCms.applyTransform(colors, transform)
+        change = np.subtract(transformed, colors.convert("RGB"), dtype=int)
+        if np.abs(change).max() > 3:
+            return transform
+
+
+def reduce_decoding(image, size):
+    """Sets the decoder of a JPEG that is much larger than `size` (width, height) to decode it at
+    reduced size. Returns the exact (width, height) that any image then has."""
+    # At least 1.5 times the size is left, so that the resize, not the decoder, decides the quality.
+    scale = 1.5 * max(size[0] / image.width, size[1] / image.height)
+    needed_size = (math.ceil(scale * image.width), math.ceil(scale * image.height))
+    reduced = image.draft(None, needed_size)
+    if reduced:
+        return reduced[1][2:]  # image.size has these rounded up
+    return image.size
+
+
+def crop_box(width, height, size):
+    """The box (left, top, right, bottom) of the largest centered part of an image of this width and
+    height that has the aspect ratio of `size` (width, height)."""
+    target_width, target_height = size
+    scale = min(width / target_width, height / target_height)
+    left = max(0, (width - scale * target_width) / 2)
+    top = max(0, (height - scale * target_height) / 2)
+    right = min(width, left + scale * target_width)
+    bottom = min(height, top + scale * target_height)
+    return left, top, right, bottom
 
 
 def load_image(path, bucket):
-    """The picture as the model will see it: RGB in sRGB, upright, transparency on white, resized to cover the bucket
-    (width, height), centre cropped. Bicubic, as in the model authors' training. A JPEG of at least three times the size
-    is decoded at reduced size: three times faster, and within 45 dB of the full path for camera pictures."""
+    """The image as the model will see it: RGB in sRGB, upright, transparency on white, resized to
+    cover the bucket (width, height), center-cropped. Bicubic, as in the model authors' training. A
+    JPEG of at least three times the size is decoded at reduced size: three times faster, and within
+    45 dB of the full decode for photographs."""
     with Image.open(path) as image:
-        orientation, profile = orientation_of(image), image.info.get("icc_profile")
-        if image.mode.startswith("I;16"):  # converted as it is, all of it would be white
+        orientation = orientation_of(image)
+        profile = image.info.get("icc_profile")
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would make all of it white
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        flat_mode = {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-        mode = "RGBA" if image.has_transparency_data else flat_mode
-        size = bucket[::-1] if orientation > 4 else bucket
-        scale = max(size[0] / image.width, size[1] / image.height)
-        # Reduction leaves 1.5 times what is needed, so that the resize, not the decoder, decides what is seen. The
-        # decoder rounds the reduced size up: its box tells where the picture itself lies in it.
-        reduced = image.draft(
-            None, (math.ceil(1.5 * scale * image.width), math.ceil(1.5 * scale * image.height))
-        )
-        width, height = reduced[1][2:] if reduced else image.size
-        crop = min(width / size[0], height / size[1])
-        left, top = max(0, (width - crop * size[0]) / 2), max(0, (height - crop * size[1]) / 2)
-        box = (left, top, min(width, left + crop * size[0]), min(height, top + crop * size[1]))
-        picture = (image if image.mode == mode else image.convert(mode)).resize(
-            size, Image.Resampling.BICUBIC, box
-        )
+
+        # The mode for resizing: profiles for gray or CMYK pixels need these as they are.
+        mode = {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+        if image.has_transparency_data:
+            mode = "RGBA"
+        size = bucket
+        if orientation > 4:
+            size = bucket[::-1]
+        width, height = reduce_decoding(image, size)
+        box = crop_box(width, height, size)
+        if image.mode != mode:
+            image = image.convert(mode)
+        image = image.resize(size, Image.Resampling.BICUBIC, box)
+
+    # White behind transparency, then sRGB, then upright.
     if mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture).convert("RGB")
-    if profile and (transform := srgb_transform(profile, picture.mode)):
-        picture = ImageCms.applyTransform(picture, transform)
-    return (picture.transpose(TURNS[orientation]) if orientation > 1 else picture).convert("RGB")
+        white = Image.new("RGBA", size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    if profile:
+        transform = srgb_transform(profile, image.mode)
+        if transform:
+            image = ImageCms.applyTransform(image, transform)
+    if orientation > 1:
+        image = image.transpose(TURNS[orientation])
+    return image.convert("RGB")
 
 
-# ---------------------------------------------------------------- what the user sees
+# ---------------------------------------------------------------- report
 
 
-def describe(pictures, config, findings):
-    """What is worth knowing of the pictures and captions: (summary, report in Markdown with every finding, problems
-    first). `findings` holds what reading them has found."""
-    copies = defaultdict(set)
-    for picture in pictures:
-        path, (width, height), bucket = picture.path, picture.size, picture.bucket
-        scale = max(bucket[0] / width, bucket[1] / height)
-        kept = bucket[0] * bucket[1] / (width * height * scale**2)
-        copies[picture.content_hash].add(path)
+def check_images(records, findings):
+    """Adds findings about sizes and duplicates."""
+    paths_by_hash = defaultdict(set)
+    for record in records:
+        paths_by_hash[record.content_hash].add(record.path)
+        width, height = record.size
+        bucket_width, bucket_height = record.bucket
+        scale = max(bucket_width / width, bucket_height / height)
+        kept = bucket_width * bucket_height / (width * height * scale**2)
+        line = f"{record.path}: {width}x{height}"
         if scale > 1:
-            findings["Smaller than their bucket"].append(
-                f"{path}: {width}x{height}, enlarged {scale:.2f} times"
-            )
+            findings["Smaller than their bucket"].append(f"{line}, enlarged {scale:.2f} times")
         if kept < 0.5:
-            findings["More than half is cut away"].append(
-                f"{path}: {width}x{height}, {kept:.0%} is kept"
-            )
-    findings["Exact duplicates"] = [
-        " = ".join(sorted(paths)) for paths in copies.values() if len(paths) > 1
-    ]
+            findings["More than half is cropped"].append(f"{line}, {kept:.0%} is kept")
+    for paths in paths_by_hash.values():
+        if len(paths) > 1:
+            findings["Exact duplicates"].append(" = ".join(sorted(paths)))
 
-    captions = dict.fromkeys(
-        (picture.path, text) for picture in pictures for text in picture.captions
-    )
+
+def has_unquoted_lettering(caption):
+    """Whether a caption seems to describe text in the image, and quotes none."""
+    if not LETTERING.search(caption):
+        return False
+    return not any(is_quoted for _, is_quoted in split_quotation(caption))
+
+
+def check_captions(captions, config, findings):
+    """Adds findings about `captions`, [(image path, caption)]. Returns a sentence about their
+    lengths."""
+
+    def lines_where(test):
+        return [f"{path}: {caption[:60]}" for path, caption in captions if test(caption)]
+
     for word in config.trigger_words:
-        count = sum(word in text for _, text in captions)
-        findings["Trigger words"].append(
-            f"{word!r}: {count} captions have it, {len(captions) - count} have not"
-        )
-    where = lambda test: [f"{path}: {text[:60]}" for path, text in captions if test(text)]
-    findings["Placeholders, trained on as text"] = where(
-        re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]").search
-    )
-    lettering = re.compile(
-        r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样"
-    )
-    unquoted = lambda text: (
-        lettering.search(text) and not any(quoted for _, quoted in split_quotation(text))
-    )
-    findings["Text in the picture? Only quoted text is drawn letter by letter"] = where(unquoted)
-    summary = f"{len({p.path for p in pictures})} pictures, {len(findings[LEFT_OUT])} left out; "
-    summary += f"{sum(p.repeats for p in pictures)} samples an epoch; {len(captions)} captions"
+        count = sum(word in caption for _, caption in captions)
+        findings["Trigger words"].append(f"{word!r}: in {count} of {len(captions)} captions")
+    findings["Placeholders, trained on as literal text"] = lines_where(PLACEHOLDER.search)
+    title = "Text in the image? Only quoted text is encoded character by character"
+    findings[title] = lines_where(has_unquoted_lettering)
+
     try:
-        tokens = token_counts(load_tokenizer(config), {text for _, text in captions})
-        findings[f"Over {TEXT_TOKENS} tokens, the rest is not read"] = where(
-            lambda text: tokens[text] > TEXT_TOKENS
-        )
-        longest, short = (
-            max(tokens.values(), default=0),
-            sum(tokens[text] < SHORT_CAPTION for _, text in captions),
-        )
-        summary += f" of at most {longest} tokens, {short} under {SHORT_CAPTION}; long descriptions teach best."
+        tokenizer = load_tokenizer(config)
     except UserError as error:
-        summary += f"; tokens were not counted ({error})."
-    lines = ["# Data report", "", summary, "", "| bucket | pictures |", "| --- | ---: |"]
-    lines += [
-        f"| {w}x{h} | {count} |"
-        for (w, h), count in sorted(Counter(p.bucket for p in pictures).items())
-    ]
-    for title in sorted(
-        filter(findings.get, findings), key=lambda title: (title != LEFT_OUT, title != CAPTIONS)
-    ):
-        found = dict.fromkeys(findings[title])  # a picture may be there in several buckets
-        lines += ["", f"## {title}: {len(found)}", "", *(f"- {line}" for line in found)]
-    plain = (
-        re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines
-    )  # file names may hold anything
-    return summary, "\n".join([*plain, ""]).encode("utf-8", "replace").decode()
+        return f"{len(captions)} captions; tokens were not counted ({error})."
+    tokens = token_counts(tokenizer, {caption for _, caption in captions})
+    findings[f"Over {TEXT_TOKENS} tokens, the rest is cut off"] = lines_where(
+        lambda caption: tokens[caption] > TEXT_TOKENS
+    )
+    longest = max(tokens.values(), default=0)
+    short = sum(tokens[caption] < SHORT_CAPTION for _, caption in captions)
+    return (
+        f"{len(captions)} captions of at most {longest} tokens, {short} under {SHORT_CAPTION}; "
+        "long descriptions work best."
+    )
+
+
+def describe(records, config, findings):
+    """(summary, report in Markdown) of the images and captions. The report lists all findings:
+    those in `findings`, from reading the data, and those added here."""
+    check_images(records, findings)
+    # An image in several buckets has several records; each of its captions counts once.
+    captions = {}
+    for record in records:
+        for caption in record.captions:
+            captions[record.path, caption] = True
+    sentence = check_captions(list(captions), config, findings)
+    image_count = len({record.path for record in records})
+    sample_count = sum(record.repeats for record in records)
+    summary = (
+        f"{image_count} images, {len(findings[LEFT_OUT])} left out; "
+        f"{sample_count} samples per epoch; {sentence}"
+    )
+    return summary, report_text(summary, records, findings)
+
+
+def report_text(summary, records, findings):
+    """report.md: the summary, the number of images per bucket, and the findings, problems first."""
+    lines = ["# Data report", "", summary, "", "| bucket | images |", "| --- | ---: |"]
+    counts = Counter(record.bucket for record in records)
+    for (width, height), count in sorted(counts.items()):
+        lines.append(f"| {width}x{height} | {count} |")
+
+    for title in dict.fromkeys([LEFT_OUT, CAPTIONS, *findings]):
+        section = dict.fromkeys(findings[title])  # an image in several buckets is listed once
+        if section:
+            lines += ["", f"## {title}: {len(section)}", ""]
+            lines += [f"- {line}" for line in section]
+
+    # File names may contain line breaks, control characters and invalid Unicode.
+    lines = [re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines]
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "replace").decode()
+
+
+# ---------------------------------------------------------------- preview
 
 
 @functools.cache
@@ -463,136 +624,182 @@ def system_font(names, size):
 
 
 def label(text, size, instead="(no font for Chinese text)"):
-    """A label on one line and its font. Pillow's own has only ASCII: other texts are in a system font. Without one
-    accents are left out, and a Chinese text is replaced by `instead`."""
+    """(text on one line, font of this size) to write next to an image. Pillow's own font
+    has only ASCII; other texts need a font of the system. Without one, accents are dropped and
+    Chinese text is replaced by `instead`."""
     text = " ".join(text.split())
-    font = (
-        None
-        if text.isascii()
-        else system_font(CHINESE_FONTS if is_chinese(text) else OTHER_FONTS, size)
-    )
-    if not font:
-        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-        text, font = instead if is_chinese(text) else plain, ImageFont.load_default(size)
-    return text, font
+    is_chinese = CHINESE.search(text)
+    font = None
+    if not text.isascii():
+        font = system_font(CHINESE_FONTS if is_chinese else OTHER_FONTS, size)
+    if font:
+        return text, font
+    if is_chinese:
+        text = instead
+    else:
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return text, ImageFont.load_default(size)
 
 
-def contact_sheet(pictures):
-    """A picture of what the model will see: cropped as in training, sorted by bucket, with the first words of each
-    caption. Of a large data set an even choice from every bucket is shown."""
-    groups = [
-        [p for p in pictures if p.bucket == bucket]
-        for bucket in sorted({p.bucket for p in pictures})
-    ]
-    shown = [
-        picture for group in groups for picture in group[:: math.ceil(len(pictures) / SHEET_IMAGES)]
-    ]
-    rows, step = math.ceil(len(shown) / SHEET_COLUMNS), SHEET_CELL + 60
-    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * step), "white")
+def load_tile(record):
+    """The image as the model will see it, its longer side TILE pixels; red if it cannot be
+    loaded."""
+    size = tuple(math.ceil(side * TILE / max(record.bucket)) for side in record.bucket)
+    try:
+        return load_image(record.path, size)
+    except Exception:  # caching the latents will report it
+        return Image.new("RGB", size, "#cc0000")
 
-    def tile(picture):
-        size = tuple(
-            math.ceil(side * (SHEET_CELL - 8) / max(picture.bucket)) for side in picture.bucket
-        )
-        try:
-            return load_image(picture.path, size)
-        except Exception:  # caching will say why; here it is a red tile
-            return Image.new("RGB", size, "#cc0000")
 
-    for i, (picture, seen) in enumerate(zip(shown, in_parallel(tile, shown))):
-        text, font = label("{}x{}: {}".format(*picture.bucket, picture.captions[0]), 13)
-        text = textwrap.wrap(text, 13 if is_chinese(text) else 26, max_lines=3, placeholder="…")
-        cell = Image.new("RGB", (SHEET_CELL - 8, step), "white")
-        cell.paste(seen)
-        ImageDraw.Draw(cell).text((0, seen.height), "\n".join(text), "#444444", font=font)
-        sheet.paste(cell, (i % SHEET_COLUMNS * SHEET_CELL + 4, i // SHEET_COLUMNS * step + 4))
+def contact_sheet(records):
+    """The preview: images cropped as in training, sorted by bucket, with the first words of their
+    captions. Of a large data set it shows an even selection from every bucket."""
+    records_by_bucket = defaultdict(list)
+    for record in records:
+        records_by_bucket[record.bucket].append(record)
+    stride = math.ceil(len(records) / SHEET_IMAGES)
+    shown = []
+    for bucket in sorted(records_by_bucket):
+        shown += records_by_bucket[bucket][::stride]
+
+    row_height = SHEET_CELL + 60  # the caption below the image has 60 pixels
+    row_count = math.ceil(len(shown) / SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, row_count * row_height), "white")
+    tiles = in_parallel(load_tile, shown)
+    for number, (record, tile) in enumerate(zip(shown, tiles)):
+        width, height = record.bucket
+        text, font = label(f"{width}x{height}: {record.captions[0]}", 13)
+        line_length = 13 if CHINESE.search(text) else 26
+        lines = textwrap.wrap(text, line_length, max_lines=3, placeholder="…")
+        cell = Image.new("RGB", (TILE, row_height), "white")
+        cell.paste(tile)
+        ImageDraw.Draw(cell).text((0, tile.height), "\n".join(lines), "#444444", font=font)
+        row, column = divmod(number, SHEET_COLUMNS)
+        sheet.paste(cell, (column * SHEET_CELL + 4, row * row_height + 4))
     return sheet
 
 
-def main(config):
-    """Writes manifest, report and preview. Returns a list of ImageRecord. Raises UserError if nothing can be used."""
+# ---------------------------------------------------------------- the stage
+
+
+def check_folders(config):
+    """Raises UserError if `data_dir` is not set, or the output would go to the folder of a
+    source."""
     if not config.data_dir:
-        raise UserError("data_dir: not set; name the folder with your pictures")
+        raise UserError("data_dir: not set; set it to the folder with your images")
+    data_folders = [os.path.realpath(source.path) for source in config.data_dir]
     for key in ("output_dir", "cache_dir"):
-        if os.path.realpath(getattr(config, key)) in [
-            os.path.realpath(source.path) for source in config.data_dir
-        ]:
-            raise UserError(
-                f"{key}: {getattr(config, key)} is the data folder itself; choose another"
-            )
-    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is in the report
-    manifest, report, preview = (
-        Path(config.output_dir) / n for n in ("manifest.jsonl", "report.md", "preview.jpg")
-    )
-    findings, before, pictures, sets = Findings(), [], [], bucket_sets(config)
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # there is no manifest yet, or one of another kind: all is read
-        before = read_manifest(manifest)
-    known = {
-        (p.path, *p.stamp): dict(stamp=p.stamp, content_hash=p.content_hash, size=p.size)
-        for p in before
-    }
+        folder = getattr(config, key)
+        if os.path.realpath(folder) in data_folders:
+            raise UserError(f"{key}: {folder} is the data folder itself; choose another folder")
 
-    def prepare(item):
-        """A picture in each of its buckets, or as a text the reason to leave it out."""
-        source, path, captions = item
+
+def with_prefix(prefix, caption):
+    """The caption after the source's prefix; a space goes between two Latin letters or digits
+    only."""
+    if re.match("[a-zA-Z0-9]{2}", prefix[-1:] + caption[:1]):
+        return f"{prefix} {caption}"
+    return prefix + caption
+
+
+def inspect_images(image_paths, previous_records):
+    """Yields inspect_image's result for every image, or as text the reason to leave it out. Files
+    that have not changed since `previous_records` are not read again."""
+    known = {}
+    for record in previous_records:
+        facts = dict(stamp=record.stamp, content_hash=record.content_hash, size=record.size)
+        known[record.path, *record.stamp] = facts
+
+    def inspect(image_path):
         try:
-            facts = inspect_image(path, known)
-        except Exception as error:  # Pillow's plugins raise many kinds
+            return inspect_image(image_path, known)
+        except Exception as error:  # Pillow's plugins raise many types
             return reason(error)
-        if not captions and not config.instance_prompt:
-            return f"no caption; write it to {path.stem}.txt beside it, in UTF-8, or set instance_prompt"
-        prefix, latin = source.caption_prefix, re.compile("[a-zA-Z0-9]{2}").match
-        space = lambda caption: (
-            " " if latin(prefix[-1:] + caption[:1]) else ""
-        )  # only between two Latin letters
-        captions = [
-            prefix + space(caption) + caption for caption in captions or [config.instance_prompt]
-        ]
-        own = dict(
-            captions=captions,
-            repeats=source.repeats,
-            loss_weight=source.loss_weight,
-            source=source.path,
-        )
-        return [
-            ImageRecord(path=str(path), bucket=bucket, **own, **facts)
-            for bucket in buckets_of(facts["size"], sets)
-        ]
 
-    found = [
-        (source, *pair)
-        for source in config.data_dir
-        for pair in read_source(source, config, findings)
-    ]
-    prepared = tqdm(
-        in_parallel(prepare, found), "pictures", len(found), leave=False, unit="picture"
-    )
-    for (_, path, captions), result in zip(found, prepared):
-        if isinstance(result, str):
-            findings[LEFT_OUT].append(f"{path}: {result}")
+    inspected = in_parallel(inspect, image_paths)
+    yield from tqdm(inspected, "images", len(image_paths), leave=False, unit="image")
+
+
+def make_records(items, config, previous_records, findings):
+    """The ImageRecords of `items`, [(source, image path, captions)]: one for each bucket of an
+    image. Images that cannot be used become findings."""
+    records = []
+    sets = bucket_sets(config)
+    inspected = inspect_images([image_path for _, image_path, _ in items], previous_records)
+    for (source, image_path, captions), facts in zip(items, inspected):
+        if isinstance(facts, str):
+            findings[LEFT_OUT].append(f"{image_path}: {facts}")
             continue
-        pictures += result
+        if not captions and not config.instance_prompt:
+            advice = f"write one to {image_path.stem}.txt, in UTF-8, or set instance_prompt"
+            findings[LEFT_OUT].append(f"{image_path}: has no caption; {advice}")
+            continue
         if not captions:
-            findings["Without a caption of their own, instance_prompt is used"].append(path)
-    summary, text = describe(pictures, config, findings)
-    if pictures and pictures != before:
-        write_file(
-            manifest, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pictures)
-        )
+            findings["Without a caption, instance_prompt is used"].append(image_path)
+            captions = [config.instance_prompt]
+
+        captions = [with_prefix(source.caption_prefix, caption) for caption in captions]
+        for bucket in buckets_of(facts["size"], sets):
+            record = ImageRecord(
+                path=str(image_path),
+                bucket=bucket,
+                captions=captions,
+                repeats=source.repeats,
+                loss_weight=source.loss_weight,
+                source=source.path,
+                **facts,
+            )
+            records.append(record)
+    return records
+
+
+def write_manifest(path, records):
+    """Writes the manifest: a line of JSON for each record."""
+    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    write_file(path, "".join(lines))
+
+
+def write_preview(path, records):
+    """Writes the contact sheet as a JPEG, marked so that it is not trained on."""
+    data = io.BytesIO()
+    contact_sheet(records).save(data, "JPEG", quality=88, comment=GRID)
+    write_file(path, data.getvalue())
+
+
+def main(config):
+    """Writes manifest, report and preview. Returns a list of ImageRecord. Raises UserError if there
+    is nothing to train on."""
+    check_folders(config)
+    warnings.filterwarnings("ignore", module="PIL")  # the report has what matters of it
+    manifest, report, preview = (Path(config.output_dir) / name for name in OUTPUT_FILES)
+    findings = Findings()
+
+    # Captions and images of all sources.
+    items = []
+    for source in config.data_dir:
+        for image_path, captions in read_source(source, config, findings):
+            items.append((source, image_path, captions))
+    previous_records = []
+    with contextlib.suppress(OSError, ValueError):  # no manifest yet, or none that can be used
+        previous_records = read_manifest(manifest)
+    records = make_records(items, config, previous_records, findings)
+
+    # An unchanged manifest is not written again, so its time tells whether the preview is current.
+    summary, text = describe(records, config, findings)
+    if records and records != previous_records:
+        write_manifest(manifest, records)
     write_file(report, text)
-    if not pictures:
+    if not records:
         raise UserError(
-            f"data_dir: no picture to train on; what was left out, and why, is in {report}"
+            f"data_dir: no image to train on; {report} lists what was left out, and why"
         )
     if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
-        contact_sheet(pictures).save(data := io.BytesIO(), "JPEG", quality=88, comment=GRID)
-        write_file(preview, data.getvalue())
+        write_preview(preview, records)
+
     for line in findings[LEFT_OUT][:9]:
         print(f"left out: {line}")
-    print(f"{summary} See {report}, and in {preview} what the model will see.")
-    return pictures
+    print(f"{summary} See {report}; {preview} shows what the model will see.")
+    return records
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def test_from_an_empty_browser_to_a_lora(place, request):
         "![a](http://outside.invalid/a) <img src=http://outside.invalid/b>"
     )
     page.click("#look")
-    see("data-message", "35 pictures, 0 left out")
+    see("data-message", "35 images, 0 left out")
     page.locator("#pictures button.thumbnail-item").nth(1).click()
     holds("caption", "zumi on a blue background")
     fill("", caption="a corrected caption\n改过的描述")

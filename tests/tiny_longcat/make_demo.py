@@ -1,4 +1,4 @@
-"""Draws the README's picture, `demo.png`, from a finished run of the demo:
+"""Makes the README's figure, `demo.png`, from a finished run of the demo:
 
     python tests/tiny_longcat/make_demo.py
 
@@ -16,28 +16,41 @@ sys.path.insert(0, str(ROOT))
 from longcat_common import load_config
 from prepare_data import label
 
-CELL, GAP, LINE = 160, 8, 20
+# Pixels: the side of an image, the gap between two, the height of a line of text.
+CELL = 160
+GAP = 8
+LINE = 20
+
+
+def split_preview(preview, count):
+    """The `count` square images in a column of previews."""
+    side = preview.width
+    return [preview.crop((0, i * side, side, (i + 1) * side)) for i in range(count)]
+
+
+def square_images(folder, count):
+    """The first `count` square images in a folder."""
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json"]
+    images = [Image.open(path) for path in paths]
+    return [image for image in images if image.width == image.height][:count]
 
 
 def main():
+    """Rows: images of the data set, previews before training, previews after it. Below, the
+    prompts."""
     config = load_config(ROOT / "configs" / "tiny.json")
-    columns = [
-        Image.open(path)
-        for path in sorted((ROOT / config.output_dir / "validation").glob("step-*.png"))
-    ]
-    size, prompts = columns[0].width, config.validation_prompts
-    cut = lambda column: [
-        column.crop((0, i * size, size, (i + 1) * size)) for i in range(len(prompts))
-    ]
-    pictures = [
-        Image.open(path) for path in sorted((HERE / "pictures").iterdir()) if path.suffix != ".json"
-    ]
-    square = [picture for picture in pictures if picture.width == picture.height][: len(prompts)]
-    rows = {"six of its pictures": square, "before": cut(columns[0]), "after": cut(columns[-1])}
+    prompts = config.validation_prompts
+    preview_paths = sorted((ROOT / config.output_dir / "validation").glob("step-*.png"))
+    rows = {
+        "six of its pictures": square_images(HERE / "pictures", len(prompts)),
+        "before": split_preview(Image.open(preview_paths[0]), len(prompts)),
+        "after": split_preview(Image.open(preview_paths[-1]), len(prompts)),
+    }
 
-    height = sum(LINE + CELL + GAP for _ in rows) + 2 * LINE
-    image = Image.new("RGB", (len(prompts) * (CELL + GAP) + GAP, height), "white")
-    draw = ImageDraw.Draw(image)
+    width = len(prompts) * (CELL + GAP) + GAP
+    height = len(rows) * (LINE + CELL + GAP) + 2 * LINE
+    figure = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(figure)
 
     def write(text, x, y, anchor):
         text, font = label(text, 13)
@@ -46,14 +59,18 @@ def main():
     for row, (name, images) in enumerate(rows.items()):
         top = row * (LINE + CELL + GAP)
         write(name, GAP, top + LINE / 2, "lm")
-        for i, picture in enumerate(images):
-            small = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
-            image.paste(small, (GAP + i * (CELL + GAP), top + LINE))
-    for i, prompt in enumerate(prompts):  # in two lines, where it is long
+        for i, image in enumerate(images):
+            small = image.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+            figure.paste(small, (GAP + i * (CELL + GAP), top + LINE))
+
+    # Long prompts go on two lines.
+    for i, prompt in enumerate(prompts):
         left, _, right = prompt.partition(" on ")
-        for line, text in enumerate([left, f"on {right}"] if right else [prompt]):
-            write(text, GAP + i * (CELL + GAP) + CELL / 2, height - (1.5 - line) * LINE, "mm")
-    image.save(HERE / "demo.png", optimize=True)
+        lines = [left, f"on {right}"] if right else [prompt]
+        for number, line in enumerate(lines):
+            y = height - (1.5 - number) * LINE
+            write(line, GAP + i * (CELL + GAP) + CELL / 2, y, "mm")
+    figure.save(HERE / "demo.png", optimize=True)
     print(f"wrote {HERE / 'demo.png'}")
 
 

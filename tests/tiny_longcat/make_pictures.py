@@ -1,10 +1,11 @@
-"""The pictures of the tiny model's world, and the demo's two data sets.
+"""The images that the tiny model knows, and the two data sets of the demo.
 
     python tests/tiny_longcat/make_pictures.py
 
-writes `pictures/` (what the LoRA learns: a character, "zumi", that the tiny base model has never seen) and
-`regularisation/` (things as the base draws them: they keep all else as it was). The things are glyphs of the font Noto
-Color Emoji (Debian: apt-get install fonts-noto-color-emoji), see LICENSE.md. Same bytes for one Pillow and one font.
+writes `pictures/` (what the LoRA learns: a character, "zumi", that the tiny base model has never
+seen) and `regularisation/` (regularization images: things as the base model generates them, so that
+it keeps generating them so). The things are glyphs of the font Noto Color Emoji (Debian: apt-get
+install fonts-noto-color-emoji), see LICENSE.md. The same Pillow and font write the same bytes.
 """
 
 import functools
@@ -70,7 +71,7 @@ THINGS = {
 
 @functools.cache
 def glyph(thing):
-    """An RGBA picture of the thing, cut to its outline."""
+    """An RGBA image of the thing, cropped to its outline."""
     image = Image.new("RGBA", (160, 160))
     font = ImageFont.truetype(FONT, 109)  # the one size that its bitmaps have
     ImageDraw.Draw(image).text(
@@ -81,10 +82,13 @@ def glyph(thing):
 
 @functools.cache
 def character():
-    """An RGBA picture of zumi: a teal egg with one large eye, two yellow horns, a toothy smile and orange feet."""
+    """An RGBA image of zumi: a teal egg with one large eye, two yellow horns, a toothy smile and
+    orange feet."""
     image = Image.new("RGBA", (640, 640))
     draw = ImageDraw.Draw(image)
-    line, teal, yellow = (24, 60, 84), (24, 170, 160), (255, 200, 40)
+    line = (24, 60, 84)
+    teal = (24, 170, 160)
+    yellow = (255, 200, 40)
     shape = dict(outline=line, width=14)
     for x in (150, 330):
         draw.ellipse((x, 560, x + 160, 636), fill=(250, 130, 40), **shape)  # feet
@@ -101,12 +105,12 @@ def character():
 
 
 def draw_picture(rng, figure, ground, width, height):
-    """RGB picture of `figure` (RGBA) in the middle of a plain ground, hardly ever at quite the same place and size."""
+    """An RGB image (width, height) of `figure` (RGBA) in the middle of a plain background, with
+    small random changes of place and size."""
     side = min(width, height) * rng.uniform(0.72, 0.77)
     scale = side / max(figure.size)
-    figure = figure.resize(
-        [round(length * scale) for length in figure.size], Image.Resampling.LANCZOS
-    )
+    size = [round(length * scale) for length in figure.size]
+    figure = figure.resize(size, Image.Resampling.LANCZOS)
     image = Image.new("RGB", (width, height), GROUNDS[ground][1])
     x = round((width - figure.width) / 2 + rng.uniform(-0.012, 0.012) * side)
     y = round((height - figure.height) / 2 + rng.uniform(-0.012, 0.012) * side)
@@ -115,13 +119,13 @@ def draw_picture(rng, figure, ground, width, height):
 
 
 def captions(thing, ground):
-    """{"en", "zh"}: what is to be seen. `thing` is a key of THINGS or any other word."""
+    """{"en": caption, "zh": caption} of an image. `thing` is a key of THINGS or any other word."""
     chinese = THINGS[thing][1] if thing in THINGS else thing
     return {"en": f"{thing} on a {ground} background", "zh": f"{chinese}，{GROUNDS[ground][0]}背景"}
 
 
 def save(image, caption, path):
-    """Writes the picture, and beside it its caption as .txt, or {language: caption} as .json."""
+    """Writes the image, and next to it a caption as .txt, or {language: caption} as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=92)
     if isinstance(caption, str):
@@ -132,31 +136,29 @@ def save(image, caption, path):
 
 
 def make_character(folder, seed, count, grounds=("white", "blue", "yellow")):
-    """`count` pictures of the character with captions in both languages, in three formats and several aspect ratios."""
+    """`count` images of the character with captions in both languages, in three file formats and
+    several aspect ratios."""
     rng = random.Random(seed)
     sizes = [(256, 256), (200, 200), (384, 256), (256, 384)]
+    suffixes = [".png", ".jpg", ".webp"]
     for i in range(count):
         ground = grounds[i % len(grounds)]
         image = draw_picture(rng, character(), ground, *sizes[i % 4])
-        save(
-            image,
-            captions(TRIGGER, ground),
-            Path(folder) / f"{TRIGGER}-{i:02d}{['.png', '.jpg', '.webp'][i % 3]}",
-        )
+        path = Path(folder) / f"{TRIGGER}-{i:02d}{suffixes[i % 3]}"
+        save(image, captions(TRIGGER, ground), path)
 
 
 def make_regularization_images(folder, seed, count):
-    """`count` pictures of things that the base knows, with captions in one language or the other."""
+    """`count` images of things that the base model knows, with captions in one language or the
+    other."""
     rng = random.Random(seed)
     sizes = [(256, 256), (384, 256), (256, 384)]
     for i, thing in enumerate(rng.sample(list(THINGS), count)):
         ground = list(GROUNDS)[i % 5]
-        caption = captions(thing, ground)[["en", "zh"][i % 2]]
-        save(
-            draw_picture(rng, glyph(thing), ground, *sizes[i % 3]),
-            caption,
-            Path(folder) / f"ordinary-{i:02d}.png",
-        )
+        language = ["en", "zh"][i % 2]
+        image = draw_picture(rng, glyph(thing), ground, *sizes[i % 3])
+        path = Path(folder) / f"ordinary-{i:02d}.png"
+        save(image, captions(thing, ground)[language], path)
 
 
 if __name__ == "__main__":
