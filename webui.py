@@ -262,7 +262,7 @@ async def refuse_other_sites(request, call_next):
 
 # At most one job runs at a time. It holds a lock on the lock file, which describes it as
 # {"name": script, "run": output_dir, "pid": process id, or null after the signal to stop}.
-# A file lock works only between processes; this one does the same between our threads.
+# The file lock keeps other processes out, THREAD_LOCK the other threads of this server.
 THREAD_LOCK = threading.RLock()
 
 
@@ -333,7 +333,7 @@ def job_state(workspace, name, run):
     if not log_file.is_file():
         return None, ""
 
-    # The job is looked up before its log is read: a job that ends in between has its last line.
+    # Looked up before the log is read: if the job ends in between, its log is complete.
     job = running_job(workspace, name, run)
     log = last_lines(log_file)
     if job and job["pid"]:
@@ -414,6 +414,7 @@ def show_errors(action):
     """Decorator: the action returns its message for the page or, if it fails, the error."""
 
     def run_action(*values):
+        """The action's message, or its error as Markdown."""
         try:
             return action(*values) or ""
         except (UserError, OSError) as error:
@@ -426,6 +427,7 @@ def update_on_focus(dropdown, list_choices):
     """Updates the choices of a dropdown whenever it is opened."""
 
     def update():
+        """The update of the dropdown."""
         return gr.update(choices=list(list_choices()))
 
     dropdown.focus(update, None, dropdown, show_progress="hidden")
@@ -486,7 +488,7 @@ def thumbnail(path):
         with Image.open(path) as image:
             image.draft("RGB", size)
             return ImageOps.contain(ImageOps.exif_transpose(image).convert("RGB"), size)
-    except Exception:  # of many kinds, from Pillow's plugins; the data report gives the reason
+    except Exception:  # Pillow's plugins raise many kinds; the data report gives the reason
         return Image.new("RGB", size, "#cc0000")
 
 
@@ -498,32 +500,35 @@ def set_up_tab(workspace, start_config):
     config_files = {path.name: path for path in sorted((HERE / "configs").glob("*.json"))}
     other_settings, *texts = config_to_form(load_config(config_files[start_config]))
 
-    def list_configs():
+    def all_configs():
         """{name in the dropdown: config file}: the configs of this repository, then the runs."""
         return {**config_files, **find_runs(workspace)}
 
     # Layout: what to start from, the fields, all other settings as JSON.
     config_name = gr.Dropdown(
-        list(list_configs()), value=start_config, label=t("start_from"), elem_id="config"
+        list(all_configs()), value=start_config, label=t("start_from"), elem_id="config"
     )
     fields = []
     with gr.Row():
         for key, text in zip(SETTINGS_FIELDS, texts):
             fields.append(make_field(key, text, "key"))
     with gr.Accordion(t("more"), open=False, elem_id="more-box"):
-        look = dict(show_label=False, wrap_lines=True, max_lines=30)
-        json_box = gr.Code(other_settings, "javascript", elem_id="more", **look)
+        options = dict(show_label=False, wrap_lines=True, max_lines=30)
+        json_box = gr.Code(other_settings, "javascript", elem_id="more", **options)
     message = gr.Markdown(elem_id="set-up-message")
     form = [json_box, *fields]
 
     def load_form(name):
-        return config_to_form(load_config(list_configs()[name]))
+        """The texts of the form for a config or an earlier run."""
+        config_file = all_configs()[name]
+        return config_to_form(load_config(config_file))
 
     @show_errors
     def check_form(other_settings, *texts):
+        """Reports what is wrong in the form."""
         read_settings(workspace, other_settings, texts)
 
-    # The form is checked when a config is loaded into it and whenever a field was edited.
+    # The form is checked when a config is loaded into it and after a field is edited.
     edited = []
     for part in form:
         edited.append(part.input if isinstance(part, gr.Dropdown) else part.blur)
@@ -531,7 +536,7 @@ def set_up_tab(workspace, start_config):
     gr.on(edited, check_form, form, message, trigger_mode="always_last", **quiet)
     loaded = config_name.input(load_form, config_name, form)
     loaded.then(check_form, form, message, **quiet)
-    update_on_focus(config_name, list_configs)
+    update_on_focus(config_name, all_configs)
     return form
 
 
@@ -539,48 +544,55 @@ def set_up_tab(workspace, start_config):
 
 
 def data_tab(workspace, form):
-    """The report and preview of prepare_data.py, and the captions, to be read and corrected."""
-    # Layout: preview and report; below them the images, beside the caption of the chosen one.
+    """The report and preview of prepare_data.py, and an editor for the captions."""
     check_button = gr.Button(t("check_data"), variant="primary", elem_id="check-data")
     message = gr.Markdown(elem_id="data-message")
     with gr.Column(visible=False) as results:
         preview = gr.Image(elem_id="sheet", **IMAGE_OPTIONS)
         report = gr.Textbox(label=t("report"), elem_id="report", **LOG_OPTIONS)
         gr.Markdown(t("choose_image"))
-        with gr.Row():
-            gallery = gr.Gallery(columns=6, height=560, scale=2, elem_id="images", **IMAGE_OPTIONS)
-            with gr.Column():
-                caption = gr.Textbox(
-                    label=t("caption"), lines=4, elem_id="caption", interactive=True
-                )
-                save_button = gr.Button(t("save_caption"), elem_id="save-caption")
-                save_message = gr.Markdown(elem_id="caption-message")
-    # Kept for each open page: the images from list_images, and the index of the chosen one.
-    images_state = gr.State([])
-    index_state = gr.State()
+        editor = caption_editor(workspace)
 
-    # `progress` is for Gradio: it then shows the progress bars of prepare_data.py on the page.
     def check(other_settings, *texts, progress=gr.Progress(track_tqdm=True)):
+        """Runs check_data and fills the editor; no image is chosen in it yet. Because of the
+        parameter `progress`, Gradio shows the progress bars of prepare_data.py on the page."""
         summary, preview_file, report_text, images = check_data(workspace, other_settings, texts)
         visibility = gr.update(visible=bool(images))
         items = list(in_parallel(gallery_item, images))
         return summary, visibility, preview_file, report_text, images, items, None, "", ""
 
+    outputs = [message, results, preview, report, *editor]
+    check_button.click(check, form, outputs, show_progress_on=message)
+
+
+def caption_editor(workspace):
+    """A gallery, and beside it the captions of the chosen image, to be corrected and saved. Returns
+    its components: images, gallery, index of the chosen image, captions, message."""
+    with gr.Row():
+        gallery = gr.Gallery(columns=6, height=560, scale=2, elem_id="images", **IMAGE_OPTIONS)
+        with gr.Column():
+            caption = gr.Textbox(label=t("caption"), lines=4, elem_id="caption", interactive=True)
+            save_button = gr.Button(t("save_caption"), elem_id="save-caption")
+            message = gr.Markdown(elem_id="caption-message")
+    # Kept for each open page: the images from list_images, and the index of the chosen one.
+    images_state = gr.State([])
+    index_state = gr.State()
+
     def choose(images, event: gr.SelectData):
+        """Shows the captions and the path of an image."""
         image = images[event.index]
         return event.index, "\n".join(image["captions"]), escape_markdown(image["path"])
 
     @show_errors
     def save(images, index, text):
+        """Saves the edited captions."""
         return save_caption(workspace, images, index, text)
 
-    views = [message, results, preview, report, images_state, gallery]
-    editor = [index_state, caption, save_message]
-    check_button.click(check, form, [*views, *editor], show_progress_on=message)
-    gallery.select(choose, images_state, editor, show_progress="hidden")
-    save_button.click(
-        save, [images_state, index_state, caption], save_message, show_progress="hidden"
-    )
+    chosen = [index_state, caption, message]
+    gallery.select(choose, images_state, chosen, show_progress="hidden")
+    edited = [images_state, index_state, caption]
+    save_button.click(save, edited, message, show_progress="hidden")
+    return [images_state, gallery, *chosen]
 
 
 def check_data(workspace, other_settings, texts):
@@ -660,24 +672,26 @@ def train_tab(workspace, form):
         stop_button = gr.Button(t("stop"), variant="stop", elem_id="stop")
     status = gr.Markdown(elem_id="state")
     with gr.Row():
-        look = dict(color="curve", color_map=CURVE_COLORS, color_title=" ", y_title=" ")
-        plot = gr.LinePlot(
-            None, "step", "value", label=t("curves"), elem_id="plot", visible=False, **look
-        )
+        options = dict(color="curve", color_map=CURVE_COLORS, color_title=" ", y_title=" ")
+        options.update(label=t("curves"), elem_id="plot", visible=False)
+        plot = gr.LinePlot(None, "step", "value", **options)
         log = gr.Textbox(label=t("log"), elem_id="log", **LOG_OPTIONS)
     preview = gr.Image(visible=False, elem_id="previews", **IMAGE_OPTIONS)
     download = gr.DownloadButton(t("download"), visible=False, elem_id="download")
-    # What result_files returned last: plot, preview and download are updated when it changes.
+    # What result_files returned last: plot, preview and download are updated if it changes.
     results_state = gr.State()
 
     @show_errors
     def start(other_settings, *texts):
+        """Starts or resumes training with the settings of the form."""
         start_job(workspace, "train_lora.py", read_settings(workspace, other_settings, texts))
 
     def stop(run):
+        """Stops training in the chosen or newest run."""
         stop_job(workspace, "train_lora", run or newest(find_runs(workspace)))
 
     def refresh(run):
+        """The current status, every REFRESH_SECONDS."""
         return run_status(workspace, run)
 
     # After a start no run is chosen, which shows the newest.
@@ -707,17 +721,19 @@ def try_it_tab(workspace):
             message = gr.Markdown(elem_id="try-message")
         with gr.Column(scale=2):
             status = gr.Markdown(elem_id="try-state")
-            look = dict(columns=4, height=640, preview=True)
-            gallery = gr.Gallery(elem_id="grid", **look, **IMAGE_OPTIONS)
+            options = dict(columns=4, height=640, preview=True, **IMAGE_OPTIONS)
+            gallery = gr.Gallery(elem_id="grid", **options)
             log = gr.Textbox(label=t("log"), **LOG_OPTIONS)
-    # The file of the newest grid: the gallery is updated when it changes.
+    # The file of the newest grid: the gallery is updated if it changes.
     grid_state = gr.State()
 
     @show_errors
     def generate(lora, *texts):
+        """Starts validate.py."""
         start_generation(workspace, lora, dict(zip(GENERATION_FIELDS, texts)))
 
     def refresh(lora):
+        """The current status, every REFRESH_SECONDS."""
         return generation_status(workspace, lora)
 
     generate_button.click(generate, [chosen_lora, *fields], message)
@@ -840,6 +856,7 @@ def main(arguments=None):
     os.environ["GRADIO_TEMP_DIR"] = str(shown_files.absolute())
 
     def check_password(user_name, password):
+        """Whether somebody may use the page, in constant time."""
         return hmac.compare_digest(password.encode(), options.password.encode())
 
     address = options.host
