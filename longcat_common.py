@@ -912,26 +912,41 @@ def out_of_memory_error(config, memory_advice):
 
 
 def model_folder(config, part):
-    """The local folder of a part: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError."""
-    name = base_model_name(config)
-    folder = Path(name if os.path.isdir(name) else download(name, part)) / part
+    """The local folder of a part of the model, which is downloaded if necessary.
+
+    Parts: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError if there
+    is none.
+    """
+    model = base_model_name(config)
+    if not os.path.isdir(model):
+        model = download(model, part)
+    folder = Path(model) / part
     if not folder.is_dir():
-        raise UserError(f"pretrained_model_name_or_path: {folder.parent} has no folder {part!r}")
+        raise UserError(
+            f"pretrained_model_name_or_path: {model} has no folder {part!r}; choose a LongCat-Image"
+            " model in diffusers format"
+        )
     return folder
 
 
 @functools.cache
 def download(name, part):
-    """Has this part of a model of the hub downloaded, if need be. Returns the model's folder. Raises UserError."""
+    """Downloads one part of a model from the Hugging Face Hub, unless it is in the local cache.
+
+    Returns the model's local folder. Raises UserError.
+    """
     try:
         return snapshot_download(name, allow_patterns=[f"{part}/*"])
-    except Exception as error:  # of many kinds
-        problem = f"is no folder, and cannot be had from the hub, which has {FLAVOURS['final']} ({str(error)[:200]!r})"
-        raise UserError(f"pretrained_model_name_or_path: {name!r} {problem}") from None
+    except Exception as error:  # many kinds
+        raise UserError(
+            f"pretrained_model_name_or_path: {name!r} is not a directory and cannot be downloaded"
+            f" from the Hugging Face Hub ({str(error)[:200]!r}); check the name and the connection,"
+            f" or choose {FLAVOURS['final']}"
+        ) from None
 
 
 def tensor_files(folder):
-    """{tensor name: safetensors file} of a model's folder, which holds one file or many."""
+    """{tensor name: safetensors file} of a model's folder, which has one file or several."""
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         with open_tensors(path) as shard:
@@ -940,170 +955,267 @@ def tensor_files(folder):
 
 
 def read_weights(files, names):
-    """{name: tensor} on the host, for some of the names in tensor_files."""
+    """{name: tensor} in host memory for these `names`; `files` is what tensor_files returned."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
         with open_tensors(path) as shard:
-            tensors |= {name: shard.get_tensor(name) for name in names if files[name] == path}
+            for name in names:
+                if files[name] == path:
+                    tensors[name] = shard.get_tensor(name)
     return tensors
 
 
 def load_transformer(config, device):
-    """The frozen transformer, see fill_transformer, from its files. Raises UserError if a weight is missing."""
-    with named_if_corrupt(folder := model_folder(config, "transformer")):
+    """The frozen transformer, loaded from its files by fill_transformer.
+
+    Raises UserError if a file or a weight is missing.
+    """
+    folder = model_folder(config, "transformer")
+    with named_if_corrupt(folder):
         with torch.device("meta"):
             transformer = LongCatImageTransformer2DModel.from_config(
                 LongCatImageTransformer2DModel.load_config(folder)
             )
-        return fill_transformer(
-            transformer, functools.partial(read_weights, tensor_files(folder)), config, device
-        )
+        read = functools.partial(read_weights, tensor_files(folder))
+        return fill_transformer(transformer, read, config, device)
 
 
 def fill_transformer(transformer, read, config, device):
-    """Gives a transformer on the meta device its weights, `read(names)` -> {name: tensor}. Returns it frozen, in eval
-    mode. Block after block goes to the device, is quantized and, with `enable_group_offload`, put on the host:
-    neither host nor device ever holds the whole unquantized model."""
+    """Loads the weights of a transformer on the meta device: `read(names)` gives {name: tensor}.
+
+    One block after the other goes to the device, is quantized and, with `enable_group_offload`,
+    moved to the host: neither the device nor the host ever holds the whole unquantized model.
+    Returns the transformer, frozen, in eval mode, with mixed precision.
+    """
     check_precision(config, device)
-    kind, dtype, offload = (
-        torch.device(device).type,
-        compute_dtype(config, device),
-        GroupOffload(device),
-    )
+    dtype = compute_dtype(config, device)
+    offload = GroupOffload(device)
     transformer.requires_grad_(False).eval()
-    block_of = lambda name: re.match(r"((single_)?transformer_blocks\.\d+)?", name)[0]
+
+    # A part is one block, or the weights before the first block or after the last one.
     parts = [
-        (block, [*names]) for block, names in itertools.groupby(transformer.state_dict(), block_of)
+        (block, list(names))
+        for block, names in itertools.groupby(transformer.state_dict(), block_name)
     ]
-    away = offload_plan(config, sum(block != "" for block, _ in parts))
+    blocks = [block for block, _ in parts if block]
+    is_offloaded = dict(zip(blocks, offload_plan(config, len(blocks))))
+
+    # Load one part after the other. The few weights outside of blocks stay on the device and are
+    # not quantized.
     for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
-        state = {name: tensor.to(device, dtype) for name, tensor in read(names).items()}
-        transformer.load_state_dict(state, strict=False, assign=True)
+        weights = {name: tensor.to(device, dtype) for name, tensor in read(names).items()}
+        transformer.load_state_dict(weights, strict=False, assign=True)
         if block:
             module = quantize(transformer.get_submodule(block), config.base_model_precision)
-            if away.pop(0):
+            if is_offloaded[block]:
                 offload.add(module)
-    # Mixed precision, but for norms: CUDA's autocast would run them in float32 and keep such a copy of each input, and
-    # their kernels sum in float32 anyway.
-    transformer.forward = torch.autocast(kind, dtype, enabled=dtype != torch.float32)(
-        transformer.forward
-    )
-    for module in transformer.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.forward = torch.autocast(kind, enabled=False)(module.forward)
+
+    set_autocast(transformer, dtype)
     return transformer
 
 
+def block_name(weight_name):
+    """The block that a weight is part of, such as "transformer_blocks.3"; "" for all others."""
+    return re.match(r"((single_)?transformer_blocks\.\d+)?", weight_name)[0]
+
+
+def set_autocast(transformer, dtype):
+    """Runs the transformer in mixed precision, but its norms without autocast.
+
+    CUDA's autocast would run the norms in float32 and keep a float32 copy of each input for the
+    backward pass. Their kernels sum in float32 anyway.
+    """
+    device_type = transformer.device.type
+    mixed_precision = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
+    transformer.forward = mixed_precision(transformer.forward)
+    for module in transformer.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            module.forward = torch.autocast(device_type, enabled=False)(module.forward)
+
+
 def offload_plan(config, count):
-    """For each of `count` blocks, whether it lives on the host: `offloaded_blocks` of them, spread evenly."""
-    wanted = count if config.offloaded_blocks is None else min(count, config.offloaded_blocks)
-    wanted = wanted if config.enable_group_offload else 0
-    return [(i + 1) * wanted // count > i * wanted // count for i in range(count)]
+    """For each of `count` blocks, whether it is offloaded: `offloaded_blocks` of them, spread
+    evenly."""
+    wanted = 0
+    if config.enable_group_offload:
+        wanted = count
+        if config.offloaded_blocks is not None:
+            wanted = min(count, config.offloaded_blocks)
+
+    # Add up `wanted` from block to block: where the sum reaches a multiple of `count`, the block is
+    # offloaded.
+    return [i * wanted % count >= count - wanted for i in range(count)]
 
 
 def compile_blocks(transformer):
-    """Compiles the blocks: one graph for all of a kind, and another for each mode and LoRA strength."""
-    torch._dynamo.config.recompile_limit = (
-        64  # both kinds, sizes, training and drawing count together
-    )
+    """Compiles the blocks: a graph for each kind of block, for each mode and each LoRA strength."""
+    # The limit counts the graphs of both kinds, all image sizes, training and generation together.
+    torch._dynamo.config.recompile_limit = 64
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.forward = torch.compile(
-            block.forward
-        )  # not the block: offloading's hook must stay outside
+        # Only `forward`, not the block: offloading's hook must stay outside of the graph.
+        block.forward = torch.compile(block.forward)
+
+
+def frozen(tensor):
+    """A tensor as a parameter that is not trained."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 class GroupOffload:
-    """Keeps the frozen weights of blocks, each a group, on the host. The device holds the group that computes and the
-    next one, which on CUDA is copied meanwhile; there the one before may still be at work: three groups at most.
+    """Keeps the frozen weights of blocks in host memory and copies them to the device when they are
+    needed.
 
-    A block asks for its group whenever it is called, in the forward pass and when checkpointing computes it again; when
-    it ends nothing has to happen, for checkpointing may leave it by an exception. What autograd still needs of a group
-    that has left lives as long as autograd holds it: one block, if all are checkpointed. Only frozen tensors move.
+    The weights of one block are a group. The device holds the group that computes and the next one.
+    On CUDA the next one is copied while the current one computes, and the one before may still be
+    computing: three groups at most.
+
+    A hook before each call of a block asks for its group, in the forward pass and when
+    checkpointing computes the block again. Nothing has to happen when a block ends, since
+    checkpointing may leave it by an exception. Weights that autograd still needs stay on the device
+    until autograd releases them: those of one block, if every offloaded block is checkpointed.
     """
 
     def __init__(self, device):
-        self.device, self.groups, self.current, self.coming, self.reached = (
-            torch.device(device),
-            [],
-            None,
-            {},
-            None,
-        )
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.device = torch.device(device)
+        self.groups = []
+        self.current = -1  # the number of the group whose weights are on the device; -1: none yet
+        self.prefetched = {}  # {number: its buffer on the device} of the group expected next
+
+        # On CUDA, work in different streams runs at the same time. Blocks compute in the default
+        # stream, and the groups are copied in this one.
+        self.copy_stream = None
+        self.last_switch = None  # the CUDA event of the last change of groups, see wait_for_copy
+        if self.device.type == "cuda":
+            self.copy_stream = torch.cuda.Stream(self.device)
 
     def add(self, block):
-        """Puts the weights of this block on the host, as the next group."""
-        number, layout, weights, end = len(self.groups), [], [], 0
+        """Moves the weights of this block to the host, as the next group."""
+        # Plan where each weight lies in one buffer for all of them, so that one copy moves a group.
+        number = len(self.groups)
+        weights = list(block.parameters())
+        layout = []
+        size = 0
         for module in block.modules():
             for name, weight in module.named_parameters(recurse=False):
-                layout.append((module, name, end, weight.nbytes, weight.dtype, weight.shape))
-                weights.append(weight.detach())
-                end += -(-weight.nbytes // 256) * 256  # aligned for every dtype and kernel
-        # One buffer, so that one copy moves the group, on pages of its own: those can be locked, so that the copy runs
-        # beside the computation. pin_memory() would round the size up to a power of two.
-        space = torch.empty(-(-end // 4096) * 4096 + 4096, dtype=torch.uint8)
-        host = space[-space.data_ptr() % 4096 :][:end]
-        if self.stream:
-            runtime = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-                log_once(
-                    "offloading: host memory cannot be page-locked, so copies wait for the computation: slower"
-                )
-                with contextlib.suppress(RuntimeError):
-                    torch.ones(
-                        1, device=self.device
-                    )  # takes the error away, or the next kernel would raise it
-            else:
-                weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+                span = slice(size, size + weight.nbytes)
+                layout.append((module, name, span, weight.dtype, weight.shape))
+                size += math.ceil(weight.nbytes / 256) * 256  # aligned for every dtype and kernel
+
+        # Make the block's weights views of the buffer, and copy the numbers into them.
+        host = self.host_buffer(size)
         self.groups.append(SimpleNamespace(host=host, layout=layout))
         self.place(number, host)
-        for (module, name, *_), weight in zip(layout, weights):
-            getattr(module, name).copy_(weight)
+        for view, weight in zip(block.parameters(), weights):
+            view.copy_(weight)
         block.register_forward_pre_hook(lambda module, inputs: self.need(number))
 
+    def host_buffer(self, size):
+        """A buffer of `size` bytes in host memory; for CUDA it is page-locked, if possible.
+
+        Only copies from page-locked memory run while the device computes. pin_memory() would round
+        the size up to a power of two. So the buffer gets memory pages (4096 bytes each) that hold
+        nothing else, and this method locks them.
+        """
+        space = torch.empty(size + 2 * 4096, dtype=torch.uint8)
+        host = space[-space.data_ptr() % 4096 :][:size]
+        if self.copy_stream:
+            runtime = torch.cuda.cudart()
+            if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) == 0:
+                weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+            else:
+                log_once(
+                    "enable_group_offload: host memory cannot be page-locked, so copies wait for"
+                    " the computation and steps take longer; fewer offloaded_blocks may help"
+                )
+                # CUDA raises the error again at the next call. Let it be this one.
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device=self.device)
+        return host
+
     def place(self, number, buffer):
-        """Gives the group's modules the weights that lie in `buffer`."""
-        for module, name, start, size, dtype, shape in self.groups[number].layout:
-            weight = buffer[start : start + size].view(dtype).view(shape)
-            module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
+        """Makes the weights of a group views of `buffer`, the group's bytes on host or device."""
+        for module, name, span, dtype, shape in self.groups[number].layout:
+            module._parameters[name] = frozen(buffer[span].view(dtype).view(shape))
 
     def fetch(self, number):
-        """A copy of the group's buffer on the device; on CUDA it is under way when this returns."""
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+        """A copy of a group's buffer on the device; on CUDA it may not be complete yet."""
+        context = contextlib.nullcontext()
+        if self.copy_stream:  # torch.cuda.stream(None) would fail on a Mac
+            context = torch.cuda.stream(self.copy_stream)
+        with context:
             return self.groups[number].host.to(self.device, non_blocking=True, copy=True)
 
     def need(self, number):
-        """Brings a group to the device, in the place of the one that is there."""
+        """Brings a group to the device in place of the current one, and prefetches the next one."""
         if number == self.current:
             return
-        if self.current is not None:
-            self.place(self.current, self.groups[self.current].host)
-        buffer = self.coming.pop(number) if number in self.coming else self.fetch(number)
+
+        # The previous group's weights are those on the host again. Frozen weights never change, so
+        # nothing is copied back.
+        previous = self.current
+        if previous >= 0:
+            self.place(previous, self.groups[previous].host)
+
+        # This group has been prefetched, unless the guess was wrong.
+        buffer = self.prefetched.pop(number, None)
+        if buffer is None:
+            buffer = self.fetch(number)
         self.place(number, buffer)
-        before, self.current, self.coming = self.current, number, {}
-        if self.stream:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.stream)
-            buffer.record_stream(computing)
-            if self.reached:
-                self.reached.synchronize()  # else copies would run ahead of the computation, and fill the device
-            self.reached = computing.record_event()
-        # Forward, at the end back if a backward pass follows, else from the start.
-        following = number + (1 if number == 0 or before is None or before < number else -1)
-        if following == len(self.groups):
-            following = number - 1 if torch.is_grad_enabled() else 0
-        if 0 <= following != number:
-            self.coming = {following: self.fetch(following)}
+        self.current = number
+        self.prefetched = {}
+        if self.copy_stream:
+            self.wait_for_copy(buffer)
+
+        # Start to copy the next group while this one computes.
+        following = self.guess_next(previous, number)
+        if following != number:
+            self.prefetched[following] = self.fetch(following)
+
+    def wait_for_copy(self, buffer):
+        """Makes the device wait for the copy into `buffer`, and Python for the device."""
+        # The block's kernels start when the copy is complete. Only the device waits here.
+        compute_stream = torch.cuda.current_stream(self.device)
+        compute_stream.wait_stream(self.copy_stream)
+        # The buffer was allocated in the copy stream. When Python drops it, PyTorch must not reuse
+        # its memory for the next copy until the kernels in the compute stream have read it.
+        buffer.record_stream(compute_stream)
+        # Python runs ahead of the device. If it never waited, it would start copy after copy, each
+        # into new memory, and fill the device. So wait until the device has reached the group
+        # before this one: then at most three groups are there.
+        if self.last_switch:
+            self.last_switch.synchronize()
+        self.last_switch = compute_stream.record_event()
+
+    def guess_next(self, previous, number):
+        """The group that is probably needed after `number`, which `previous` (-1: none) preceded.
+
+        If there is only one group, it is that one. A wrong guess costs one copy.
+        """
+        # A forward pass goes from each group to the next one. It begins at group 0, and a backward
+        # pass ends there.
+        step = 1
+        # A backward pass goes from each group to the one before.
+        if 0 < number < previous:
+            step = -1
+        # In training a backward pass begins at the last group, where a forward pass ends.
+        if number == len(self.groups) - 1 and torch.is_grad_enabled():
+            step = -1
+        # Without gradients the next forward pass follows: after the last group, group 0.
+        return (number + step) % len(self.groups)
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [..., in] @ weight.T for a frozen weight [out, in] that is stored as `dequantize` takes it. For the backward
-    pass only that is kept, no dequantized copy. With `in_8_bits` (int8-matmul) both products are int8_product's."""
+    """x [..., in] @ weight.T for a frozen weight [out, in], stored as `dequantize` takes it.
+
+    Only the stored weight is kept for the backward pass, no dequantized copy. With `in_8_bits`
+    (int8-matmul) the products of both passes are those of int8_product.
+    """
 
     @staticmethod
     def forward(ctx, x, shape, in_8_bits, values, scale, shift):
         ctx.save_for_backward(values, scale, shift)
-        ctx.shape, ctx.in_8_bits = shape, in_8_bits
+        ctx.shape = shape
+        ctx.in_8_bits = in_8_bits
         if in_8_bits:
             return int8_product(x, values.t(), scale.t())
         return x @ dequantize(x.dtype, shape, values, scale, shift).t()
@@ -1111,18 +1223,21 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         values, scale, shift = ctx.saved_tensors
-        if ctx.in_8_bits:  # this product sums over the outputs, so their scales go first
-            x_gradient = int8_product(gradient * scale.t(), values.t().contiguous().t()).to(
-                gradient.dtype
-            )
+        if ctx.in_8_bits:
+            # This product sums over the outputs, so it needs their scales before it, not after it.
+            columns = values.t().contiguous().t()
+            x_gradient = int8_product(gradient * scale.t(), columns).to(gradient.dtype)
         else:
             x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, values, scale, shift)
         return x_gradient, None, None, None, None, None
 
 
 def int8_product(x, values, scale=1):
-    """x [..., n] @ values [n, m] * scale [1, m], x rounded to int8 row by row and the sums exact, in int32. CUDA's
-    kernels want the columns of `values` to lie in a row each."""
+    """x [..., n] @ values [n, m] * scale [1, m], with x rounded to int8 row by row and exact sums
+    in int32.
+
+    CUDA's kernels want each column of `values` to be contiguous.
+    """
     rows = x.flatten(0, -2)
     row_scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20) / 127
     product = torch._int_mm((rows / row_scale).round().to(torch.int8), values)
@@ -1130,102 +1245,124 @@ def int8_product(x, values, scale=1):
 
 
 def dequantize(dtype, shape, values, scale, shift=None):
-    """The weight [out, in] in `dtype`: values * scale [out, 1], of int8 or the bytes of float8; with `shift`, of groups
-    [groups, group size] of 4-bit values, two in a byte, values * scale - shift [groups, 1]."""
+    """The weight [out, in] in `dtype`.
+
+    int8, or float8 stored as bytes: values [out, in] * scale [out, 1]. int4, with `shift`: values *
+    scale - shift, where scale and shift are [groups, 1] and `values` holds [groups, group size]
+    4-bit numbers, two in a byte.
+    """
     scale = scale.to(dtype)
     if shift is not None:
-        halves = torch.cat([values % 16, values // 16])[: len(scale)]  # MPS cannot shift bits
-        return (halves * scale - shift.to(dtype)).reshape(shape)
+        # Unpack without bit shifts, which MPS does not have. An odd number of groups was padded.
+        numbers = torch.cat([values % 16, values // 16])[: len(scale)]
+        return (numbers * scale - shift.to(dtype)).reshape(shape)
     if values.dtype == torch.uint8:
-        values = values.view(torch.float8_e4m3fn).to(dtype)  # float8 does not promote by itself
+        values = values.view(torch.float8_e4m3fn).to(dtype)  # float8 is not promoted to dtype
     return values * scale
 
 
-class QuantizedLinear(torch.nn.Linear):  # PEFT wraps nothing else
-    """A frozen Linear with a quantized weight. optimum-quanto and torchao do the rounding; their numbers are kept in
-    plain tensors, which torch.compile and offloading take: `weight`, `scale`, and for int4 `shift` (see dequantize)."""
+class QuantizedLinear(torch.nn.Linear):  # a Linear, because PEFT wraps nothing else
+    """A frozen Linear whose weight is quantized by optimum-quanto or torchao.
+
+    The quantized weight is kept in plain tensors, with which torch.compile and offloading work:
+    `weight`, `scale`, and for int4 `shift` (see dequantize).
+    """
 
     def __init__(self, linear, precision):
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-        )
-        self.in_8_bits, shift = precision == "int8-matmul", None
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.in_8_bits = precision == "int8-matmul"
+        self.shift = None
         weight = linear.weight.detach()
-        if precision == "fp8-torchao":
-            made = Float8Tensor.from_hp(weight)
-            values, scale = (
-                made.qdata.view(torch.uint8),
-                made.scale,
-            )  # PEFT would make a LoRA float8, too
-        elif precision == "int4-quanto":
-            # quanto's own sizes: groups of 128, or of what divides a row
-            group = next(
-                (size for size in (128, 96, 64, 32) if self.in_features % size == 0),
-                self.in_features,
-            )
-            scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=group)
-            made = quanto.quantize_weight(
-                weight, quanto.qint4, 0, scale, shift, group, optimized=False
-            )
-            values = made._data._data
-        else:
+        if precision == "int4-quanto":
+            values, scale, shift = quantize_int4(weight)
+            self.shift = frozen(shift)
+        elif precision == "fp8-torchao":
+            quantized = Float8Tensor.from_hp(weight)
+            values = quantized.qdata.view(torch.uint8)  # PEFT would make the LoRA float8, too
+            scale = quantized.scale
+        else:  # int8-quanto and int8-matmul
             scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, axis=0)
             values = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)._data
-        frozen = lambda tensor: (
-            tensor if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
-        )
-        self.weight, self.scale, self.shift = frozen(values), frozen(scale), frozen(shift)
+        self.weight = frozen(values)
+        self.scale = frozen(scale)
 
     def forward(self, x):
         """[..., in] -> [..., out], in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        in_8_bits = (
-            self.in_8_bits and x.numel() > 16 * self.in_features
-        )  # the kernels want more rows
+        # CUDA's int8 kernel needs more than 16 rows.
+        in_8_bits = self.in_8_bits and x.numel() > 16 * self.in_features
         shape = self.out_features, self.in_features
         y = QuantizedProduct.apply(x, shape, in_8_bits, self.weight, self.scale, self.shift)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y
+
+
+def quantize_int4(weight):
+    """A weight [out, in] quantized by optimum-quanto: int4 values (two a byte), scale, shift."""
+    # quanto's own group size: the first of these that divides a row.
+    in_features = weight.shape[1]
+    group_size = next(n for n in (128, 96, 64, 32, in_features) if in_features % n == 0)
+    scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=group_size)
+    quantized = quanto.quantize_weight(
+        weight, quanto.qint4, 0, scale, shift, group_size, optimized=False
+    )
+    return quantized._data._data, scale, shift
 
 
 def quantize(module, precision):
-    """Makes every Linear in `module` a QuantizedLinear of this `base_model_precision`, in place. Returns the module."""
-    if precision not in get_args(Precision):
-        raise ValueError(
-            f"base_model_precision: found {precision!r}, allowed: {', '.join(get_args(Precision))}"
-        )
-    for parent in list(module.modules()) if precision != "no_change" else []:
+    """Replaces every Linear in `module` by a QuantizedLinear of this `base_model_precision`.
+    Returns the module."""
+    allowed = get_args(Precision)
+    if precision not in allowed:
+        raise ValueError(f"base_model_precision: found {precision!r}, allowed: {allowed}")
+    if precision == "no_change":
+        return module
+    for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, torch.nn.Linear):
                 setattr(parent, name, QuantizedLinear(child, precision))
     return module
 
 
-def load_part(config, part, kind):
-    """One part of the model, as the class `kind` loads it. Raises UserError if it is missing or damaged."""
-    with named_if_corrupt(folder := model_folder(config, part)):
-        return kind.from_pretrained(folder)
+def load_part(config, part, part_class):
+    """One part of the model, an instance of `part_class`. Raises UserError if it cannot be read."""
+    folder = model_folder(config, part)
+    with named_if_corrupt(folder):
+        return part_class.from_pretrained(folder)
 
 
 def load_vae(config, device):
-    """The VAE, frozen, in float32 (its `force_upcast` says that half precision is not enough)."""
+    """The VAE, frozen, in float32: its `force_upcast` says that half precision is not enough."""
     return load_part(config, "vae", AutoencoderKL).float().requires_grad_(False).eval().to(device)
 
 
-load_scheduler = lambda config: load_part(config, "scheduler", FlowMatchEulerDiscreteScheduler)
-load_tokenizer = lambda config: load_part(config, "tokenizer", Qwen2Tokenizer)
-text_config = lambda config: (
-    load_part(config, "text_encoder", AutoConfig).text_config
-)  # of the language layers
+def load_scheduler(config):
+    """The model's noise scheduler."""
+    return load_part(config, "scheduler", FlowMatchEulerDiscreteScheduler)
+
+
+def load_tokenizer(config):
+    """The text encoder's tokenizer."""
+    return load_part(config, "tokenizer", Qwen2Tokenizer)
+
+
+def text_config(config):
+    """transformers' configuration of the text encoder's language layers."""
+    return load_part(config, "text_encoder", AutoConfig).text_config
 
 
 def tokenize(tokenizer, prompts):
-    """Prompts -> a list of token ids for each, as the pipeline makes them: text in quotes character by character."""
-    # All pieces of all prompts go through the tokenizer in one call, which works on them in parallel.
-    pieces, prompt_numbers = [], []
+    """Prompts -> a list of token ids for each, as the pipeline makes them: text in quotes
+    character by character."""
+    # All pieces of all prompts go through the tokenizer in one call, which works on them in
+    # parallel.
+    pieces = []
+    prompt_numbers = []
     for number, prompt in enumerate(prompts):
         for text, is_quoted in split_quotation(prompt):
             new_pieces = list(text) if is_quoted else [text]
@@ -1241,29 +1378,37 @@ def tokenize(tokenizer, prompts):
 
 
 def token_counts(tokenizer, prompts):
-    """{prompt: how many tokens it has}, those over 512 included."""
-    prompts, counts = list(prompts), {}
-    for i in range(0, len(prompts), 1000):  # the ids of all prompts together could take gigabytes
-        some = prompts[i : i + 1000]
-        counts.update(zip(some, map(len, tokenize(tokenizer, some))))
+    """{prompt: how many tokens it has}, those beyond 512 included."""
+    prompts = list(prompts)
+    counts = {}
+    for i in range(0, len(prompts), 1000):  # the token ids of all prompts could take gigabytes
+        some_prompts = prompts[i : i + 1000]
+        for prompt, token_ids in zip(some_prompts, tokenize(tokenizer, some_prompts)):
+            counts[prompt] = len(token_ids)
     return counts
 
 
 def template_tokens(tokenizer):
-    """The token ids of the chat template's beginning, which stands before every prompt."""
-    no_models = dict(
-        scheduler=None, vae=None, text_encoder=None, text_processor=None, transformer=None
+    """The token ids of the chat template's beginning, which precedes every prompt."""
+    pipe = LongCatImagePipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=tokenizer,
+        text_processor=None,
+        transformer=None,
     )
-    pipe = LongCatImagePipeline(tokenizer=tokenizer, **no_models)
     return tokenizer(pipe.prompt_template_encode_prefix, add_special_tokens=False)["input_ids"]
 
 
 def encoder_inputs(tokenizer, prompts):
-    """What the text encoder gets for a batch of prompts: token ids and attention mask, both int64 [B, columns].
+    """What the text encoder gets for a batch of prompts: token ids and attention mask, both int64
+    [B, columns].
 
-    A row is the template's beginning, at most 512 tokens of the prompt, and padding up to the longest prompt and one
-    more. That is enough: all padding tokens of a prompt have the same embedding, so one of them tells all, and no
-    token sees the padding, nor the template's end.
+    A row is the template's beginning, at most 512 tokens of the prompt, and padding up to the
+    longest prompt plus one token. That is enough: all padding tokens of a prompt have the same
+    embedding, so one of them stands for all, and no prompt token attends to the padding or to the
+    template's end.
     """
     template = template_tokens(tokenizer)
     rows = [template + token_ids[:TEXT_TOKENS] for token_ids in tokenize(tokenizer, prompts)]
@@ -1278,86 +1423,95 @@ def encoder_inputs(tokenizer, prompts):
 
 
 class StreamedTextEncoder:
-    """The language layers of Qwen2.5-VL, for a device of any size. A call reads each layer from its file once and
-    computes all prompts with it, batch after batch, while the next layer is read: the device holds one layer, the host
-    one more. (transformers' own device map would read all 13 GB anew for every batch.)"""
+    """The language layers of Qwen2.5-VL, for a device of any size.
+
+    A call reads each layer from its file once and computes all prompts with it, batch after batch,
+    while the next layer is read. So the device holds one layer, and the host one more.
+    (transformers' own device map would read all 13 GB again for every batch.)
+    """
 
     def __init__(self, config, device):
         self.folder = model_folder(config, "text_encoder")
-        self.device, self.dtype = torch.device(device), text_dtype(config, device)
+        self.device = torch.device(device)
+        self.dtype = text_dtype(config, device)
         self.config = text_config(config)
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
         with named_if_corrupt(self.folder), torch.device("meta"):
             self.files = tensor_files(self.folder)
-            self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).requires_grad_(False).eval()
+            # All layers in turn and then the last norm get their weights in these modules.
+            self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).eval()
             self.norm = qwen.Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-            # Checkpoints begin their names with "model." or with "model.language_model.".
-            (self.embeddings,) = [
-                name for name in self.files if name.endswith("embed_tokens.weight")
-            ]
-        self.start = self.embeddings.removesuffix("embed_tokens.weight")
+            # Names in the files begin with "model." or, in newer ones, "model.language_model.".
+            (embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
+            self.prefix = embeddings.removesuffix("embed_tokens.weight")
 
     def read(self, part, names):
-        """{name: weight} of a part of the model, such as "layers.0.", in host memory. A second thread may do this."""
-        names = {self.start + part + name: name for name in names}
+        """{name: weight} of a part of the model, such as "layers.0.", on the host; thread-safe."""
+        start = self.prefix + part
         with named_if_corrupt(self.folder):
-            return {names[name]: weight for name, weight in read_weights(self.files, names).items()}
+            weights = read_weights(self.files, [start + name for name in names])
+        return {name: weights[start + name] for name in names}
 
     def fill(self, module, weights):
-        """Gives a module on the device these weights; those that it had go first."""
+        """Gives a module these weights, on the device. Its former weights are dropped first."""
         module.to("meta")
+        # The device changes the dtype: it is faster than the CPU.
         weights = {name: weight.to(self.device).to(self.dtype) for name, weight in weights.items()}
         with named_if_corrupt(self.folder):
             module.load_state_dict(weights, assign=True)
 
     def embed_tokens(self, inputs):
-        """The hidden states before the first layer, a tensor [B, columns, hidden] a batch."""
-        table = read_weights(self.files, [self.embeddings])[self.embeddings]
-        lookup = torch.nn.functional.embedding
-        return [lookup(input_ids, table).to(self.device, self.dtype) for input_ids, _ in inputs]
+        """The hidden states before the first layer: [B, columns, hidden] for each batch."""
+        (table,) = self.read("", ["embed_tokens.weight"]).values()
+        embedding = torch.nn.Embedding.from_pretrained(table)
+        return [embedding(input_ids).to(self.device, self.dtype) for input_ids, _ in inputs]
+
+    def layer_options(self, inputs, hidden_states):
+        """What each layer gets besides the hidden states: a dictionary for each batch."""
+        # Positions as in transformers 4.57.1, with which the model was trained: padding tokens all
+        # have position 1. (transformers 5 counts on.) Text has the same on all three rotary axes.
+        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.device)
+        options = []
+        for (_, attention_mask), states in zip(inputs, hidden_states):
+            attention_mask = attention_mask.to(self.device)
+            positions = attention_mask.cumsum(dim=1) - 1
+            positions = positions.masked_fill(attention_mask == 0, 1).expand(3, -1, -1)
+            options.append(
+                dict(
+                    attention_mask=create_causal_mask(self.config, states, attention_mask, None),
+                    position_embeddings=rotary(states, positions),
+                )
+            )
+        return options
 
     @torch.no_grad()
     def __call__(self, inputs):
-        """`inputs`: batches as encoder_inputs makes them. Returns the last hidden states of each, [B, columns, hidden],
-        on the host."""
-        hidden_states = self.embed_tokens(
-            inputs
-        )  # of all batches; each layer replaces them by its own
+        """The last hidden states, [B, columns, hidden] on the host, for each batch that
+        encoder_inputs made."""
+        hidden_states = self.embed_tokens(inputs)
+        options = self.layer_options(inputs, hidden_states)
 
-        # Positions as transformers 4.57.1 counts them for text alone, which the model was trained with: padding tokens
-        # all have position 1. (transformers 5 counts on.) The three rotary axes share them.
-        rotary = qwen.Qwen2_5_VLRotaryEmbedding(self.config).to(self.device)
-        attention_masks, position_embeddings = [], []
-        for states, (_, attention_mask) in zip(hidden_states, inputs):
-            attention_mask = attention_mask.to(self.device)
-            positions = (attention_mask.cumsum(dim=1) - 1).masked_fill(attention_mask == 0, 1)
-            position_embeddings.append(rotary(states, positions.expand(3, -1, -1)))
-            attention_masks.append(create_causal_mask(self.config, states, attention_mask, None))
-
-        # Layer after layer for all batches, while a thread reads the next layer.
-        names, count = list(self.layer.state_dict()), self.config.num_hidden_layers
+        # One layer after the other computes all batches, while a thread reads the next layer.
+        names = list(self.layer.state_dict())
+        count = self.config.num_hidden_layers
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             next_weights = reader.submit(self.read, "layers.0.", names)
             for i in tqdm(
                 range(count), desc="text encoder", unit="layer", leave=False, disable=RANK > 0
             ):
                 self.fill(self.layer, next_weights.result())
-                next_weights = (
-                    reader.submit(self.read, f"layers.{i + 1}.", names) if i + 1 < count else None
-                )
-                for n, mask in enumerate(attention_masks):
-                    hidden_states[n] = self.layer(
-                        hidden_states[n],
-                        attention_mask=mask,
-                        position_embeddings=position_embeddings[n],
-                    )
+                if i + 1 < count:
+                    next_weights = reader.submit(self.read, f"layers.{i + 1}.", names)
+                for n, batch_options in enumerate(options):
+                    hidden_states[n] = self.layer(hidden_states[n], **batch_options)
 
+        # The last norm takes the layer's place on the device.
         self.layer.to("meta")
         self.fill(self.norm, self.read("norm.", ["weight"]))
         return [self.norm(states).cpu() for states in hidden_states]
 
 
-load_text_encoder = StreamedTextEncoder
+load_text_encoder = StreamedTextEncoder  # the same name as for the other parts
 
 
 # ---------------------------------------------------------------- flow matching
@@ -1365,11 +1519,19 @@ load_text_encoder = StreamedTextEncoder
 
 @functools.cache
 def position_ids(height, width, device="cpu"):
-    """Position ids for a latent of height x width: text [512, 3] = (0, i, i), image [height/2 * width/2, 3] =
-    (1, 512 + row, 512 + column), both float32 (float64 does not exist on MPS). Made once for each size."""
+    """Position ids (modality, row, column) of the text and of latents of height x width, float32.
+
+    Text [512, 3]: (0, i, i). Image [height/2 * width/2, 3]: (1, 512 + row, 512 + column). Computed
+    once for each size. (MPS has no float64.)
+    """
     text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=TEXT_TOKENS)
-    grid = dict(start=(TEXT_TOKENS, TEXT_TOKENS), height=height // 2, width=width // 2)
-    image_ids = prepare_pos_ids(modality_id=1, type="image", **grid)
+    image_ids = prepare_pos_ids(
+        modality_id=1,
+        type="image",
+        start=(TEXT_TOKENS, TEXT_TOKENS),
+        height=height // 2,
+        width=width // 2,
+    )
     return text_ids.to(device), image_ids.to(device)
 
 
@@ -1379,27 +1541,48 @@ def pack_latents(latents):
 
 
 def sample_sigmas(normal, token_count, scheduler):
-    """Noise levels in (0, 1) from standard normal draws [B]: time_shift(mu, 1, sigmoid(normal)), mu linear in the
-    picture's `token_count`, as in the model authors' training."""
-    c = scheduler.config
+    """Sigmas in (0, 1) from standard normal samples [B]: time_shift(mu, 1, sigmoid(normal)).
+
+    mu is linear in `token_count`, the image's tokens, as in the model authors' training.
+    """
+    config = scheduler.config
     mu = calculate_shift(
-        token_count, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift
+        token_count,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
     )
     return scheduler.time_shift(mu, 1.0, torch.sigmoid(normal))
 
 
 def flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds, weights=None):
-    """The training loss, a float32 scalar: mean((v(x_t, sigma, prompt) - (noise - x0))^2) with
-    x_t = (1 - sigma) x0 + sigma noise. latents, noise [B, 16, H, W], sigmas [B], prompt_embeds [B, 512, hidden],
-    weights [B] of the samples or None."""
-    dtype = next(transformer.parameters()).dtype  # of the time embedding, which is never quantized
+    """The training loss, a float32 scalar: mean((v(x_t, sigma, prompt) - (noise - x0))^2).
+
+    With x_t = (1 - sigma) x0 + sigma noise. latents (x0) and noise [B, 16, H, W], sigmas [B],
+    prompt_embeds [B, 512, hidden], weights [B] of the samples, or None.
+    """
+    # The noisy latents x_t.
+    dtype = next(transformer.parameters()).dtype  # the first layer is never quantized
+    x0 = pack_latents(latents.float())
+    noise = pack_latents(noise.float())
+    sigma = sigmas.float()[:, None, None]
+    x_t = ((1 - sigma) * x0 + sigma * noise).to(dtype)
+
+    # The transformer predicts the velocity v.
     text_ids, image_ids = position_ids(*latents.shape[2:], latents.device)
-    x0, noise = pack_latents(latents.float()), pack_latents(noise.float())
-    s = sigmas.float()[:, None, None]
-    x_t = ((1 - s) * x0 + s * noise).to(dtype)
-    rest = dict(timestep=sigmas, txt_ids=text_ids, img_ids=image_ids, return_dict=False)
     prediction = transformer(
-        hidden_states=x_t, encoder_hidden_states=prompt_embeds.to(dtype), **rest
+        hidden_states=x_t,
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=sigmas,
+        txt_ids=text_ids,
+        img_ids=image_ids,
+        return_dict=False,
     )[0]
-    losses = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2))
-    return (losses if weights is None else losses * weights).mean()
+
+    # The mean squared error of each sample.
+    target = noise - x0
+    losses = (prediction.float() - target).square().mean(dim=(1, 2))
+    if weights is not None:
+        losses = losses * weights
+    return losses.mean()

@@ -1,4 +1,5 @@
-"""Training computes what the model authors' code computes, however cheap it is made; drawing, what diffusers does."""
+"""Training computes what the model authors' code computes, with every way to save memory and time.
+Generation computes what diffusers computes."""
 
 import copy
 import functools
@@ -27,153 +28,179 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 import train_lora
 from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
-    QuantizedLinear, dequantize, encoder_inputs, flow_matching_loss, load_config, load_scheduler, load_tokenizer,
-    load_transformer, load_vae, pack_latents, position_ids, sample_sigmas,
+    QuantizedLinear, dequantize, encoder_inputs, flow_matching_loss, load_config, load_scheduler,
+    load_tokenizer, load_transformer, load_vae, pack_latents, position_ids, sample_sigmas,
 )  # fmt: skip
 from validate import generate, load_pipeline
 
 PROMPT = "a star on a blue background"
 
 
-def assert_close(found, expected):
-    assert found.shape == expected.shape
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 def without_prefix(tensors, prefix):
-    """The tensors whose names begin with `prefix`, under what follows it."""
-    return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 @pytest.fixture(scope="module")
 def golden():
+    """The golden file of a training step: tensors, settings, and the transformer with its LoRA."""
     path = ROOT / "tests/golden/train_step.safetensors"
     with safe_open(path, "pt") as file:
         settings = {name: json.loads(value) for name, value in file.metadata().items()}
     tensors = load_file(path)
+
     transformer = LongCatImageTransformer2DModel(**settings["transformer_config"])
     transformer.load_state_dict(without_prefix(tensors, "transformer."))
     transformer.requires_grad_(False).add_adapter(LoraConfig(**settings["lora"]))
-    assert {n for n, p in transformer.named_parameters() if p.requires_grad} == without_prefix(
-        tensors, "lora."
-    ).keys()
-    transformer.load_state_dict(without_prefix(tensors, "lora."), strict=False)
+    lora = without_prefix(tensors, "lora.")
+    trainable = {name for name, p in transformer.named_parameters() if p.requires_grad}
+    assert trainable == lora.keys()
+    transformer.load_state_dict(lora, strict=False)
     return tensors, settings, transformer
 
 
 def test_sigmas_packing_and_position_ids_are_the_authors(golden):
     tensors, settings, _ = golden
-    latents, s = tensors["latents"], tensors["expected.sigmas"][:, None, None, None]
+    latents = tensors["latents"]
     height, width = latents.shape[2:]
     scheduler = FlowMatchEulerDiscreteScheduler(**settings["scheduler_config"])
-    assert_close(
-        sample_sigmas(tensors["normal"], height * width // 4, scheduler), tensors["expected.sigmas"]
-    )
-    assert_close(pack_latents((1 - s) * latents + s * tensors["noise"]), tensors["expected.packed"])
+    sigmas = sample_sigmas(tensors["normal"], height * width // 4, scheduler)
+    assert_close(sigmas, tensors["expected.sigmas"])
+
+    sigma = tensors["expected.sigmas"][:, None, None, None]
+    noisy_latents = (1 - sigma) * latents + sigma * tensors["noise"]
+    assert_close(pack_latents(noisy_latents), tensors["expected.packed"])
+
     for ids, kind in zip(position_ids(height, width), ("txt", "img")):
         assert ids.dtype == torch.float32
         assert_close(ids, tensors[f"expected.{kind}_ids"])
 
 
+LOSS_INPUTS = ("latents", "noise", "expected.sigmas", "prompt_embeds")
+
+
 @pytest.mark.parametrize(
-    "wanted, offload, again", [(0, False, 0), (1, False, 1), (True, False, 3), (False, True, 3)]
+    "wanted, offload, checkpointed",
+    [(0, False, 0), (1, False, 1), (True, False, 3), (False, True, 3)],
 )
 def test_prediction_loss_and_every_gradient_are_the_authors_whatever_is_checkpointed(
-    golden, wanted, offload, again
+    golden, wanted, offload, checkpointed
 ):
     tensors, _, transformer = golden
-    train_lora.set_gradient_checkpointing(
-        load_config(gradient_checkpointing=wanted, enable_group_offload=offload), transformer
-    )
+    config = load_config(gradient_checkpointing=wanted, enable_group_offload=offload)
+    train_lora.set_gradient_checkpointing(config, transformer)
     transformer.zero_grad()
-    inputs, seen, calls = (
-        [tensors[n] for n in ("latents", "noise", "expected.sigmas", "prompt_embeds")],
-        [],
-        [],
-    )
+
+    # Record which blocks compute, and the prediction.
+    calls = []
+    predictions = []
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     hooks = [
         block.register_forward_pre_hook(lambda block, args: calls.append(block)) for block in blocks
     ]
-    hooks += [
+    hooks.append(
         transformer.register_forward_hook(
-            lambda module, args, output: seen.append(output[0].detach())
+            lambda module, args, output: predictions.append(output[0].detach())
         )
-    ]
-    loss = flow_matching_loss(transformer, *inputs)
+    )
+    loss = flow_matching_loss(transformer, *(tensors[name] for name in LOSS_INPUTS))
     loss.backward()
     for hook in hooks:
         hook.remove()
-    assert [calls.count(block) for block in blocks] == [2] * again + [1] * (3 - again)
+
+    # A checkpointed block computes twice.
+    assert [calls.count(block) for block in blocks] == [2] * checkpointed + [1] * (3 - checkpointed)
     assert loss.dtype == torch.float32
-    assert_close(seen[0], pack_latents(tensors["expected.model_pred"]))
+    assert_close(predictions[0], pack_latents(tensors["expected.model_pred"]))
     assert_close(loss.detach(), tensors["expected.loss"])
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad:
             assert_close(parameter.grad, tensors[f"grad.{name}"])
-    with torch.no_grad():
-        alone = [flow_matching_loss(transformer, *(t[i : i + 1] for t in inputs)) for i in range(2)]
-        weighted = flow_matching_loss(transformer, *inputs, weights=torch.tensor([0.5, 2.0]))
-    assert_close(weighted, (0.5 * alone[0] + 2.0 * alone[1]) / 2)
 
 
-def test_train_step_itself_gives_the_authors_loss_and_every_gradient_and_the_optimizer_what_is_configured(
-    golden,
-):
+@torch.no_grad()
+def test_the_loss_is_the_mean_of_the_weighted_losses_of_the_samples(golden):
+    tensors, _, transformer = golden
+    inputs = [tensors[name] for name in LOSS_INPUTS]
+    first = flow_matching_loss(transformer, *(tensor[:1] for tensor in inputs))
+    second = flow_matching_loss(transformer, *(tensor[1:2] for tensor in inputs))
+    weighted = flow_matching_loss(transformer, *inputs, weights=torch.tensor([0.5, 2.0]))
+    assert_close(weighted, (0.5 * first + 2.0 * second) / 2)
+
+
+@pytest.fixture
+def golden_steps(golden):
+    """Two steps of train_step on the golden file's batch: the run, its LoRA before the first step,
+    the gradients that the optimizer got in each step, and what the first train_step returned."""
     tensors, settings, _ = golden
-    rates = dict(
+    config = load_config(
         learning_rate=1e-2,
         lr_scheduler="linear",
         lr_warmup_steps=0,
         adam_beta2=0.5,
         adam_weight_decay=0.3,
+        max_grad_norm=0,
+        lora_rank=settings["lora"]["r"],
+        lora_alpha=float(settings["lora"]["lora_alpha"]),
+        lora_target_modules=settings["lora"]["target_modules"],
     )
-    lora = dict(
-        lora_rank=settings["lora"]["r"], lora_target_modules=settings["lora"]["target_modules"]
-    )
-    config = load_config(
-        **rates, **lora, lora_alpha=float(settings["lora"]["lora_alpha"]), max_grad_norm=0
-    )
-    transformer = LongCatImageTransformer2DModel(**settings["transformer_config"]).requires_grad_(
-        False
-    )
+    transformer = LongCatImageTransformer2DModel(**settings["transformer_config"])
+    transformer.requires_grad_(False)
     transformer.load_state_dict(without_prefix(tensors, "transformer."))
     scheduler = FlowMatchEulerDiscreteScheduler(**settings["scheduler_config"])
     run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), steps=4)
-    expected = without_prefix(tensors, "lora.")
+    lora = without_prefix(tensors, "lora.")
     for name, parameter in run.parameters.items():
-        parameter.data.copy_(expected[name])
+        parameter.data.copy_(lora[name])
+
     gradients = []
-    run.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(
-            {name: parameter.grad.clone() for name, parameter in run.parameters.items()}
-        )
-    )
+
+    def keep_gradients(*arguments):
+        gradients.append({name: p.grad.clone() for name, p in run.parameters.items()})
+
+    run.optimizer.register_step_pre_hook(keep_gradients)
     inputs = {name: tensors[name] for name in ("latents", "noise", "normal", "prompt_embeds")}
     batch = train_lora.Batch(number=0, **inputs, weights=torch.ones(2))
-
-    loss, grad_norm, sound = train_lora.train_step(config, run, [batch])
+    result = train_lora.train_step(config, run, [batch])
     run.step = 1
     train_lora.train_step(config, run, [batch])
+    return run, lora, gradients, result
 
-    golden_gradients = without_prefix(tensors, "grad.")
-    assert sound and gradients[0].keys() == golden_gradients.keys()
+
+def test_train_step_gives_the_authors_loss_and_every_gradient(golden, golden_steps):
+    tensors, _, _ = golden
+    _, _, gradients, (loss, grad_norm, is_finite) = golden_steps
+    assert is_finite
     assert loss == pytest.approx(tensors["expected.loss"].item(), rel=1e-5)
-    for name, gradient in golden_gradients.items():
+    expected = without_prefix(tensors, "grad.")
+    assert gradients[0].keys() == expected.keys()
+    for name, gradient in expected.items():
         assert_close(gradients[0][name], gradient)
-    whole = torch.cat([gradient.flatten() for gradient in golden_gradients.values()])
-    assert grad_norm == pytest.approx(whole.norm().item(), rel=1e-5)
+    all_gradients = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert grad_norm == pytest.approx(all_gradients.norm().item(), rel=1e-5)
 
-    # The same two steps by PyTorch's own AdamW, told in numbers what the configuration says.
-    replayed = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in expected.items()}
-    adamw = torch.optim.AdamW(replayed.values(), lr=1.0, betas=(0.9, 0.5), weight_decay=0.3)
-    for learning_rate, given in zip((1e-2, 0.75e-2), gradients):
+
+def test_train_step_configures_the_optimizer(golden_steps):
+    run, lora, gradients, _ = golden_steps
+    # The same two steps with PyTorch's own AdamW and the numbers of the configuration.
+    expected = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in lora.items()}
+    adamw = torch.optim.AdamW(expected.values(), lr=1.0, betas=(0.9, 0.5), weight_decay=0.3)
+    for learning_rate, step_gradients in zip((1e-2, 0.75e-2), gradients):
         adamw.param_groups[0]["lr"] = learning_rate
-        for name, parameter in replayed.items():
-            parameter.grad = given[name]
+        for name, parameter in expected.items():
+            parameter.grad = step_gradients[name]
         adamw.step()
     for name, parameter in run.parameters.items():
-        assert_close(parameter.detach(), replayed[name].detach())
+        assert_close(parameter.detach(), expected[name].detach())
 
 
 # ---------------------------------------------------------------- prompt embeddings
@@ -181,32 +208,34 @@ def test_train_step_itself_gives_the_authors_loss_and_every_gradient_and_the_opt
 
 @pytest.fixture
 def golden_prompts(tmp_path, tiny_config):
-    """The prompts of the golden file, their token counts, their embeddings, and a function that gives a configuration
-    with its text encoder."""
+    """The golden file of prompt embeddings: prompts, their token counts, their embeddings, and a
+    function that makes a configuration with the file's text encoder."""
     path = ROOT / "tests/golden/prompt_embeds.safetensors"
     with safe_open(path, "pt") as file:
-        text_config, prompts = (file.metadata()[name] for name in ("config", "prompts"))
-    tensors, model = load_file(path), shutil.copytree(MODEL, tmp_path / "model")
-    (model / "text_encoder/config.json").write_text(text_config)
+        metadata = file.metadata()
+    tensors = load_file(path)
+
+    # A copy of the tiny model with the golden file's text encoder.
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "text_encoder/config.json").write_text(metadata["config"])
     save_file(
         without_prefix(tensors, "weights."),
         model / "text_encoder/model.safetensors",
         {"format": "pt"},
     )
-    prefix_and_suffix = tensors["input_ids"].shape[1] - 512
-    counts = [
-        min(count, 512)
-        for count in (tensors["attention_mask"].sum(dim=1) - prefix_and_suffix).tolist()
-    ]
+
+    template_length = tensors["input_ids"].shape[1] - 512
+    lengths = tensors["attention_mask"].sum(dim=1) - template_length
+    counts = [min(length, 512) for length in lengths.tolist()]
     configure = functools.partial(tiny_config, pretrained_model_name_or_path=str(model))
-    return json.loads(prompts), counts, tensors["expected.prompt_embeds"], configure
+    return json.loads(metadata["prompts"]), counts, tensors["expected.prompt_embeds"], configure
 
 
-def assert_prompt_embeds_close(found, expected, token_count):
-    """Real tokens and padding apart, as the one is easily large enough to hide the other."""
-    assert found.shape == expected.shape == (512, 64)
-    assert_close(found[:token_count], expected[:token_count])
-    assert_close(found[token_count:], expected[token_count:])
+def assert_prompt_embeds_close(actual, expected, token_count):
+    """Compares real tokens and padding separately: one could be large enough to hide the other."""
+    assert actual.shape == expected.shape == (512, 64)
+    assert_close(actual[:token_count], expected[:token_count])
+    assert_close(actual[token_count:], expected[token_count:])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
@@ -226,9 +255,10 @@ def test_cached_prompt_embeddings_are_the_authors_and_validation_reads_them(
     for prompt, count, embeds in zip(prompts, counts, expected):
         assert len(load_file(files[prompt])["prompt_embeds"]) == min(count + 1, 512)
         assert_prompt_embeds_close(read_prompt_embeds(files[prompt]), embeds, count)
-    again = load_pipeline(config, "cpu").encode_prompt(prompts)[0]
-    for found, count, embeds in zip(again, counts, expected):
-        assert_prompt_embeds_close(found, embeds, count)
+
+    encoded = load_pipeline(config, "cpu").encode_prompt(prompts)[0]
+    for actual, count, embeds in zip(encoded, counts, expected):
+        assert_prompt_embeds_close(actual, embeds, count)
 
 
 def test_a_pipeline_that_finds_nothing_cached_computes_the_same(golden_prompts):
@@ -238,8 +268,8 @@ def test_a_pipeline_that_finds_nothing_cached_computes_the_same(golden_prompts):
         assert_prompt_embeds_close(pipe.encode_prompt(prompt)[0][0], embeds, count)
 
 
-def test_tokens_are_the_pipelines_own_with_quoted_text_character_by_character(tiny_config):
-    tokenizer, seen = load_tokenizer(tiny_config()), []
+@pytest.mark.parametrize("count", [5, 6])
+def test_tokens_are_the_pipelines_own_with_quoted_text_character_by_character(tiny_config, count):
     prompts = [
         "",
         "a cat",
@@ -247,97 +277,107 @@ def test_tokens_are_the_pipelines_own_with_quoted_text_character_by_character(ti
         "“一只猫”，黄色背景",
         "a dog's bowl, 'a dog'",
         "a " * 600,
-    ]
+    ][:count]
+    calls = []
 
     def text_encoder(input_ids, attention_mask, output_hidden_states):
-        seen.append((input_ids, attention_mask))
+        calls.append((input_ids, attention_mask))
         return SimpleNamespace(hidden_states=[torch.zeros(*input_ids.shape, 1)])
 
+    tokenizer = load_tokenizer(tiny_config())
     models = dict(scheduler=None, vae=None, transformer=None, text_processor=None)
     pipe = LongCatImagePipeline(text_encoder=text_encoder, tokenizer=tokenizer, **models)
-    for batch in (prompts[:5], prompts):
-        seen.clear()
-        pipe.encode_prompt(batch)
-        (input_ids, attention_mask), found = seen[0], encoder_inputs(tokenizer, batch)
-        columns = found[0].shape[1]
-        assert torch.equal(found[0], input_ids[:, :columns]) and torch.equal(
-            found[1], attention_mask[:, :columns]
-        )
-        longest = attention_mask[:, :-11].sum(dim=1).max().item()  # without the template's end
-        assert columns == min(longest + 1, input_ids.shape[1] - 11)
+    pipe.encode_prompt(prompts)
+    expected_ids, expected_mask = calls[0]
+
+    input_ids, attention_mask = encoder_inputs(tokenizer, prompts)
+    columns = input_ids.shape[1]
+    assert torch.equal(input_ids, expected_ids[:, :columns])
+    assert torch.equal(attention_mask, expected_mask[:, :columns])
+    # Without the template's end, which has 11 tokens.
+    longest = expected_mask[:, :-11].sum(dim=1).max().item()
+    assert columns == min(longest + 1, expected_ids.shape[1] - 11)
 
 
-def whole_pipeline(config):
+def unmodified_pipeline(config):
     """diffusers' own pipeline with transformers' own text encoder."""
     folder = config.pretrained_model_name_or_path
-    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        f"{folder}/text_encoder", dtype=torch.float32
-    )
-    models = dict(
+    return LongCatImagePipeline(
         transformer=load_transformer(config, "cpu"),
         vae=load_vae(config, "cpu"),
-        text_encoder=text_encoder,
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            f"{folder}/text_encoder", dtype=torch.float32
+        ),
+        tokenizer=Qwen2Tokenizer.from_pretrained(f"{folder}/tokenizer"),
+        text_processor=None,
+        scheduler=load_scheduler(config),
     )
-    models |= dict(
-        tokenizer=Qwen2Tokenizer.from_pretrained(f"{folder}/tokenizer"), text_processor=None
-    )
-    return LongCatImagePipeline(**models, scheduler=load_scheduler(config))
 
 
-def test_the_unmodified_pipeline_differs_in_the_padding_alone(golden_prompts):
-    """transformers 5 gives each padding token the position after the one before it. transformers 4.57.1, with which the
-    model was trained, gave all of them position 1. No real token sees them."""
+def test_the_unmodified_pipeline_differs_only_in_the_padding(golden_prompts):
+    """transformers 5 gives each padding token the position after the one before it. transformers
+    4.57.1, with which the model was trained, gave all of them position 1. No real token attends to
+    them."""
     prompts, counts, _, configure = golden_prompts
     config = configure()
-    files, theirs = cache_prompts(config, prompts, "cpu"), whole_pipeline(config)
+    files = cache_prompts(config, prompts, "cpu")
+    unmodified = unmodified_pipeline(config)
     for prompt, count in zip(prompts, counts):
-        ours, other = read_prompt_embeds(files[prompt]), theirs.encode_prompt(prompt)[0][0]
-        assert_close(ours[:count], other[:count])
+        actual = read_prompt_embeds(files[prompt])
+        other = unmodified.encode_prompt(prompt)[0][0]
+        assert_close(actual[:count], other[:count])
         if count < 512:
-            distance = (ours[count:] - other[count:]).norm() / ours[count:].norm()
+            distance = (actual[count:] - other[count:]).norm() / actual[count:].norm()
             assert distance > 0.1, (
                 "transformers counts as 4.57.1 did again: README's section on this is out of date"
             )
-            assert_close(ours[count:], ours[-1:].expand(512 - count, -1))
+            assert_close(actual[count:], actual[-1:].expand(512 - count, -1))
 
 
-def test_our_pipeline_draws_what_the_unmodified_one_draws_with_any_negative_prompt(tiny_config):
-    unmodified, drawn = whole_pipeline(tiny_config()), []
-
+def test_our_pipeline_generates_the_images_of_the_unmodified_one_with_any_negative_prompt(
+    tiny_config,
+):
+    unmodified = unmodified_pipeline(tiny_config())
     give_the_authors_positions(unmodified.text_encoder)
-    options = dict(
-        num_inference_steps=2, guidance_scale=3.0, height=64, width=96, enable_prompt_rewrite=False
-    )
-    for negative in ("", "a cat"):
-        settings = dict(validation_num_inference_steps=2, validation_resolution="96x64")
-        config = tiny_config(**settings, validation_negative_prompt=negative)
-        drawn += generate(load_pipeline(config, "cpu"), config, [PROMPT])
-        noise = torch.Generator().manual_seed(42)
-        expected = unmodified(PROMPT, negative_prompt=negative, generator=noise, **options).images[
-            0
-        ]
-        assert (
-            drawn[-1].size == (96, 64)
-            and np.abs(np.subtract(drawn[-1], expected, dtype=int)).max() <= 1
+    images = []
+    for negative_prompt in ("", "a cat"):
+        config = tiny_config(
+            validation_num_inference_steps=2,
+            validation_resolution="96x64",
+            validation_negative_prompt=negative_prompt,
         )
-    assert np.abs(np.subtract(*drawn, dtype=int)).mean() > 1
+        images += generate(load_pipeline(config, "cpu"), config, [PROMPT])
+        expected = unmodified(
+            PROMPT,
+            negative_prompt=negative_prompt,
+            generator=torch.Generator().manual_seed(42),
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            height=64,
+            width=96,
+            enable_prompt_rewrite=False,
+        ).images[0]
+        assert images[-1].size == (96, 64)
+        assert np.abs(np.subtract(images[-1], expected, dtype=int)).max() <= 1
+    assert np.abs(np.subtract(*images, dtype=int)).mean() > 1, "negative prompts have an effect"
 
 
 # ---------------------------------------------------------------- quantized weights
 
 
-def libraries_own_weight(linear, precision):
-    """The weight as optimum-quanto or torchao quantize it and give it back."""
-    model, weight = torch.nn.Sequential(copy.deepcopy(linear)), linear.weight.detach()
-    if (
-        precision == "int4-quanto"
-    ):  # its own way back compiles an extension; this is its library/unpack.py
+def weight_from_library(linear, precision):
+    """The weight as optimum-quanto or torchao quantize and dequantize it."""
+    model = torch.nn.Sequential(copy.deepcopy(linear))
+    if precision == "int4-quanto":
+        # quanto's own dequantization compiles an extension; this is its library/unpack.py.
+        weight = linear.weight.detach()
         scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, axis=0, group_size=128)
-        made = quanto.quantize_weight(
+        quantized = quanto.quantize_weight(
             weight, quanto.qint4, 0, scale, shift, group_size=128, optimized=False
         )
-        values = torch.cat([made._data._data & 15, made._data._data >> 4])
-        return (made._scale * values - made._shift).reshape(weight.shape)
+        packed = quantized._data._data
+        values = torch.cat([packed & 15, packed >> 4])
+        return (quantized._scale * values - quantized._shift).reshape(weight.shape)
     if precision == "fp8-torchao":
         quantize_(model, Float8WeightOnlyConfig())
     else:
@@ -346,100 +386,139 @@ def libraries_own_weight(linear, precision):
     return model[0].weight.dequantize()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("precision", QUANTIZED)
-def test_quantized_weights_are_the_libraries_own_to_the_last_bit_and_alone_are_kept(
-    precision, dtype
-):
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=QUANTIZED)
+def precision(request):
+    return request.param
+
+
+@pytest.fixture
+def linears(precision, dtype):
+    """A Linear with the library's dequantized weight, our QuantizedLinear, and its tensors."""
     torch.manual_seed(0)
-    linear, x, gradient = (
-        torch.nn.Linear(384, 256).to(dtype),
-        torch.randn(64, 384),
-        torch.randn(64, 256),
-    )
-    expected, quantized = (
-        libraries_own_weight(linear, precision),
-        QuantizedLinear(linear, precision),
-    )
-    stored = [
-        tensor
-        for tensor in (quantized.weight, quantized.scale, quantized.shift)
-        if tensor is not None
-    ]
-    assert torch.equal(dequantize(dtype, (256, 384), *stored), expected) and expected.dtype == dtype
-    assert all(type(tensor.data) is torch.Tensor and not tensor.requires_grad for tensor in stored)
-    linear.weight = torch.nn.Parameter(expected, requires_grad=False)
-    kept, results = [], []
-    keep = lambda tensor: kept.append(tensor) or tensor
-    for layer in (linear, quantized):
-        kept.clear()
-        given = x.to(dtype, copy=True).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = layer(given)
-        y.backward(gradient.to(dtype))
-        results.append((y.detach(), given.grad))
-    tolerance = 0.012 if precision == "int8-matmul" else 1e-6 if dtype == torch.float32 else 0.01
-    for exact, found in zip(*results):
-        assert (found - exact).norm() <= tolerance * exact.norm()
-    assert kept and {tensor.data_ptr() for tensor in kept} <= {
-        tensor.data_ptr() for tensor in stored
-    }
-    assert sum(tensor.nbytes for tensor in kept) <= 256 * 384 * (
-        0.57 if precision == "int4-quanto" else 1.02
-    )
+    linear = torch.nn.Linear(384, 256).to(dtype)
+    quantized = QuantizedLinear(linear, precision)
+    stored = [quantized.weight, quantized.scale]
+    if quantized.shift is not None:
+        stored.append(quantized.shift)
+    linear.weight = torch.nn.Parameter(weight_from_library(linear, precision), requires_grad=False)
+    return linear, quantized, stored
+
+
+def test_quantized_weights_are_the_libraries_own_to_the_last_bit(linears, dtype):
+    linear, _, stored = linears
+    assert torch.equal(dequantize(dtype, (256, 384), *stored), linear.weight)
+    assert linear.weight.dtype == dtype
+    for tensor in stored:
+        assert type(tensor.data) is torch.Tensor
+        assert not tensor.requires_grad
+
+
+def run_and_record(layer, x, gradient):
+    """The layer's output, the gradient of its input, and the tensors kept for the backward pass."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    y.backward(gradient)
+    return y.detach(), x.grad, kept
+
+
+def test_a_quantized_layer_computes_the_linear_and_keeps_only_its_quantized_weight(
+    linears, precision, dtype
+):
+    linear, quantized, stored = linears
+    x = torch.randn(64, 384).to(dtype)
+    gradient = torch.randn(64, 256).to(dtype)
+    expected_y, expected_gradient, _ = run_and_record(linear, x, gradient)
+    y, x_gradient, kept = run_and_record(quantized, x, gradient)
+
+    tolerance = 0.01
+    if dtype == torch.float32:
+        tolerance = 1e-6
+    if precision == "int8-matmul":
+        tolerance = 0.012
+    assert (y - expected_y).norm() <= tolerance * expected_y.norm()
+    assert (x_gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm()
+
+    assert kept
+    assert {tensor.data_ptr() for tensor in kept} <= {tensor.data_ptr() for tensor in stored}
+    bytes_per_weight = 0.57 if precision == "int4-quanto" else 1.02
+    assert sum(tensor.nbytes for tensor in kept) <= 256 * 384 * bytes_per_weight
+
+
+# ---------------------------------------------------------------- compiled blocks, memory, norms
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no_change", *QUANTIZED])
-def test_compiled_blocks_learn_and_score_the_same(quick_config, tmp_path, precision):
+def test_compiled_blocks_train_and_score_the_same(quick_config, tmp_path, precision):
     settings = dict(
         base_model_precision=precision,
         enable_group_offload=precision == "int4-quanto",
         max_train_steps=3,
+        validation_split=0.2,
+        validation_step_interval=3,
     )
-    settings, losses = settings | dict(validation_split=0.2, validation_step_interval=3), []
-    for compiled in (False, True):
-        config = quick_config(
-            **settings, torch_compile=compiled, output_dir=str(tmp_path / str(compiled))
-        )
+    losses = {False: [], True: []}
+    for is_compiled in losses:
+        output_dir = str(tmp_path / str(is_compiled))
+        config = quick_config(**settings, torch_compile=is_compiled, output_dir=output_dir)
         train_lora.main(config)
-        losses.append(
-            [
-                line[name]
-                for line in metrics(config)
-                for name in ("loss", "held_out_loss")
-                if name in line
-            ]
-        )
-    assert losses[0] and losses[0] == pytest.approx(
-        losses[1], rel=2e-3 if precision == "int8-matmul" else 1e-4
-    )
+        for line in metrics(config):
+            for name in ("loss", "held_out_loss"):
+                if name in line:
+                    losses[is_compiled].append(line[name])
+    tolerance = 2e-3 if precision == "int8-matmul" else 1e-4
+    assert losses[False]
+    assert losses[False] == pytest.approx(losses[True], rel=tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["6gb", "8gb", "12gb", "16gb", "24gb", "24gb_bf16", "48gb", "colab_t4"]
+    "name, size, mixed_precision",
+    [
+        ("6gb", 6, "auto"),
+        ("8gb", 8, "auto"),
+        ("12gb", 12, "auto"),
+        ("16gb", 16, "auto"),
+        ("24gb", 24, "auto"),
+        ("24gb_bf16", 24, "auto"),
+        ("48gb", 48, "auto"),
+        ("colab_t4", 15, "fp16"),
+    ],
 )
-def test_a_shipped_config_fits_its_card_and_takes_what_readme_says(name):
-    arithmetic, size = ("fp16", 15) if name == "colab_t4" else ("auto", int(name.split("gb")[0]))
+def test_a_shipped_config_fits_its_card_and_needs_what_the_readme_says(name, size, mixed_precision):
     gib, _, needed = simulate_memory.simulate(
-        load_config(ROOT / f"configs/{name}.json", mixed_precision=arithmetic)
+        load_config(ROOT / f"configs/{name}.json", mixed_precision=mixed_precision)
     )
     assert needed <= simulate_memory.CARDS[size], gib
-    row = re.search(
-        rf"\n\| `{name}.json` .*\| ([\d.]+) / ([\d.]+) \|\n", (ROOT / "README.md").read_text()
-    )
+    readme = (ROOT / "README.md").read_text()
+    row = re.search(rf"\n\| `{name}.json` .*\| ([\d.]+) / ([\d.]+) \|\n", readme)
     assert [*map(float, row.groups())] == pytest.approx(
         [gib["a step, at its peak"], gib["a preview"]], abs=0.2
     )
 
 
 def test_norms_run_outside_of_autocast(monkeypatch):
-    layer_norm, autocast = torch.nn.functional.layer_norm, []
-    note = lambda *given, **options: (
-        autocast.append(torch.is_autocast_enabled("cpu")) or layer_norm(*given, **options)
-    )
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", note)
+    layer_norm = torch.nn.functional.layer_norm
+    autocast = []
+
+    def record_autocast(*arguments, **options):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return layer_norm(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", record_autocast)
     monkeypatch.setattr(simulate_memory.bench_step, "REAL", dict(num_layers=1, num_single_layers=1))
     simulate_memory.training(load_config(ROOT / "configs/48gb.json", mixed_precision="bf16"))
-    assert autocast and not any(autocast), "CUDA's would keep a float32 copy of each norm's input"
+    assert autocast
+    assert not any(autocast), "CUDA's would keep a float32 copy of each norm's input"

@@ -254,7 +254,11 @@ def test_ignored_weights_and_a_missing_alpha_are_reported(foreign_lora, capsys):
     [
         ("attn.to_q", 16, r'init_lora: .*has lora_rank 4 and .* \["attn.to_q"\]; set these'),
         ("attn.to_q", 4, "init_lora: .*cannot be trained further"),
-        ("attn.to_x", 4, "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'"),
+        (
+            "attn.to_x",
+            4,
+            "lora_target_modules: no layer's name in this transformer ends in 'attn.to_x'",
+        ),
     ],
 )
 def test_training_does_not_start_from_a_lora_of_other_layers_or_rank(
