@@ -122,7 +122,8 @@ def read_data(config, state):
         )
 
     # As many training images, spread over each source, to compare the held-out ones with.
-    counts = collections.Counter(record.source for record in held_out.values())
+    held_out = list(held_out.values())
+    counts = collections.Counter(record.source for record in held_out)
     scored_training = []
     for source, count in counts.items():
         candidates = [record for record in training if record.source == source]
@@ -137,7 +138,6 @@ def read_data(config, state):
 
     # Every epoch has the same number of batches.
     batches_per_epoch = len(epoch_batches(training, config.train_batch_size, config.seed, 0))
-    held_out = list(held_out.values())
     return Data(
         training, prompt_files, held_out, scored_training, held_out_hashes, batches_per_epoch
     )
@@ -289,8 +289,13 @@ def set_up(config, transformer, noise_scheduler, device, steps):
     optimizer = make_optimizer(config, list(parameters.values()), device)
 
     # The learning rate follows from the step alone, so that there is no state to save.
-    warmup = dict(num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)
-    lr_factor = get_scheduler(config.lr_scheduler, optimizer, **warmup).lr_lambdas[0]
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=steps,
+    )
+    lr_factor = lr_scheduler.lr_lambdas[0]
     is_fp16 = compute_dtype(config, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=is_fp16)
     if config.torch_compile:
@@ -489,7 +494,7 @@ def train(config, run, data, steps):
 
                 count_bad_steps(run, loss, grad_norm, is_sound)
                 seconds = time.perf_counter() - started
-                metrics.add_step(loss if is_sound else math.nan, grad_norm, seconds)
+                metrics.recent.append((loss if is_sound else math.nan, grad_norm, seconds))
                 if is_due(LOG_EVERY, run, steps) or run.bad_steps == MAX_BAD_STEPS:
                     mean_loss = metrics.write_training(run, epoch)
                     bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
@@ -719,11 +724,11 @@ def write_state(config, run, data, folder):
     write_tensors(folder / "state.safetensors", tensors)
 
     # Of the optimizer's settings those that it has changed itself, as prodigy does.
-    group = run.optimizer.param_groups[0]
     changed = {}
-    for name, value in group.items():
-        is_tracked = name not in ("params", "lr", "initial_lr")
-        if is_tracked and value != run.optimizer.defaults.get(name):
+    for name, value in run.optimizer.param_groups[0].items():
+        if name in ("params", "lr", "initial_lr"):
+            continue
+        if value != run.optimizer.defaults.get(name):
             changed[name] = value
     state = {
         "step": run.step,
@@ -887,10 +892,6 @@ class Metrics:
                 chart = {"loss": ["Multiline", ["validation/.*"]]}
                 self.board.add_custom_scalars({"held out and trained on": chart})
 
-    def add_step(self, loss, grad_norm, seconds):
-        """Notes a step's numbers for the next line."""
-        self.recent.append((loss, grad_norm, seconds))
-
     def write_training(self, run, epoch):
         """Writes the means of the steps since the last line. Returns their mean loss."""
         means = []
@@ -1001,7 +1002,7 @@ def generate_previews(config, run, metrics):
     """Generates an image of each validation prompt, `validation/step-N-nn.png`, and updates
     `progress.png`, which shows the previews so far. A preview that fails is reported and never ends
     the training."""
-    settings = generation_settings(config, "validation_prompts")
+    settings = generation_settings(config)
     settings["base_model"] = base_model_name(config)
     settings = json.dumps(settings, ensure_ascii=False)
     try:
@@ -1276,11 +1277,11 @@ def random_transformer(config, device, sizes):
     state = transformer.state_dict()
     dtype = compute_dtype(config, device)
 
+    def random_weight(name):
+        return torch.randn(state[name].shape, device=device, dtype=dtype) * 0.02
+
     def read(names):
-        weights = {}
-        for name in names:
-            weights[name] = torch.randn(state[name].shape, device=device, dtype=dtype) * 0.02
-        return weights
+        return {name: random_weight(name) for name in names}
 
     return fill_transformer(transformer, read, config, device)
 

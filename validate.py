@@ -334,9 +334,9 @@ def generate(pipe, config, prompts, size=None, seed=None):
     return images
 
 
-def generation_settings(config, without):
-    """{key: value} of the settings that an image depends on, except for the key `without`."""
-    excluded = ("validation_split", "validation_step_interval", without)
+def generation_settings(config):
+    """{key: value} of the settings that an image depends on besides its prompt."""
+    excluded = ("validation_split", "validation_step_interval", "validation_prompts")
     names = [name for name in KEYS if name.startswith("validation_") and name not in excluded]
     return {name: getattr(config, name) for name in names}
 
@@ -614,7 +614,7 @@ def generate_grid(config, pipe, rows, columns, loras, folder):
 
     Images are saved one by one, the grid after each column: an interrupted run keeps what it has.
     """
-    settings = generation_settings(config, without="validation_prompts")
+    settings = generation_settings(config)
     settings["base_model_precision"] = config.base_model_precision
     settings["mixed_precision"] = config.mixed_precision
     base_model = base_model_name(config)
