@@ -15,7 +15,7 @@ locks, the benchmark.
 
 import collections
 import contextlib
-import functools
+import itertools
 import json
 import math
 import os
@@ -85,12 +85,13 @@ MEMORY_ADVICE = {
 class Batch(NamedTuple):
     """Samples of one bucket, with their random draws."""
 
-    number: int  # counted over the whole run and all processes
+    number: int  # of images that the run saw before this batch; its draws follow from it
     latents: torch.Tensor  # [B, 16, H, W], drawn from the VAE's posterior
     noise: torch.Tensor  # [B, 16, H, W]
     normal: torch.Tensor  # [B], standard normal draws that become the sigmas
     prompt_embeds: torch.Tensor  # [B, 512, hidden]
     weights: torch.Tensor  # [B], of the samples in the loss
+    paths: list = []  # of the images
 
 
 class Data(NamedTuple):
@@ -99,9 +100,9 @@ class Data(NamedTuple):
     images: list  # of ImageRecord, to train on
     prompt_files: dict  # {prompt: file of its embeddings}
     held_out: list  # images that are scored only
-    scored_training: list  # as many training images of the same sources, scored for comparison
+    scored_training: list  # for each a training image of its source and size, to compare with
     held_out_hashes: list  # chosen when the run began; some of these images may be gone since
-    batches_per_epoch: int
+    images_per_epoch: int  # with repeats
 
 
 def read_data(config, state):
@@ -109,11 +110,11 @@ def read_data(config, state):
     images, prompt_files = cache_latents.main(config)
     held_out_hashes = state["held_out"] if state else hold_out(config, images)
 
-    # An image that is in several buckets is scored in one of them.
-    training, held_out = [], {}
+    training = []
+    held_out_records = collections.defaultdict(list)
     for record in images:
         if record.content_hash in held_out_hashes:
-            held_out[record.content_hash] = record
+            held_out_records[record.content_hash].append(record)
         else:
             training.append(record)
     if not training:
@@ -121,14 +122,12 @@ def read_data(config, state):
             "validation_split: no image is left to train on; at least two different ones are needed"
         )
 
-    # As many training images, spread over each source, to compare the held-out ones with.
-    held_out = list(held_out.values())
+    # An image that is in several buckets is scored in one of them: all sizes take turns.
+    held_out = []
+    for i, records in enumerate(held_out_records.values()):
+        held_out.append(records[i % len(records)])
+    scored_training = similar_images(held_out, training)
     counts = collections.Counter(record.source for record in held_out)
-    scored_training = []
-    for source, count in counts.items():
-        candidates = [record for record in training if record.source == source]
-        spacing = max(1, len(candidates) // count)
-        scored_training += candidates[::spacing][:count]
     if config.validation_split or held_out_hashes:
         sources = ", ".join(f"{count} of {source}" for source, count in counts.items()) or "none"
         why = f"{len(held_out_hashes)} chosen when the run began"
@@ -136,10 +135,9 @@ def read_data(config, state):
             why = "at least one of every source that has two images"
         log(f"held-out images, scored and never trained on: {sources} ({why})")
 
-    # Every epoch has the same number of batches.
-    batches_per_epoch = len(epoch_batches(training, config.train_batch_size, config.seed, 0))
+    images_per_epoch = sum(record.repeats for record in training)
     return Data(
-        training, prompt_files, held_out, scored_training, held_out_hashes, batches_per_epoch
+        training, prompt_files, held_out, scored_training, held_out_hashes, images_per_epoch
     )
 
 
@@ -167,6 +165,23 @@ def hold_out(config, images):
     return held_out
 
 
+def similar_images(held_out, training):
+    """For each held-out image another training image of the same source, the one whose bucket is
+    nearest in area: so the two curves compare the same sizes in the same shares."""
+    similar = {}
+    for record in held_out:
+        area = math.prod(record.bucket)
+        candidates = [
+            other
+            for other in training
+            if other.source == record.source and other.content_hash not in similar
+        ]
+        if candidates:
+            nearest = min(candidates, key=lambda other: abs(math.prod(other.bucket) - area))
+            similar[nearest.content_hash] = nearest
+    return list(similar.values())
+
+
 def shuffled(items, *seeds):
     """The items in a random order that follows from `seeds`, see seeded_generator."""
     order = torch.randperm(len(items), generator=seeded_generator(*seeds)).tolist()
@@ -178,10 +193,13 @@ def epoch_batches(images, batch_size, seed, epoch):
     `repeats` times, and a batch holds images of one bucket: the last one of a bucket may be
     smaller."""
     samples = []
+    counts = collections.Counter()  # duplicates of an image get names of their own, too
     for record in images:
         width, height = record.bucket
-        for repeat in range(record.repeats):
-            samples.append((f"{record.content_hash}-{width}x{height}:{repeat}", record))
+        name = f"{record.content_hash}-{width}x{height}"
+        for _ in range(record.repeats):
+            samples.append((f"{name}:{counts[name]}", record))
+            counts[name] += 1
 
     by_bucket = collections.defaultdict(list)
     for sample in shuffled(samples, seed, "shuffle", epoch):
@@ -193,44 +211,59 @@ def epoch_batches(images, batch_size, seed, epoch):
     return shuffled(batches, seed, "batches", epoch)
 
 
-def step_batches(config, data, batches_taken):
-    """Yields, step after step, (this process's batches, batches_taken by then, the epoch).
+def run_batches(config, data, images_seen):
+    """Yields (number, epoch, samples) of batch after batch, from the one that comes after
+    `images_seen` images of the run on. `number`: the images before it.
 
-    The batches of the run are numbered, epoch after epoch. A step takes the next
-    `gradient_accumulation_steps` * WORLD_SIZE of them; of these, process r takes the r-th, then
-    every WORLD_SIZE-th. `batches_taken`: how many the run took before, all processes together.
+    Progress is counted in images, which no setting changes. With another batch size the epoch in
+    progress is cut into other batches, and some of its images come again.
+    """
+    epoch, position = divmod(images_seen, data.images_per_epoch)
+    while True:
+        seen = 0
+        for samples in epoch_batches(data.images, config.train_batch_size, config.seed, epoch):
+            if seen + len(samples) > position:
+                yield epoch * data.images_per_epoch + seen, epoch, samples
+            seen += len(samples)
+        epoch += 1
+        position = 0
+
+
+def step_batches(config, data, images_seen):
+    """Yields, step after step, (this process's batches, images seen by then, the epoch).
+
+    A step takes the next `gradient_accumulation_steps` * WORLD_SIZE batches of the run; of these,
+    process r takes the r-th, then every WORLD_SIZE-th. `images_seen`: how many images the run has
+    trained on before, all processes together.
     """
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
+    upcoming = run_batches(config, data, images_seen)
 
-    @functools.lru_cache(2)  # a step may begin in one epoch and end in the next
-    def batches_of(epoch):
-        return epoch_batches(data.images, config.train_batch_size, config.seed, epoch)
-
-    def load(first):
+    def load():
+        planned = list(itertools.islice(upcoming, per_step))
         batches = []
-        for number in range(first, first + per_step)[RANK::WORLD_SIZE]:
-            epoch, i = divmod(number, data.batches_per_epoch)
-            samples = batches_of(epoch)[i]
+        for number, epoch, samples in planned[RANK::WORLD_SIZE]:
             batches.append(load_batch(config, samples, data.prompt_files, epoch, number))
-        return batches
+        number, epoch, samples = planned[-1]
+        return batches, number + len(samples), epoch
 
     # A thread loads the batches of the next step while this one computes.
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(load, batches_taken)
+        loading = pool.submit(load)
         while True:
-            batches = loading.result()
-            batches_taken += per_step
-            loading = pool.submit(load, batches_taken)
-            yield batches, batches_taken, (batches_taken - 1) // data.batches_per_epoch
+            step = loading.result()
+            loading = pool.submit(load)
+            yield step
 
 
 def load_batch(config, samples, prompt_files, epoch, number):
-    """The Batch of these (sample name, ImageRecord); `number` counts the batches of the run."""
+    """The Batch of these (sample name, ImageRecord); `number`: the images of the run before it."""
     drawn = [
         load_sample(config, name, record, prompt_files, epoch, number) for name, record in samples
     ]
     latents, noise, normal, prompt_embeds, weights = map(torch.stack, zip(*drawn))
-    return Batch(number, latents, noise, normal, prompt_embeds, weights)
+    paths = [record.path for _, record in samples]
+    return Batch(number, latents, noise, normal, prompt_embeds, weights, paths)
 
 
 def load_sample(config, name, record, prompt_files, epoch, number):
@@ -244,7 +277,9 @@ def load_sample(config, name, record, prompt_files, epoch, number):
         generator = seeded_generator(config.seed, purpose, epoch, name)
         return torch.rand((), generator=generator).item()
 
-    posterior = read_tensors(latents_file(config, record))
+    file = latents_file(config, record)
+    posterior = read_tensors(file)
+    raise_if_not_finite(file, posterior["mean"] + posterior["std"], record.path)
     shape = posterior["mean"].shape
     latents = posterior["mean"] + posterior["std"] * draw_normal("posterior", shape)
     noise = draw_normal("noise", shape)
@@ -255,7 +290,17 @@ def load_sample(config, name, record, prompt_files, epoch, number):
     if draw_uniform("caption_dropout") < config.caption_dropout_probability:
         caption = ""
     prompt_embeds = read_prompt_embeds(prompt_files[caption])
+    raise_if_not_finite(prompt_files[caption], prompt_embeds, record.path)
     return latents, noise, normal, prompt_embeds, torch.tensor(record.loss_weight)
+
+
+def raise_if_not_finite(file, tensor, image_path):
+    """Raises UserError if a file of the cache holds NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{file}: holds values that are not finite, for {image_path}; delete it, and it is "
+            "encoded again"
+        )
 
 
 # ---------------------------------------------------------------- the LoRA and its optimizer
@@ -273,7 +318,7 @@ class Run:
     lr_factor: object  # a function: step -> what the learning rate is multiplied with
     device: torch.device
     step: int = 0  # steps done
-    batches_taken: int = 0  # by all processes together
+    images_seen: int = 0  # by all processes together
     saved_step: int = 0  # of the newest checkpoint
     bad_steps: int = 0  # the last steps, if their loss or gradients were not finite
     skipped_steps: int = 0  # all such steps since this start
@@ -412,7 +457,8 @@ def set_gradient_checkpointing(config, transformer):
 def train_step(config, run, batches):
     """One optimizer step over this process's batches.
 
-    Returns the loss, the gradient norm before clipping, and whether the step was sound. A step with
+    Returns the mean loss of the images, the gradient norm before clipping, and whether the step was
+    sound. A step with
     a loss or gradients that are not finite changes nothing. It still counts as sound if only fp16's
     loss scale was too large, which the scaler then lowers.
     """
@@ -420,8 +466,10 @@ def train_step(config, run, batches):
         group["lr"] = config.learning_rate * run.lr_factor(run.step)
     loss_scale = run.scaler.get_scale()
 
-    # Forward and backward, batch after batch; the gradients add up to those of the mean loss.
+    # Forward and backward, batch after batch. An incomplete batch has a smaller share, so that
+    # every image counts the same. The gradients add up.
     losses = []
+    image_count = 0
     for batch in batches:
         torch.manual_seed(
             seeded_generator(config.seed, "lora_dropout", batch.number).initial_seed()
@@ -430,9 +478,12 @@ def train_step(config, run, batches):
         sigmas = sample_sigmas(batch.normal, token_count, run.noise_scheduler)
         inputs = (batch.latents, batch.noise, sigmas, batch.prompt_embeds, batch.weights)
         inputs = [tensor.to(run.device) for tensor in inputs]
-        loss = flow_matching_loss(run.transformer, *inputs) / len(batches)
-        run.scaler.scale(loss).backward()
-        losses.append(loss.detach())
+        loss = flow_matching_loss(run.transformer, *inputs)
+        size = len(batch.normal)
+        share = size / config.train_batch_size / len(batches)
+        run.scaler.scale(loss * share).backward()
+        losses.append(loss.detach() * size)
+        image_count += size
 
     average_gradients(run.parameters.values())
     run.scaler.unscale_(run.optimizer)
@@ -441,7 +492,7 @@ def train_step(config, run, batches):
 
     # Both numbers together, for this waits until the device is done.
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), grad_norm]).tolist()
-    loss = sum_over_processes(loss) / WORLD_SIZE
+    loss = sum_over_processes(loss) / sum_over_processes(image_count)
     is_sound = math.isfinite(loss) and math.isfinite(grad_norm)
     run.weights_in_flux = True
     if is_sound:
@@ -474,7 +525,7 @@ def train(config, run, data, steps):
     previews. What has been learned is saved before anything is raised. Returns the step with the
     lowest held-out loss, or None."""
     metrics = Metrics(config, run.step)
-    batches_of_steps = step_batches(config, data, run.batches_taken)
+    batches_of_steps = step_batches(config, data, run.images_seen)
     bar = tqdm(initial=run.step, total=steps, desc="training", unit="step", disable=RANK > 0)
     with stop_signals() as stop, bar, contextlib.closing(batches_of_steps):
         try:
@@ -487,12 +538,12 @@ def train(config, run, data, steps):
                     break
 
                 started = time.perf_counter()
-                batches, batches_taken, epoch = next(batches_of_steps)
+                batches, images_seen, epoch = next(batches_of_steps)
                 loss, grad_norm, is_sound = train_step(config, run, batches)
                 run.step += 1
-                run.batches_taken = batches_taken
+                run.images_seen = images_seen
 
-                count_bad_steps(run, loss, grad_norm, is_sound)
+                count_bad_steps(run, batches, loss, grad_norm, is_sound)
                 seconds = time.perf_counter() - started
                 metrics.recent.append((loss if is_sound else math.nan, grad_norm, seconds))
                 if is_due(LOG_EVERY, run, steps) or run.bad_steps == MAX_BAD_STEPS:
@@ -527,14 +578,17 @@ def checkpoint_is_due(config, run, steps):
     return not run.bad_steps and (has_passed or is_last)
 
 
-def count_bad_steps(run, loss, grad_norm, is_sound):
-    """Counts the steps that were not finite and therefore skipped, and logs each."""
+def count_bad_steps(run, batches, loss, grad_norm, is_sound):
+    """Counts the steps that were not finite and therefore skipped, and logs each with its
+    images."""
     if is_sound:
         run.bad_steps = 0
         return
     run.bad_steps += 1
     run.skipped_steps += 1
-    log(f"step {run.step}: loss {loss}, gradient norm {grad_norm}: step skipped")
+    paths = itertools.chain.from_iterable(batch.paths for batch in batches)
+    what = f"loss {loss}, gradient norm {grad_norm}: step skipped"
+    log(f"step {run.step}: {what}; its images: {', '.join(paths)}")
 
 
 def raise_if_diverged(run):
@@ -584,8 +638,8 @@ def main(config):
         run = set_up(set_up_config, transformer, load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
-            epoch = run.batches_taken // data.batches_per_epoch
-            log(f"resumed from {checkpoint}, in epoch {epoch}, of {data.batches_per_epoch} batches")
+            epoch = run.images_seen // data.images_per_epoch
+            log(f"resumed from {checkpoint}, in epoch {epoch}, of {data.images_per_epoch} images")
 
         if run.step >= steps:
             advice = "raise max_train_steps or num_train_epochs, or choose another output_dir"
@@ -600,16 +654,25 @@ def main(config):
 
 def count_steps(config, data, state):
     """The number of steps of the whole run, from max_train_steps or num_train_epochs."""
+    step, images_seen = (state["step"], state["images_seen"]) if state else (0, 0)
+    epoch, position = divmod(images_seen, data.images_per_epoch)
+    batches = epoch_batches(data.images, config.train_batch_size, config.seed, epoch)
     batches_per_step = config.gradient_accumulation_steps * WORLD_SIZE
+
     steps = config.max_train_steps
     if config.num_train_epochs:
-        # The steps so far may have been taken by another number of processes.
-        steps, batches_taken = (state["step"], state["taken"]) if state else (0, 0)
-        batches_left = config.num_train_epochs * data.batches_per_epoch - batches_taken
-        steps += max(0, math.ceil(batches_left / batches_per_step))
+        # What is left: all epochs, without the batches of this one that are done, see run_batches.
+        batches_left = (config.num_train_epochs - epoch) * len(batches)
+        seen = 0
+        for samples in batches:
+            seen += len(samples)
+            if seen <= position:
+                batches_left -= 1
+        steps = step + max(0, math.ceil(batches_left / batches_per_step))
 
     images_per_step = config.train_batch_size * batches_per_step
-    epochs = steps * batches_per_step / data.batches_per_epoch
+    epochs = images_seen / data.images_per_epoch
+    epochs += max(0, steps - step) * batches_per_step / len(batches)
     log(f"{steps} steps of {images_per_step} images, each seen {epochs:.1f} times its repeats")
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
         log(
@@ -732,7 +795,7 @@ def write_state(config, run, data, folder):
             changed[name] = value
     state = {
         "step": run.step,
-        "taken": run.batches_taken,
+        "images_seen": run.images_seen,
         "held_out": data.held_out_hashes,
         "scaler": run.scaler.state_dict(),
         "optimizer": changed,
@@ -845,6 +908,8 @@ def report_changes(config, folder, state):
         change = f"{name}: {before} -> {json.dumps(now, ensure_ascii=False)}"
         if name in ("init_lora", "validation_split"):
             change += " (no effect on a run that has begun)"
+        if name == "train_batch_size":
+            change += " (some images of this epoch may be seen twice)"
         log(change)
 
 
@@ -866,7 +931,7 @@ def load_checkpoint(folder, state, run):
         run.scaler.load_state_dict(state["scaler"])
 
     run.step = run.saved_step = state["step"]
-    run.batches_taken = state["taken"]
+    run.images_seen = state["images_seen"]
 
 
 # ---------------------------------------------------------------- metrics

@@ -242,10 +242,10 @@ def losses(steps):
                 )
         optimizer.param_groups[0]["lr"], found = 1e-3, []
         data = train_lora.Data(
-            entries, prompts, [], [], [], len(train_lora.epoch_batches(entries, 1, config.seed, 0))
+            entries, prompts, [], [], [], sum(entry.repeats for entry in entries)
         )
         for _, ((batch,), _, _) in zip(range(steps), train_lora.step_batches(config, data, 0)):
-            _, latents, noise, normal, prompt_embeds, _ = batch
+            _, latents, noise, normal, prompt_embeds, _, _ = batch
             found.append(
                 step(
                     latents,

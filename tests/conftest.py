@@ -204,10 +204,10 @@ def quick_config(tmp_path, few_images, made_once):
 @pytest.fixture
 def reference_run(tmp_path, quick_config, made_once):
     """The configuration of a finished run of three steps, with a checkpoint each, held-out scores and previews at
-    steps 0, 2 and 3: trained once for all tests, and copied into this one's folder. Six pictures in batches of two or
-    one: the first epoch ends within step 2."""
+    steps 0, 2 and 3: trained once for all tests, and copied into this one's folder. Six images in three
+    batches of two: the first epoch ends within step 2."""
     settings = dict(
-        max_train_steps=3, gradient_accumulation_steps=3, train_batch_size=2, lora_dropout=0.1,
+        max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2, lora_dropout=0.1,
         gradient_checkpointing=1, validation_split=0.2, validation_step_interval=2,
     )  # fmt: skip
 

@@ -149,6 +149,7 @@ def golden_steps(golden):
         adam_beta2=0.5,
         adam_weight_decay=0.3,
         max_grad_norm=0,
+        train_batch_size=2,
         lora_rank=settings["lora"]["r"],
         lora_alpha=float(settings["lora"]["lora_alpha"]),
         lora_target_modules=settings["lora"]["target_modules"],

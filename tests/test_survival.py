@@ -22,6 +22,7 @@ import torch
 from conftest import (
     MODEL, NAMES, ROOT, TORCHRUN, checkpoints, flags, lora_bytes, made_up, metrics, run_script, start_script,
 )  # fmt: skip
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cache_latents
@@ -83,7 +84,8 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
     config, expected = reference_run, lora_bytes(reference_run)
     scored = lambda: [line for line in metrics(config) if "held_out_loss" in line]
     scores = scored()
-    assert [state_of(config, step)["taken"] for step in (1, 2, 3)] == [3, 6, 9]
+    seen = [state_of(config, step)["images_seen"] for step in (1, 2, 3)]
+    assert seen == [4, 8, 12], "steps end within an epoch of six images"
     assert [line["step"] for line in scores] == [0, 2, 3] and len(
         {line["held_out_base"] for line in scores}
     ) == 1
@@ -429,16 +431,81 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
     for said in (
         "learning_rate: 0.008 -> 0.0002",
         'null -> "gone" (no effect',
-        "train_batch_size: 2 -> 1\n",
+        "train_batch_size: 2 -> 1 (some images",
     ):
         assert said in printed
-    assert "lora_alpha" not in printed and "in epoch 1, of 6 batches" in printed
+    assert "lora_alpha" not in printed and "in epoch 2, of 6 images" in printed
     assert checkpoints(config) == ["step-000004", "step-000012"], (
         "only complete ones count towards the limit"
     )
     assert own.is_dir() and metrics(config)[-1]["lr"] == pytest.approx(1e-4), (
         "after warm-up, half way down the cosine"
     )
+
+
+@pytest.mark.parametrize("first, then", [(1, 4), (4, 1), (2, 3)])
+def test_epochs_are_counted_in_images_whatever_the_batch_size_was(
+    quick_config, cheap_loss, before_each, capsys, first, then
+):
+    settings = dict(num_train_epochs=4, resolution="128x128", checkpoint_step_interval=1000)
+    seen = Counter()
+
+    def note(n, config, samples, *arguments):
+        seen.update(record.path for _, record in samples)
+
+    before_each("load_batch", note)
+    config = quick_config(**settings, train_batch_size=first)
+    data = train_lora.read_data(config, None)
+    per_epoch = len(train_lora.epoch_batches(data.images, first, 42, 0))
+    config.num_train_epochs, config.max_train_steps = 0, per_epoch + 1  # one and a bit
+    train_lora.main(config)
+    config = quick_config(**settings, train_batch_size=then)
+    train_lora.main(config)
+    printed = capsys.readouterr().out
+    assert f"train_batch_size: {first} -> {then} (some images" in printed
+    assert "nothing to train" not in printed
+    assert f"in epoch 1, of {len(data.images)} images" in printed
+    final = state_of(config, int(checkpoints(config)[-1][5:]))
+    assert final["images_seen"] == 4 * len(data.images)
+    # Batches that were loaded ahead and not trained on aside.
+    assert len(seen) == len(data.images) and min(seen.values()) >= 4 - (first != 1)
+
+
+def test_values_that_are_not_finite_in_the_cache_name_their_image_and_file(
+    quick_config, tmp_path, cheap_loss
+):
+    config = quick_config(cache_dir=str(tmp_path / "own"), max_train_steps=20)
+    images, _ = cache_latents.main(config)
+    path = cache_latents.latents_file(config, images[2])
+    tensors = load_file(path)
+    tensors["mean"][0, 0, 0] = math.nan
+    save_file(tensors, path)
+    refused(config, f"{path.name}: holds values that are not finite, for {images[2].path}; delete")
+    path.unlink()
+    assert train_lora.main(config).exists()
+
+
+def test_held_out_images_are_compared_with_training_images_of_their_source_and_size(
+    quick_config, few_images, tmp_path
+):
+    for name in ("one", "two"):
+        shutil.copytree(few_images, tmp_path / name)
+    for path in (tmp_path / "two").glob("*.png"):
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(path)
+    sources = [{"path": str(tmp_path / name)} for name in ("one", "two")]
+    config = quick_config(data_dir=sources, resolution="64,128", validation_split=0.3)
+    data = train_lora.read_data(config, None)
+
+    def kinds(records):
+        return Counter(
+            (record.source, round(math.prod(record.bucket) ** 0.5, -1)) for record in records
+        )
+
+    assert kinds(data.held_out) == kinds(data.scored_training)
+    assert len({area for _, area in kinds(data.held_out)}) == 2, "both sizes"
+    held_out = {record.content_hash for record in data.held_out}
+    assert not held_out & {record.content_hash for record in data.images}
 
 
 def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
@@ -464,11 +531,14 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     config.train_batch_size, config.max_train_steps = 2, 8
     train_lora.main(config)
     now = cache_latents.main(config)[0]
-    count = len(train_lora.epoch_batches(now, 2, 42, 0))
-    epoch = [record for number in range(count, 2 * count) for _, record in seen[number]]
-    assert min(seen) == 3 and sorted(p.content_hash for p in epoch) == sorted(
-        p.content_hash for p in now
-    ), "each of now, once"
+    assert 2 <= min(seen) <= 3, "it resumes at the third image"
+    epoch = []
+    for number, samples in seen.items():
+        if len(now) <= number < 2 * len(now):
+            epoch += [record for _, record in samples]
+    assert sorted(p.content_hash for p in epoch) == sorted(p.content_hash for p in now), (
+        "each of now, once"
+    )
     assert ["a new caption"] in [record.captions for record in epoch]
 
     held.with_suffix(".away").rename(held)

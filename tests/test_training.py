@@ -193,9 +193,9 @@ def first_step(config, *batches):
 
 
 def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
-    config = tiny_config(max_grad_norm=1e-3)
+    config = tiny_config(max_grad_norm=1e-3, train_batch_size=2)
     together, moment = first_step(config, (0, [0, 1]))
-    config.gradient_accumulation_steps = 2
+    config.gradient_accumulation_steps, config.train_batch_size = 2, 1
     in_turn, other = first_step(config, (0, [0]), (1, [1]))
     assert in_turn == pytest.approx(together, rel=1e-4) and in_turn[1] > 1e-2, (
         "loss and gradient norm before clipping"
@@ -204,6 +204,27 @@ def test_accumulation_is_a_mean_and_gradients_are_clipped(tiny_config):
     assert other.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2), (
         "a tenth of the clipped gradient"
     )
+
+
+def test_an_image_alone_in_its_batch_counts_as_much_as_any_other(tiny_config):
+    config = tiny_config(max_grad_norm=0, train_batch_size=2)
+    (pair_loss, _, _), pair = first_step(config, (0, [0, 1]))
+    (loss, _, _), alone = first_step(config, (0, [0]))
+    (other_loss, _, _), other = first_step(config, (0, [1]))
+    assert (alone + other - pair).norm() < 1e-3 * pair.norm(), "each weighs one half"
+    assert (loss + other_loss) / 2 == pytest.approx(pair_loss, rel=1e-4), (
+        "the logged loss is a mean"
+    )
+    config.gradient_accumulation_steps = 2
+    (mean_loss, _, _), moment = first_step(config, (0, [0, 1]), (2, [1]))
+    assert (moment - (pair + other) / 2).norm() < 1e-3 * moment.norm()
+    assert mean_loss == pytest.approx((loss + 2 * other_loss) / 3, rel=1e-4), "over images"
+
+
+def test_duplicates_of_an_image_have_draws_of_their_own():
+    images = [made_up(0, repeats=2), made_up(0, repeats=2), made_up(0, bucket=(64, 128))]
+    names = [name for batch in train_lora.epoch_batches(images, 2, 42, 0) for name, _ in batch]
+    assert len(set(names)) == len(names) == 5
 
 
 def test_each_batch_has_its_own_dropout(tiny_config):
