@@ -221,8 +221,7 @@ def parse_row(row):
         raise ValueError("'file_name' is missing; set it to the name of an image")
     if None in row:  # where csv puts the fields for which there is no column
         raise ValueError("has more fields than columns; put captions with commas in quotes")
-    named = {key: row[key] for key in CAPTION_KEYS if key in row}
-    return name, captions_in(named)
+    return name, captions_in({key: row[key] for key in CAPTION_KEYS if key in row})
 
 
 def read_captions(path, find_images, findings, is_sidecar=False):
@@ -504,8 +503,7 @@ def load_image(path, bucket):
 
     # White behind transparency, then sRGB, then upright.
     if mode == "RGBA":
-        white = Image.new("RGBA", size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", size, "white"), image).convert("RGB")
     if profile:
         transform = srgb_transform(profile, image.mode)
         if transform:
@@ -608,8 +606,7 @@ def report_text(summary, records, findings):
 
     # File names may contain line breaks, control characters and invalid Unicode.
     lines = [re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", line) for line in lines]
-    text = "\n".join(lines) + "\n"
-    return text.encode("utf-8", "replace").decode()
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
 # ---------------------------------------------------------------- preview

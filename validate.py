@@ -359,8 +359,7 @@ def image_grid(rows, row_labels, column_labels, title=""):
     top = line * (len(titles) + 1)
     heights = [round(images[0].height * cell / images[0].width) for images in rows]
     width = gap + len(column_labels) * (cell + gap)
-    height = top + sum(heights) + len(rows) * line + gap
-    grid = Image.new("RGB", (width, height), "white")
+    grid = Image.new("RGB", (width, top + sum(heights) + len(rows) * line + gap), "white")
     draw = ImageDraw.Draw(grid)
 
     # Labels are placed by the middle of their line: its left end, or for columns its center.

@@ -180,8 +180,7 @@ def make_field(key, text, id_prefix):
     value_type = KEYS[key].annotation
     if get_origin(value_type) is Literal:
         return gr.Dropdown(get_args(value_type), **options)
-    lines = 3 if key in MULTILINE_FIELDS else 1
-    return gr.Textbox(lines=lines, max_lines=8, **options)
+    return gr.Textbox(lines=3 if key in MULTILINE_FIELDS else 1, max_lines=8, **options)
 
 
 # ---------------------------------------------------------------- safety
@@ -445,8 +444,7 @@ def loss_table(metrics_file):
     metrics = pd.DataFrame(read_metrics(Path(metrics_file)), columns=["step", *CURVE_COLORS])
     points = metrics.melt("step", var_name="curve").dropna()
     # Each curve has a row from the start: the plot does not accept new curves later.
-    all_curves = pd.DataFrame({"curve": list(CURVE_COLORS)})
-    return pd.concat([all_curves, points])
+    return pd.concat([pd.DataFrame({"curve": list(CURVE_COLORS)}), points])
 
 
 def run_status(workspace, run):
@@ -520,8 +518,7 @@ def set_up_tab(workspace, start_config):
 
     def load_form(name):
         """The texts of the form for a config or an earlier run."""
-        config_file = all_configs()[name]
-        return config_to_form(load_config(config_file))
+        return config_to_form(load_config(all_configs()[name]))
 
     @show_errors
     def check_form(other_settings, *texts):
@@ -534,8 +531,7 @@ def set_up_tab(workspace, start_config):
         edited.append(part.input if isinstance(part, gr.Dropdown) else part.blur)
     quiet = dict(show_progress="hidden")
     gr.on(edited, check_form, form, message, trigger_mode="always_last", **quiet)
-    loaded = config_name.input(load_form, config_name, form)
-    loaded.then(check_form, form, message, **quiet)
+    config_name.input(load_form, config_name, form).then(check_form, form, message, **quiet)
     update_on_focus(config_name, all_configs)
     return form
 
@@ -763,14 +759,12 @@ def generation_status(workspace, lora):
     """What the Try it tab shows of a LoRA file ("": of the newest): the state and log of its job,
     and the file of the grid that it has generated, or None."""
     loras = find_loras(workspace)
-    run = loras.get(lora or newest(loras))
-    state, log = job_state(workspace, "validate", run)
-    status = t(state) if state else ""
+    state, log = job_state(workspace, "validate", loras.get(lora or newest(loras)))
     grid = None
     grids = re.findall(r"(?m)^base beside LoRA: (.+)$", log)
     if grids and is_inside(grids[-1], [workspace.output]):
         grid = grids[-1]
-    return status, log, grid
+    return t(state) if state else "", log, grid
 
 
 def show_grid(grid):
@@ -778,8 +772,8 @@ def show_grid(grid):
     images = []
     if grid:
         images = sorted(Path(grid).parent.glob("*.png"), key=lambda path: path != Path(grid))
-    selected = 0 if images else None
-    return gr.update(value=[(path, path.stem) for path in images], selected_index=selected)
+    items = [(path, path.stem) for path in images]
+    return gr.update(value=items, selected_index=0 if images else None)
 
 
 # ---------------------------------------------------------------- the page
