@@ -64,10 +64,11 @@ PLACEHOLDER = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
 CHAT = re.compile(
     r"(?i)<[|｜][^<>]{1,40}[|｜]>|</?(s|think|image|start_of_turn|end_of_turn)>|\[/?INST\]"
     r"|\b(sorry|apologize)[,.]? (but|I|as an)\b|\bI(['’]m| am) (unable|not able) to\b"
-    r"|\bI (can['’]?t|cannot|can not|won['’]t) (assist|help|provide|describe|identify|comply|fulfill"
-    r"|create|generate|view|see|process|discuss|engage|analyze)\b"
+    r"|\bI (can['’]?t|cannot|can not|won['’]t) (assist|help|provide|describe|identify|comply"
+    r"|fulfill|create|generate|view|see|process|discuss|engage|analyze)\b"
     r"|\bas an AI( language)?( model| assistant|,)"
-    r"|(抱歉|对不起)[，,。！ ]*(但是?)?我?(无法|不能)|作为一?(个|名|款)?(AI|人工智能|语言模型|大语言)"
+    r"|(抱歉|对不起)[，,。！ ]*(但是?)?我?(无法|不能)"
+    r"|作为一?(个|名|款)?(AI|人工智能|语言模型|大语言)"
     r"|我(无法|不能)(描述|提供|协助|帮助|识别|查看|看到|回答|满足|处理|生成)"
     r"|(desculpe|sinto muito|lamento)[,.]? (mas )?(eu )?não (posso|consigo)"
 )
