@@ -7,6 +7,7 @@ import shlex
 import pytest
 from conftest import ROOT, run_script
 
+import train_lora
 from longcat_common import KEYS, UserError, buckets, check_precision, config_from_flags, load_config
 
 # ---------------------------------------------------------------- flags and files
@@ -265,3 +266,13 @@ def test_files_in_a_readme_exist_and_every_config_is_listed(name):
     assert paths and not [path for path in paths if not (ROOT / path).exists()]
     for path in (ROOT / "configs").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.pt-BR.md", "README.zh.md"])
+def test_a_readme_runs_the_copied_config_and_agrees_with_the_model_card(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for script in ("prepare_data", "train_lora", "validate"):
+        assert f"python {script}.py my.json" in text
+    assert "prepare_data.py configs" not in text and "validate.py configs" not in text
+    assert "*LoraLoaderModelOnly*" in text
+    assert "LoraLoaderModelOnly" in train_lora.model_card(load_config())
