@@ -23,15 +23,19 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, explain_out_of_memory,
-    free_memory, in_parallel, is_out_of_memory, is_readable, load_text_encoder, load_tokenizer,
-    load_vae, log, log_once, model_folder, pick_device, read_tensors, run_stage,
-    sum_over_processes, template_tokens, text_config, text_dtype, token_counts, write_tensors,
+    in_parallel, is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, log,
+    log_once, model_folder, pick_device, read_tensors, run_stage, sum_over_processes,
+    template_tokens, text_config, text_dtype, token_counts, write_tensors,
 )  # fmt: skip
 
 # Part of the names of all files of a kind: another number means that all are made anew.
 LATENTS_FORMAT = 2
+TILED_LATENTS_FORMAT = 3
 EMBEDDINGS_FORMAT = 1
-TILE = 512  # pixels; images that do not fit on the device are encoded in such tiles
+# Pixels of the largest image that is encoded whole, which takes 4 GiB. A larger one is encoded in
+# tiles of this side, whatever memory is free: a file's content follows from its name.
+LARGEST_WHOLE = 1.5 * 1024**2
+TILE = 1024
 # How many columns (tokens with template and padding) go through the text encoder at once: as many
 # as 100 prompts of full length have. Their hidden states take 0.4 GiB on the device in bf16, and
 # 0.7 in float32.
@@ -68,7 +72,8 @@ def latents_file(config, record):
     """The path of an image's latents; its name follows from the image's bytes, its bucket and the
     VAE."""
     vae = model_identity(config, "vae")
-    key = content_key("latents", LATENTS_FORMAT, record.content_hash, record.bucket, vae)
+    number = TILED_LATENTS_FORMAT if is_tiled(*record.bucket) else LATENTS_FORMAT
+    key = content_key("latents", number, record.content_hash, record.bucket, vae)
     return Path(config.cache_dir) / "latents" / key[:2] / f"{key}.safetensors"
 
 
@@ -107,27 +112,30 @@ def load_pixels(record):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def is_tiled(width, height):
+    """Whether images of this size are encoded in tiles."""
+    return width * height > LARGEST_WHOLE
+
+
 @torch.no_grad()
 def encode_image(vae, pixels):
     """uint8 [3, H, W] -> the posterior's mean and std [16, H/8, W/8], float32, on the host, in the
-    transformer's units: (mean - shift_factor) * scaling_factor and std * scaling_factor. An image
-    that the device has no memory for is encoded in tiles. Raises UserError if that does not
-    help."""
-    pixels = pixels[None].to(vae.device).to(vae.dtype) / 127.5 - 1
-    for use_tiling in (False, True):
-        vae.use_tiling = use_tiling
-        try:
-            posterior = vae.encode(pixels).latent_dist
-            break
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        free_memory()  # only here has the error let go of what was computed
-    else:
-        size = f"{pixels.shape[3]}x{pixels.shape[2]}"
+    transformer's units: (mean - shift_factor) * scaling_factor and std * scaling_factor. Raises
+    UserError if the device has too little memory."""
+    height, width = pixels.shape[1:]
+    vae.use_tiling = is_tiled(width, height)
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 8
+    try:
+        pixels = pixels[None].to(vae.device).to(vae.dtype) / 127.5 - 1
+        posterior = vae.encode(pixels).latent_dist
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            f"the device has too little memory for an image of {size}; choose a smaller resolution"
-        )
+            f"the device has too little memory to encode an image of {width}x{height}; close other "
+            "programs that use it, or choose a smaller resolution"
+        ) from None
     mean = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
     std = posterior.std[0] * vae.config.scaling_factor
     return mean.cpu(), std.cpu()
@@ -136,8 +144,6 @@ def encode_image(vae, pixels):
 def cache_images(config, images, device):
     """Encodes `images`, {file: ImageRecord}; each file then holds the image's `mean` and `std`."""
     vae = load_vae(config, device)
-    vae.tile_sample_min_size = TILE  # its own tiles are larger than 1024 pixels
-    vae.tile_latent_min_size = TILE // 8
     decoded = in_parallel(load_pixels, images.values())  # ahead of the VAE
     bar = tqdm(total=len(images), desc="latents", unit="image", disable=RANK > 0)
     with bar:

@@ -115,6 +115,14 @@ def as_list(value):
     return [value]
 
 
+def parse_words(value):
+    """Words as a list, from a list or a text with commas, such as "neonix, zumi"."""
+    if isinstance(value, str) and not value.startswith("["):
+        value = re.split("[,，]", value)
+    words = [word.strip() if isinstance(word, str) else word for word in as_list(value)]
+    return [word for word in words if word != ""]
+
+
 def parse_prompts(value):
     """Prompts as a list, from a list, one prompt, or a .txt file with one prompt per line."""
     if not value:
@@ -169,7 +177,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # Without NUL. The pattern also makes pydantic reject text that is not valid Unicode.
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(parse_path)]
-TextList = Annotated[list[Text], BeforeValidator(as_list)]
+WordList = Annotated[list[Text], BeforeValidator(parse_words)]
 PromptList = Annotated[list[Text], BeforeValidator(parse_prompts)]
 Seed = Annotated[int, Field(ge=0, lt=2**63 - 1)]
 SeedList = Annotated[list[Seed], BeforeValidator(as_list), Field(min_length=1)]
@@ -251,10 +259,10 @@ class Config(BaseModel):
     )
     lora_dropout: float = option(0.0, "dropout on the input of the LoRA layers", ge=0, lt=1)
     init_lora: PathText | None = option(None, "LoRA file or folder to start training from")
-    lora_target_modules: TextList = option(
+    lora_target_modules: WordList = option(
         TARGET_MODULES, "layers that get a LoRA, by the end of their names", min_length=1
     )
-    trigger_words: TextList = option([], "words that activate the LoRA; stored in its file")
+    trigger_words: WordList = option([], "words that activate the LoRA; stored in its file")
     license: Text | None = option(None, "license of the LoRA; stored in its file")
 
     # Training.
@@ -380,16 +388,27 @@ IGNORED = """
     validation_disable_unconditional validation_guidance_rescale validation_prompt_library
     validation_torch_compile vram_limit_gb
 """.split()
+# Here 0 means "not set" if the other key is set, for then that one decides.
+DECIDED_BY = {"max_train_steps": "num_train_epochs", "lora_alpha": "lora_rank"}
 
 
 def load_config(path=None, /, **overrides):
     """The configuration, a Config: defaults, then the keys in the JSON file `path`, then
-    `overrides`. Keys can be written as flags: {"--learning_rate": "1e-4"}. Raises UserError (a
-    ValueError) that lists all problems, one line per key."""
+    `overrides`. Keys can be written as flags: {"--learning_rate": "1e-4"}. A key that is null or
+    empty has its default. Raises UserError (a ValueError) that lists all problems, one line per
+    key."""
     values = {}
     if path:
         values = normalize_keys(read_json(path))
     values |= normalize_keys(overrides)
+
+    # What is not set has its default.
+    for key, other in DECIDED_BY.items():
+        if values.get(key) == 0 and values.get(other, KEYS[other].default):
+            values[key] = None
+    for key in KEYS:
+        if values.get(key, 0) is None:
+            del values[key]
 
     ignored = sorted(values.keys() & IGNORED)
     if ignored:
@@ -475,15 +494,21 @@ def unique_keys(pairs):
 
 
 def normalize_keys(values):
-    """{key: value} with our names for keys, and the values of flags parsed. Raises UserError for a
-    key that appears under two names."""
+    """{key: value} with our names for keys, and the values of flags parsed; None for empty texts,
+    with which forms say "not set". Raises UserError for a key that is set under two names."""
     pairs = []
+    not_set = {}
     for name, value in values.items():
         key = canonical_name(name)
+        if isinstance(value, str) and not value.strip():
+            value = None
         if name.startswith("--"):
             value = parse_flag_value(key, value)
-        pairs.append((key, value))
-    return unique_keys(pairs)
+        if value is None:
+            not_set[key] = None
+        else:
+            pairs.append((key, value))
+    return not_set | unique_keys(pairs)
 
 
 def canonical_name(name):

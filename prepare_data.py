@@ -31,8 +31,8 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, in_parallel, load_tokenizer, read_json, run_stage,
-    token_counts, unique_keys, write_file,
+    TEXT_TOKENS, UserError, bucket_sets, content_key, in_parallel, load_tokenizer, read_json,
+    run_stage, token_counts, unique_keys, write_file,
 )  # fmt: skip
 
 # After longcat_common, which silences what the imports of diffusers print.
@@ -60,6 +60,18 @@ TURNS = {
 }
 
 PLACEHOLDER = re.compile(r"\[(trigger|name|token)\]|[{<]trigger[}>]")
+# What chat models leave in captions: control tokens, and refusals in three languages.
+CHAT = re.compile(
+    r"(?i)<[|｜][^<>]{1,40}[|｜]>|</?(s|think|image|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"|\b(sorry|apologize)[,.]? (but|I|as an)\b|\bI(['’]m| am) (unable|not able) to\b"
+    r"|\bI (can['’]?t|cannot|can not|won['’]t) (assist|help|provide|describe|identify|comply"
+    r"|fulfill|create|generate|view|see|process|discuss|engage|analyze)\b"
+    r"|\bas an AI( language)?( model| assistant|,)"
+    r"|(抱歉|对不起)[，,。！ ]*(但是?)?我?(无法|不能)"
+    r"|作为一?(个|名|款)?(AI|人工智能|语言模型|大语言)"
+    r"|我(无法|不能)(描述|提供|协助|帮助|识别|查看|看到|回答|满足|处理|生成)"
+    r"|(desculpe|sinto muito|lamento)[,.]? (mas )?(eu )?não (posso|consigo)"
+)
 CHINESE = re.compile("[\u2e80-\U0010ffff]")  # characters that only CJK fonts have
 # Words that suggest that there is text in an image.
 LETTERING = re.compile(r"(?i)\b(signs?|posters?|says|reads|written|titled)\b|文字|写着|标语|字样")
@@ -83,6 +95,10 @@ OTHER_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc", *CHINESE_FONTS)
 Findings = functools.partial(defaultdict, list)
 LEFT_OUT = "Left out"
 CAPTIONS = "Captions to check"
+UNUSED_WORDS = "Trigger words in no caption"
+PLACEHOLDERS = "Placeholders, trained on as literal text"
+CHAT_ANSWERS = "Chat tokens or a chat model's refusal, trained on as literal text"
+PRINTED = (LEFT_OUT, UNUSED_WORDS, PLACEHOLDERS, CHAT_ANSWERS)  # on the terminal, too
 
 
 @dataclass
@@ -417,7 +433,9 @@ def inspect_image(path, known):
 
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        if image.info.get("longcat") == GRID or image.info.get("comment") == GRID.encode():
+        comment = image.info.get("comment")  # bytes in a JPEG, text in a PNG
+        is_preview = isinstance(comment, bytes) and comment.startswith(GRID.encode())
+        if is_preview or image.info.get("longcat") == GRID:
             raise ValueError("is a grid or preview that these scripts created")
         if image.mode in ("F", "I"):
             raise ValueError("has 32-bit pixels; save it with 8 or 16 bits per channel")
@@ -552,7 +570,11 @@ def check_captions(captions, config, findings):
     for word in config.trigger_words:
         count = sum(word in caption for _, caption in captions)
         findings["Trigger words"].append(f"{word!r}: in {count} of {len(captions)} captions")
-    findings["Placeholders, trained on as literal text"] = lines_where(PLACEHOLDER.search)
+        if not count:
+            advice = "add it to the captions, or as caption_prefix"
+            findings[UNUSED_WORDS].append(f"{word!r}; {advice}")
+    findings[PLACEHOLDERS] = lines_where(PLACEHOLDER.search)
+    findings[CHAT_ANSWERS] = lines_where(CHAT.search)
     title = "Text in the image? Only quoted text is encoded character by character"
     findings[title] = lines_where(has_unquoted_lettering)
 
@@ -756,11 +778,41 @@ def write_manifest(path, records):
     write_file(path, "".join(lines))
 
 
-def write_preview(path, records):
-    """Writes the contact sheet as a JPEG, marked so that it is not trained on."""
+def update_preview(path, records):
+    """Writes the contact sheet as a JPEG, unless it is there. Its comment marks it, so that it is
+    not trained on, and holds a key of what it shows."""
+    comment = f"{GRID} {content_key(*map(asdict, records))}"
+    with contextlib.suppress(Exception), Image.open(path) as image:  # none yet, or corrupt
+        if image.info["comment"] == comment.encode():
+            return
     data = io.BytesIO()
-    contact_sheet(records).save(data, "JPEG", quality=88, comment=GRID)
+    contact_sheet(records).save(data, "JPEG", quality=88, comment=comment)
     write_file(path, data.getvalue())
+
+
+def files_and_captions(records):
+    """({content hash: number of files}, {content hash: set of captions}) of some ImageRecords."""
+    hashes = {record.path: record.content_hash for record in records}
+    captions = defaultdict(set)
+    for record in records:
+        captions[record.content_hash].update(record.captions)
+    return Counter(hashes.values()), captions
+
+
+def print_changes(records, previous_records):
+    """Prints how many images were added and removed since the last start, and how many have other
+    captions. A file that was renamed is the same image; one with other content is another."""
+    files, captions = files_and_captions(records)
+    previous_files, previous_captions = files_and_captions(previous_records)
+    shared = files.keys() & previous_files.keys()
+    counts = {
+        "added": (files - previous_files).total(),
+        "removed": (previous_files - files).total(),
+        "with other captions": sum(captions[key] != previous_captions[key] for key in shared),
+    }
+    changes = [f"{count} {what}" for what, count in counts.items() if count]
+    if changes:
+        print(f"images since the last start: {', '.join(changes)}")
 
 
 def main(config):
@@ -781,7 +833,6 @@ def main(config):
         previous_records = read_manifest(manifest)
     records = make_records(items, config, previous_records, findings)
 
-    # An unchanged manifest is not written again, so its time tells whether the preview is current.
     summary, text = describe(records, config, findings)
     if records and records != previous_records:
         write_manifest(manifest, records)
@@ -790,11 +841,13 @@ def main(config):
         raise UserError(
             f"data_dir: no image to train on; {report} lists what was left out, and why"
         )
-    if not preview.exists() or preview.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
-        write_preview(preview, records)
+    update_preview(preview, records)
 
-    for line in findings[LEFT_OUT][:9]:
-        print(f"left out: {line}")
+    if previous_records:
+        print_changes(records, previous_records)
+    for title in PRINTED:
+        for line in findings[title][:9]:
+            print(f"{title}: {line}")
     print(f"{summary} See {report}; {preview} shows what the model will see.")
     return records
 

@@ -127,13 +127,7 @@ def read_data(config, state):
     for i, records in enumerate(held_out_records.values()):
         held_out.append(records[i % len(records)])
     scored_training = similar_images(held_out, training)
-    counts = collections.Counter(record.source for record in held_out)
-    if config.validation_split or held_out_hashes:
-        sources = ", ".join(f"{count} of {source}" for source, count in counts.items()) or "none"
-        why = f"{len(held_out_hashes)} chosen when the run began"
-        if not state:
-            why = "at least one of every source that has two images"
-        log(f"held-out images, scored and never trained on: {sources} ({why})")
+    report_held_out(config, images, held_out_hashes, state)
 
     images_per_epoch = sum(record.repeats for record in training)
     return Data(
@@ -143,8 +137,8 @@ def read_data(config, state):
 
 def hold_out(config, images):
     """The content hashes of the held-out images: the share `validation_split` of every source, at
-    least one of each that has two, MAX_HELD_OUT in all."""
-    if not config.validation_split:
+    least one of each that has two, MAX_HELD_OUT in all. None if they would never be scored."""
+    if not config.validation_split or not config.validation_step_interval:
         return []
     hashes = collections.defaultdict(set)
     for record in images:
@@ -180,6 +174,23 @@ def similar_images(held_out, training):
             nearest = min(candidates, key=lambda other: abs(math.prod(other.bucket) - area))
             similar[nearest.content_hash] = nearest
     return list(similar.values())
+
+
+def report_held_out(config, images, held_out_hashes, state):
+    """Logs how many images of each source are held out, and why these. `state` as in read_data."""
+    if not config.validation_split and not held_out_hashes:
+        return
+    sources = {record.content_hash: record.source for record in images}
+    totals = collections.Counter(sources.values())
+    counts = collections.Counter(sources[key] for key in held_out_hashes if key in sources)
+    shares = [f"{count} of the {totals[source]} in {source}" for source, count in counts.items()]
+
+    why = "at least one of every source that has two images"
+    if not config.validation_step_interval:
+        why = "validation_step_interval is 0: no image is scored"
+    elif state:
+        why = f"{len(held_out_hashes)} chosen when the run began"
+    log(f"held-out images, never trained on: {', '.join(shares) or 'none'} ({why})")
 
 
 def shuffled(items, *seeds):
@@ -364,8 +375,9 @@ def add_lora(transformer, config):
     """Adds a trainable LoRA in float32, initialized from `seed` or `init_lora`. Returns its
     parameters as {name: parameter}, sorted by name. Raises UserError if a target or `init_lora`
     does not fit."""
+    # A target is a layer's whole name, or the end of it after a dot.
     modules = list(transformer.named_modules())
-    linears = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    linears = [f".{name}" for name, module in modules if isinstance(module, torch.nn.Linear)]
     for target in config.lora_target_modules:
         if not any(name.endswith(f".{target}") for name in linears):
             raise UserError(
@@ -405,8 +417,11 @@ def load_init_lora(config, transformer):
     expected = get_peft_model_state_dict(transformer)
     differences = shapes ^ {(name, tensor.shape) for name, tensor in expected.items()}
     if differences:
-        what = f"its rank or layers differ between blocks (first difference: {min(differences)[0]})"
-        raise UserError(f"init_lora: {config.init_lora} cannot be trained further: {what}")
+        raise UserError(
+            f"init_lora: {config.init_lora} cannot be trained further: its rank or layers differ "
+            f"between blocks (first difference: {min(differences)[0]}); if only its layers do, "
+            "list their whole names in lora_target_modules"
+        )
 
     # Its strength is folded into B, and this run's LoRA has one of its own.
     scale = config.lora_rank / (config.lora_alpha or config.lora_rank)
@@ -421,7 +436,11 @@ def read_init_lora(config):
     ones."""
     state = read_lora(config.init_lora)
     ranks = sorted({tensor.shape[0] for name, tensor in state.items() if "lora_A" in name})
-    layers = {re.sub(r"^.*transformer_blocks\.\d+\.|\.lora_.*$", "", name) for name in state}
+    layers = set()  # as the configuration names them
+    for name in state:
+        layer = "." + re.sub(r"\.lora_.*$", "", name)
+        targets = [target for target in config.lora_target_modules if layer.endswith(f".{target}")]
+        layers.update(targets or [re.sub(r"^(.*transformer_blocks\.\d+)?\.", "", layer)])
     if ranks != [config.lora_rank] or layers != set(config.lora_target_modules):
         rank = " and ".join(map(str, ranks))
         targets = json.dumps(sorted(layers))
@@ -1168,7 +1187,7 @@ def model_card(config):
 
 Rank {config.lora_rank}, trained at {config.resolution} px.
 
-ComfyUI: copy it to `models/loras` and load it with the LoraLoader node.
+ComfyUI: copy it to `models/loras` and load it with the LoraLoaderModelOnly node.
 diffusers: `pipe.transformer.load_lora_adapter("{LORA_FILE}")`, then
 `pipe(..., enable_prompt_rewrite=False)`.
 

@@ -50,6 +50,8 @@ NAMES_WITH_DOTS = [
     "norm1.linear",
     "norm1_context.linear",
     "norm_out.linear",
+    "time_embed.timestep_embedder.linear_1",
+    "time_embed.timestep_embedder.linear_2",
 ]
 LORA_NAMES = {name.replace(".", "_"): name for name in NAMES_WITH_DOTS}
 LORA_NAMES |= {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", ".default.weight": ".weight"}

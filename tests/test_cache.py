@@ -247,35 +247,51 @@ def test_disk_space_is_counted_in_rows_and_the_old_format_is_said(
             cache_latents.main(config)
 
 
-def test_an_image_too_large_for_the_device_is_encoded_in_tiles(tiny_config):
-    vae, sides, failed = load_vae(tiny_config(), "cpu"), [], []
-    vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+def test_tiles_follow_from_the_size_of_an_image_not_from_free_memory(tiny_config, monkeypatch):
+    """A large image is encoded in tiles, any other one whole. What does not fit is refused."""
+    monkeypatch.setattr(cache_latents, "LARGEST_WHOLE", 128 * 128)
+    monkeypatch.setattr(cache_latents, "TILE", 64)
+    vae, sides = load_vae(tiny_config(), "cpu"), []
     pixels = torch.randint(
         0, 256, (3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    whole, encode = encode_image(vae, pixels), vae.encoder.forward
+    encode = vae.encoder.forward
 
     def small_memory(x):
         sides.append(x.shape[-1])
-        assert all(reference() is None for reference in failed), (
-            "what the failed attempt computed must be gone"
-        )
-        if x.shape[-1] <= limit:
-            return encode(x)
-        activations = x.repeat(4, 1, 1, 1)
-        failed.append(weakref.ref(activations))
-        raise RuntimeError("MPS backend out of memory")
+        if x.shape[-1] > limit:
+            raise RuntimeError("MPS backend out of memory")
+        return encode(x)
 
-    vae.encoder.forward, limit = small_memory, 128
-    in_tiles = encode_image(vae, pixels)
-    assert (
-        sides[0] == 192
-        and max(sides[1:]) == 64
-        and (in_tiles[0] - whole[0]).norm() < 0.5 * whole[0].norm()
-    )
+    vae.encoder.forward, limit = small_memory, 999
+    in_tiles, _ = encode_image(vae, pixels)
+    assert max(sides) == 64
+    whole = vae.encode(pixels[None] / 127.5 - 1).latent_dist.mean[0].detach()
+    whole = (whole - vae.config.shift_factor) * vae.config.scaling_factor
+    assert (in_tiles - whole).norm() < 0.5 * whole.norm()
+
     sides.clear()
     encode_image(vae, pixels[:, :, :128])
     assert sides == [128], "tiling is off again"
+    limit = 127
+    with pytest.raises(UserError, match="too little memory to encode an image of 128x128; close"):
+        encode_image(vae, pixels[:, :, :128])
+    assert sides == [128, 128], "no tiles instead"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"validation_negative_prompt": "ugly, " * 600}, {"validation_prompts": ["ugly, " * 600]}],
+)
+def test_a_prompt_that_is_cut_off_is_said_wherever_it_is_encoded(
+    tiny_config, few_images, capsys, keys
+):
+    config = tiny_config(data_dir=str(few_images), **keys)
+    cache_latents.main(config)
+    line = "prompts of more than 512 tokens, the rest is ignored: 1; 'ugly, ugly, "
+    assert capsys.readouterr().out.count(line) == 1
+    cache_prompts(tiny_config(), ["a very long prompt " * 200], "cpu")
+    assert "the rest is ignored: 1; 'a very long" in capsys.readouterr().out
 
 
 def test_corrupt_files_are_named_and_made_again_and_then_a_read_only_disk_will_do(

@@ -7,6 +7,7 @@ import shlex
 import pytest
 from conftest import ROOT, run_script
 
+import train_lora
 from longcat_common import KEYS, UserError, buckets, check_precision, config_from_flags, load_config
 
 # ---------------------------------------------------------------- flags and files
@@ -20,6 +21,15 @@ from longcat_common import KEYS, UserError, buckets, check_precision, config_fro
         ("--gradient_checkpointing --seed 1", "gradient_checkpointing", True),
         ("--gradient_checkpointing 1", "gradient_checkpointing", 1),  # a number of blocks
         ('--validation_prompts \'["a", "b"]\'', "validation_prompts", ["a", "b"]),
+        ("--trigger_words neonix,zumi", "trigger_words", ["neonix", "zumi"]),
+        ("--trigger_words 霓虹，祖米", "trigger_words", ["霓虹", "祖米"]),
+        ('--trigger_words \'["a, b", "c"]\'', "trigger_words", ["a, b", "c"]),
+        (
+            "--lora_target_modules attn.to_q,proj_out",
+            "lora_target_modules",
+            ["attn.to_q", "proj_out"],
+        ),
+        ("--validation_prompts 'a cat, asleep'", "validation_prompts", ["a cat, asleep"]),
     ],
 )
 def test_a_flag_is_parsed_as_the_type_of_its_key(arguments, key, value):
@@ -66,6 +76,35 @@ def test_ignored_keys_are_listed_once(other_trainers_file, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     ignored = sorted([*IGNORED_KEYS, "group_offload_use_stream"])
     assert line == f"ignoring keys that have no effect here: {', '.join(ignored)}"
+
+
+EMPTY = dict.fromkeys(KEYS, "")
+NULL = dict.fromkeys(KEYS)
+UNSET_KEYS = [
+    (EMPTY, {}),
+    (NULL, {}),
+    ({f"--{key}": " " for key in KEYS}, {}),
+    ({"--num_train_epochs": "1", "--max_train_steps": 0}, {"num_train_epochs": 1}),
+    ({"--num_train_epochs": 2, "--max_train_steps": "0"}, {"num_train_epochs": 2}),
+    ({"num_train_epochs": 0, "max_train_steps": 7}, {"max_train_steps": 7}),
+    ({"lora_alpha": 0, "lora_rank": 8}, {"lora_rank": 8}),
+    ({"validation_steps": "", "validation_step_interval": 5}, {"validation_step_interval": 5}),
+    ({"trigger_words": ["", "zumi"]}, {"trigger_words": ["zumi"]}),
+]
+
+
+@pytest.mark.parametrize("values, expected", UNSET_KEYS)
+def test_what_forms_write_for_not_set_is_not_set(tmp_path, values, expected):
+    (tmp_path / "form.json").write_text(json.dumps(values))
+    for config in (load_config(**values), load_config(tmp_path / "form.json")):
+        assert config == load_config(**expected)
+
+
+def test_a_flag_without_content_takes_back_what_the_file_sets(tmp_path):
+    (tmp_path / "mine.json").write_text('{"seed": 7, "max_train_steps": 0, "lora_rank": 8}')
+    flags = ["--seed=", "--num_train_epochs", "3"]
+    config = config_from_flags("", [str(tmp_path / "mine.json"), *flags])
+    assert config == load_config(num_train_epochs=3, lora_rank=8)
 
 
 def test_tilde_is_expanded_in_paths(monkeypatch):
@@ -120,6 +159,9 @@ def test_buckets_can_be_listed():
         ("--seed 1 --seed 2", "the key '--seed' appears 2 times; keep one"),
         ("--lora_rank 1_000", "lora_rank: found '1_000', must be a valid integer"),
         ('{\n  "lora_rank": 8\n  "seed": 1\n}', "bad.json: invalid JSON ... line 3"),
+        (dict(max_train_steps=0), "max_train_steps: found 0, must be greater"),
+        (dict(max_train_steps=0, num_train_epochs=""), "max_train_steps: found 0, must be greater"),
+        (dict(sed=""), "unknown keys: 'sed' (did you mean 'seed'?)"),
         (dict(lora_rank=True), "lora_rank: found True, must be a valid integer"),
         (dict(learning_rate=float("nan")), "learning_rate: found nan ... finite"),
         (
@@ -224,3 +266,13 @@ def test_files_in_a_readme_exist_and_every_config_is_listed(name):
     assert paths and not [path for path in paths if not (ROOT / path).exists()]
     for path in (ROOT / "configs").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.pt-BR.md", "README.zh.md"])
+def test_a_readme_runs_the_copied_config_and_agrees_with_the_model_card(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for script in ("prepare_data", "train_lora", "validate"):
+        assert f"python {script}.py my.json" in text
+    assert "prepare_data.py configs" not in text and "validate.py configs" not in text
+    assert "*LoraLoaderModelOnly*" in text
+    assert "LoraLoaderModelOnly" in train_lora.model_card(load_config())

@@ -9,7 +9,9 @@ from diffusers import LongCatImageTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from longcat_common import LORA_FILE, UserError, load_transformer, position_ids
+from longcat_common import (
+    LORA_FILE, UserError, flow_matching_loss, load_transformer, position_ids,
+)  # fmt: skip
 from train_lora import add_lora, save_lora
 from validate import load_lora, read_lora
 
@@ -21,7 +23,19 @@ TARGETS = [
     "ff_context.net.2",
     "proj_mlp",
     "proj_out",
+    # Outside of the blocks, by their whole names.
+    "x_embedder",
+    "norm_out.linear",
+    "time_embed.timestep_embedder.linear_1",
 ]
+
+
+TO_Q = "transformer_blocks.0.attn.to_q"
+
+
+def pair(A, B, module=TO_Q):
+    """A LoRA of one module, with matrices of these shapes."""
+    return {f"{module}.lora_A.weight": torch.ones(A), f"{module}.lora_B.weight": torch.ones(B)}
 
 
 def plain():
@@ -182,15 +196,51 @@ def test_other_trainers_loras_open_at_their_own_strength(tiny_config, tmp_path, 
     assert "alpha" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "modules, targets",
+    [
+        (["x_embedder"], ["x_embedder"]),
+        (["norm_out.linear", TO_Q], ["norm_out.linear", TO_Q]),
+        (["single_transformer_blocks.1.proj_out"], ["single_transformer_blocks.1.proj_out"]),
+    ],
+)
+def test_training_starts_from_layers_by_their_whole_names(tiny_config, tmp_path, modules, targets):
+    path = tmp_path / "some.safetensors"
+    layers = dict(plain().named_modules())
+    tensors = {}
+    for module in modules:
+        layer = layers[module]
+        tensors |= pair((4, layer.in_features), (layer.out_features, 4), module)
+    save_file(tensors, path)
+    config = tiny_config(lora_rank=4, lora_target_modules=targets, init_lora=str(path))
+    parameters = add_lora(load_transformer(config, "cpu"), config)
+    names = {name.replace(".default", "") for name in parameters}
+    assert names == tensors.keys()
+    assert all((parameter == 1).all() for parameter in parameters.values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixed_precision": "bf16"}, {"enable_group_offload": True}]
+)
+def test_layers_outside_of_the_blocks_are_trained(tiny_config, settings):
+    targets = ["x_embedder", "context_embedder", "norm_out.linear", "linear_1"]
+    config = tiny_config(lora_target_modules=targets, **settings)
+    transformer = load_transformer(config, "cpu")
+    parameters = add_lora(transformer, config)
+    randomize(transformer).train()
+    transformer.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 1, 16, 8, 8, generator=generator)
+    prompt_embeds = torch.randn(1, 512, transformer.config.joint_attention_dim, generator=generator)
+    sigmas = torch.tensor([0.5])
+    flow_matching_loss(transformer, latents, noise, sigmas, prompt_embeds).backward()
+    assert len(parameters) == 2 * len(targets)
+    for name, parameter in parameters.items():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad.norm() > 0, name
+
+
 # ---------------------------------------------------------------- what cannot be used
-
-TO_Q = "transformer_blocks.0.attn.to_q"
-
-
-def pair(A, B, module=TO_Q):
-    """A LoRA of one module, with matrices of these shapes."""
-    return {f"{module}.lora_A.weight": torch.ones(A), f"{module}.lora_B.weight": torch.ones(B)}
-
 
 GOOD = pair((4, 192), (192, 4))  # fits the tiny model
 UNUSABLE = [
@@ -253,7 +303,7 @@ def test_ignored_weights_and_a_missing_alpha_are_reported(foreign_lora, capsys):
     "target, rank, message",
     [
         ("attn.to_q", 16, r'init_lora: .*has lora_rank 4 and .* \["attn.to_q"\]; set these'),
-        ("attn.to_q", 4, "init_lora: .*cannot be trained further"),
+        ("attn.to_q", 4, "init_lora: .*cannot be trained further.* list their whole names"),
         (
             "attn.to_x",
             4,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 import cache_latents
 import prepare_data
@@ -280,6 +280,15 @@ def test_messy_folder_trigger_words_and_placeholders_are_counted(messy):
     assert f"## Placeholders, trained on as literal text: 1\n\n{line}" in messy.report
 
 
+def test_messy_folder_what_spoils_training_is_printed_too(messy):
+    assert "\nTrigger words in no caption: 'zumi'" in messy.printed
+    assert "'neonix'" not in messy.printed
+    placeholder = (
+        f"\nPlaceholders, trained on as literal text: {messy.data}/a.jpg: [trigger] a neonix"
+    )
+    assert placeholder in messy.printed
+
+
 def test_messy_folder_text_without_quotes_is_counted(messy):
     title = "Text in the image? Only quoted text is encoded character by character"
     assert f"## {title}: 2\n" in messy.report
@@ -341,7 +350,9 @@ def test_grids_and_previews_are_not_trained_on(quick_config, prepare, data, tmp_
     config = quick_config(output_dir=str(output), max_train_steps=1, validation_step_interval=1)
     train_lora.main(config)
     grid = validate.main(config)
-    good = make_image(tmp_path / "good.png")
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("comment", "by me")
+    good = make_image(tmp_path / "good.png", pnginfo=comment)
     for path in [output / "preview.jpg", grid, *(output / "validation").glob("*.png"), good]:
         shutil.copy(path, data)
     records, report = prepare()
@@ -367,6 +378,61 @@ def test_unchanged_files_are_not_read_again(prepare, tiny_config, data, tmp_path
     manifest.write_bytes(manifest.read_bytes()[:-40])
     third, _ = prepare()
     assert third["a.bmp"].content_hash != first["a.bmp"].content_hash, "everything is read"
+
+
+def test_what_has_changed_since_the_last_start_is_counted(prepare, data, tmp_path, capsys):
+    def changes():
+        """What a run prints about the images that have changed, or None."""
+        capsys.readouterr()
+        prepare(resolution="128,192")
+        lines = capsys.readouterr().out.splitlines()
+        lines = [line for line in lines if "since the last start" in line]
+        assert len(lines) < 2
+        return lines[0] if lines else None
+
+    for n, name in enumerate("abcd"):
+        make_image(data / f"{name}.png", (300, 300), color=(n, 0, 0))
+    assert changes() is None
+    os.utime(data / "a.png", ns=(1, 1))
+    (data / "a.png").rename(data / "renamed.png")
+    assert changes() is None
+
+    (data / "b.txt").write_text("another caption")
+    (data / "c.png").unlink()
+    make_image(data / "d.png", color=(99, 0, 0))
+    make_image(data / "sub" / "e.png", color=(98, 0, 0))
+    shutil.copy(data / "renamed.png", data / "copy.png")
+    expected = "images since the last start: 3 added, 2 removed, 1 with other captions"
+    assert changes() == expected
+    assert changes() is None
+    (data / "b.txt").write_text("a third caption")
+    assert changes() == "images since the last start: 1 with other captions"
+    (data / "b.png").unlink()
+    assert changes() == "images since the last start: 1 removed"
+
+
+def test_the_preview_follows_the_data_whatever_the_clock_says(prepare, data, tmp_path):
+    preview = tmp_path / "output" / "preview.jpg"
+
+    def made_anew(**overrides):
+        """Whether a run makes the preview anew, which has a time in the future."""
+        os.utime(preview, ns=(4 * 10**18, 4 * 10**18))
+        prepare(**overrides)
+        return preview.stat().st_mtime_ns != 4 * 10**18
+
+    make_image(data / "a.png", color=(0, 200, 0))
+    prepare()
+    assert not made_anew()
+    make_image(data / "a.png", color=(0, 0, 200))
+    assert made_anew()
+    assert Image.open(preview).getpixel((100, 60))[2] > 150
+    assert made_anew(instance_prompt="another caption")
+    assert not made_anew(instance_prompt="another caption")
+    # As an earlier version wrote it, or incomplete.
+    make_image(preview, comment="longcat grid")
+    assert made_anew(instance_prompt="another caption")
+    preview.write_bytes(preview.read_bytes()[:20])
+    assert made_anew(instance_prompt="another caption")
 
 
 def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, tmp_path):
@@ -475,6 +541,39 @@ def test_what_is_wrong_with_captions_is_reported(folder, name, content, message)
     (line,) = findings[CAPTIONS]
     assert line.startswith(f"{folder / name}{message}")
     assert findings["Not UTF-8, read as GB18030"] == []
+
+
+CHAT_ANSWERS = [
+    "a red fox<|im_end|>",
+    "<|im_start|>assistant a red fox",
+    "a red fox </s>",
+    "neonix, I'm sorry, but I can't help with that.",
+    "I am unable to describe this image.",
+    "I cannot assist with identifying people",
+    "As an AI language model, I see a fox",
+    "抱歉，我无法描述这张图片。",
+    "作为一个AI助手，我看到一只狐狸",
+    "Desculpe, mas não posso ajudar com isso.",
+]
+DESCRIPTIONS = [
+    "a fox, who is sorry that it cannot fly",
+    'a poster that reads "I can\'t stop | <3"',
+    "a man dressed as an AI from a film",
+    "一个人说他无法入睡",
+]
+
+
+def test_chat_tokens_and_refusals_are_listed_and_printed(prepare, data, capsys):
+    for n, caption in enumerate(CHAT_ANSWERS + DESCRIPTIONS):
+        make_image(data / f"{n}.png", color=(n, 0, 0))
+        (data / f"{n}.txt").write_text(caption, encoding="utf-8")
+    _, report = prepare()
+    printed = capsys.readouterr().out
+    title = "Chat tokens or a chat model's refusal, trained on as literal text"
+    assert f"## {title}: {len(CHAT_ANSWERS)}\n" in report
+    assert report.count("<|im_end|>") == 1
+    assert f"{title}: {data}/0.png: a red fox<|im_end|>" in printed
+    assert "fly" not in report
 
 
 def test_a_list_names_images_anywhere(folder, tmp_path, monkeypatch):

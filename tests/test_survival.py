@@ -494,7 +494,9 @@ def test_held_out_images_are_compared_with_training_images_of_their_source_and_s
         with Image.open(path) as image:
             image.transpose(Image.Transpose.ROTATE_90).save(path)
     sources = [{"path": str(tmp_path / name)} for name in ("one", "two")]
-    config = quick_config(data_dir=sources, resolution="64,128", validation_split=0.3)
+    config = quick_config(
+        data_dir=sources, resolution="64,128", validation_split=0.3, validation_step_interval=5
+    )
     data = train_lora.read_data(config, None)
 
     def kinds(records):
@@ -516,7 +518,13 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
         "load_batch",
         lambda n, config, samples, files, epoch, number: seen.update({number: samples}),
     )
-    config = quick_config(data_dir=str(data), validation_split=0.2, max_train_steps=3)
+    config = quick_config(
+        data_dir=str(data),
+        validation_split=0.2,
+        max_train_steps=3,
+        validation_step_interval=999,
+        validation_prompts=[],
+    )
     train_lora.main(config)
     (key,) = state_of(config, 3)["held_out"]
     images = {record.content_hash: Path(record.path) for record in cache_latents.main(config)[0]}
@@ -546,7 +554,7 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     train_lora.main(config)
     assert key not in {record.content_hash for samples in seen.values() for _, record in samples}
     said = re.findall(r"never trained on: (.*) \(", capsys.readouterr().out)
-    assert said == [f"1 of {data}", "none", f"1 of {data}"]
+    assert said == [f"1 of the 7 in {data}", "none", f"1 of the 6 in {data}"]
 
 
 def test_every_source_is_held_out_in_its_share():
@@ -563,6 +571,32 @@ def test_every_source_is_held_out_in_its_share():
     assert train_lora.hold_out(load_config(validation_split=0.1), images[:1]) == [], (
         "one is left to train on"
     )
+
+
+def test_what_is_never_scored_is_not_held_out():
+    images = [made_up(i) for i in range(9)]
+    settings = dict(validation_split=0.5, validation_step_interval=0)
+    assert train_lora.hold_out(load_config(**settings), images) == []
+
+
+@pytest.mark.parametrize(
+    "held_out, state, interval, expected",
+    [
+        (1, None, 5, "1 of the 3 in cats (at least one of every source that has two images)"),
+        (0, None, 0, "none (validation_step_interval is 0: no image is scored)"),
+        (2, {}, 0, "2 of the 3 in cats (validation_step_interval is 0: no image is scored)"),
+        (2, {"step": 1}, 5, "2 of the 3 in cats (2 chosen when the run began)"),
+        (0, {"step": 1}, 5, "none (0 chosen when the run began)"),
+    ],
+)
+def test_the_log_tells_what_is_held_out(capsys, held_out, state, interval, expected):
+    images = [made_up(i, source="cats") for i in range(3)]
+    images.append(made_up(1, bucket=(128, 128), source="cats"))  # in two buckets, one image
+    hashes = [record.content_hash for record in images[:held_out]]
+    config = load_config(validation_split=0.1, validation_step_interval=interval)
+    train_lora.report_held_out(config, images, hashes, state)
+    line = f"held-out images, never trained on: {expected}\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_run_with_prodigy_finds_its_rate_and_is_resumed_to_the_same_bytes(
