@@ -102,6 +102,9 @@ class Data(NamedTuple):
     scored_training: list  # as many training images of the same sources, scored for comparison
     held_out_hashes: list  # chosen when the run began; some of these images may be gone since
     batches_per_epoch: int
+    # model_identity of parts of the model, as they were when the run began.
+    vae: list | None = None
+    transformer: list | None = None
 
 
 def read_data(config, state):
@@ -139,7 +142,14 @@ def read_data(config, state):
     # Every epoch has the same number of batches.
     batches_per_epoch = len(epoch_batches(training, config.train_batch_size, config.seed, 0))
     return Data(
-        training, prompt_files, held_out, scored_training, held_out_hashes, batches_per_epoch
+        training,
+        prompt_files,
+        held_out,
+        scored_training,
+        held_out_hashes,
+        batches_per_epoch,
+        vae=model_identity(config, "vae"),
+        transformer=model_identity(config, "transformer"),
     )
 
 
@@ -211,7 +221,7 @@ def step_batches(config, data, batches_taken):
         for number in range(first, first + per_step)[RANK::WORLD_SIZE]:
             epoch, i = divmod(number, data.batches_per_epoch)
             samples = batches_of(epoch)[i]
-            batches.append(load_batch(config, samples, data.prompt_files, epoch, number))
+            batches.append(load_batch(config, samples, data.prompt_files, epoch, number, data.vae))
         return batches
 
     # A thread loads the batches of the next step while this one computes.
@@ -224,16 +234,18 @@ def step_batches(config, data, batches_taken):
             yield batches, batches_taken, (batches_taken - 1) // data.batches_per_epoch
 
 
-def load_batch(config, samples, prompt_files, epoch, number):
-    """The Batch of these (sample name, ImageRecord); `number` counts the batches of the run."""
+def load_batch(config, samples, prompt_files, epoch, number, vae=None):
+    """The Batch of these (sample name, ImageRecord); `number` counts the batches of the run. `vae`:
+    see latents_file."""
     drawn = [
-        load_sample(config, name, record, prompt_files, epoch, number) for name, record in samples
+        load_sample(config, name, record, prompt_files, epoch, number, vae)
+        for name, record in samples
     ]
     latents, noise, normal, prompt_embeds, weights = map(torch.stack, zip(*drawn))
     return Batch(number, latents, noise, normal, prompt_embeds, weights)
 
 
-def load_sample(config, name, record, prompt_files, epoch, number):
+def load_sample(config, name, record, prompt_files, epoch, number, vae):
     """One sample of a Batch: its latents, noise, normal draw, prompt embeddings and weight."""
 
     def draw_normal(purpose, shape):
@@ -244,7 +256,7 @@ def load_sample(config, name, record, prompt_files, epoch, number):
         generator = seeded_generator(config.seed, purpose, epoch, name)
         return torch.rand((), generator=generator).item()
 
-    posterior = read_tensors(latents_file(config, record))
+    posterior = read_tensors(latents_file(config, record, vae))
     shape = posterior["mean"].shape
     latents = posterior["mean"] + posterior["std"] * draw_normal("posterior", shape)
     noise = draw_normal("noise", shape)
@@ -682,14 +694,15 @@ def write_lora(config, run, folder):
     save_lora(run.transformer, folder, metadata)
 
 
-def fixed_settings(config):
-    """The settings that a resumed run must share with its checkpoint."""
+def fixed_settings(config, transformer=None):
+    """The settings that a resumed run must share with its checkpoint. `transformer`: its
+    model_identity when the run began; None: as it is now."""
     return {
         "lora_rank": config.lora_rank,
         "lora_alpha": float(config.lora_alpha or config.lora_rank),
         "lora_target_modules": sorted(config.lora_target_modules),
         "optimizer": config.optimizer,
-        "pretrained_model_name_or_path": model_identity(config, "transformer"),
+        "pretrained_model_name_or_path": transformer or model_identity(config, "transformer"),
     }
 
 
@@ -736,7 +749,7 @@ def write_state(config, run, data, folder):
         "held_out": data.held_out_hashes,
         "scaler": run.scaler.state_dict(),
         "optimizer": changed,
-        "fixed": fixed_settings(config),
+        "fixed": fixed_settings(config, data.transformer),
         "config": config.model_dump(),
         "embeddings_format": EMBEDDINGS_FORMAT,
     }
@@ -980,7 +993,7 @@ def score_images(config, run, data, stop):
         for record in images:
             if stop.wanted():
                 return None
-            latents = read_tensors(latents_file(config, record))["mean"][None]
+            latents = read_tensors(latents_file(config, record, data.vae))["mean"][None]
             prompt_embeds = read_prompt_embeds(data.prompt_files[record.captions[0]])[None]
             token_count = latents[0, 0].numel() // 4
             for normal in SCORED_NORMALS:
