@@ -1010,10 +1010,8 @@ def tensor_files(folder):
                     )
                 files[name] = path
     if not files:
-        found = ", ".join(path.name for path in paths)[:200]
-        raise UserError(
-            f"{folder}: has no weights in .safetensors files, only {found}; {RIGHT_MODEL}"
-        )
+        found = ", ".join(path.name for path in paths)[:200] or "nothing"
+        raise UserError(f"{folder}: has no .safetensors files, only {found}; {RIGHT_MODEL}")
     return files
 
 
