@@ -8,7 +8,6 @@ went into it (image and bucket or prompt, and the model), so nothing is ever sta
 interrupted run continues where it was.
 """
 
-import functools
 import hashlib
 import itertools
 import os
@@ -25,7 +24,7 @@ from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, explain_out_of_memory,
     in_parallel, is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, log,
     log_once, model_folder, pick_device, read_tensors, run_stage, sum_over_processes,
-    template_tokens, text_config, text_dtype, token_counts, write_tensors,
+    template_tokens, text_config, text_dtype, token_counts, visible_files, write_tensors,
 )  # fmt: skip
 
 # Part of the names of all files of a kind: another number means that all are made anew.
@@ -45,13 +44,12 @@ COLUMNS_AT_ONCE = 100 * 553
 # ---------------------------------------------------------------- which files
 
 
-@functools.cache
 def folder_identity(folder):
     """A hash that tells two models apart without reading 16 GB: of small files all, of large ones
     the name, the size and 64 pieces, the first of which holds a safetensors header."""
     digest = hashlib.sha256()
     piece = 2**18
-    for path in sorted(folder.iterdir()):
+    for path in visible_files(folder):
         if path.suffix not in (".safetensors", ".json", ".txt"):
             continue
         size = path.stat().st_size
@@ -68,22 +66,30 @@ def model_identity(config, *parts):
     return [folder_identity(model_folder(config, part)) for part in parts]
 
 
-def latents_file(config, record):
+def latents_file(config, record, vae=None):
     """The path of an image's latents; its name follows from the image's bytes, its bucket and the
-    VAE."""
-    vae = model_identity(config, "vae")
+    VAE. `vae`: model_identity of the VAE, for those who ask for many files."""
+    vae = vae or model_identity(config, "vae")
     number = TILED_LATENTS_FORMAT if is_tiled(*record.bucket) else LATENTS_FORMAT
     key = content_key("latents", number, record.content_hash, record.bucket, vae)
     return Path(config.cache_dir) / "latents" / key[:2] / f"{key}.safetensors"
 
 
-def prompt_file(config, prompt, device):
-    """The path of a prompt's embeddings; its name follows from the prompt, the dtype and the text
+def prompt_files(config, prompts, device):
+    """{prompt: path of its embeddings}; a name follows from the prompt, the dtype and the text
     encoder."""
     precision = (str(text_dtype(config, device)), "no_change")  # it is never quantized
     model = model_identity(config, "text_encoder", "tokenizer")
-    key = content_key("prompt", EMBEDDINGS_FORMAT, prompt, precision, model)
-    return Path(config.cache_dir) / "embeddings" / key[:2] / f"{key}.safetensors"
+    files = {}
+    for prompt in prompts:
+        key = content_key("prompt", EMBEDDINGS_FORMAT, prompt, precision, model)
+        files[prompt] = Path(config.cache_dir) / "embeddings" / key[:2] / f"{key}.safetensors"
+    return files
+
+
+def prompt_file(config, prompt, device):
+    """The path of one prompt's embeddings, see prompt_files."""
+    return prompt_files(config, [prompt], device)[prompt]
 
 
 def is_complete(path):
@@ -242,7 +248,7 @@ def report_long_prompts(counts):
 def cache_prompts(config, prompts, device):
     """Encodes the prompts that are not in `cache_dir` yet. Returns {prompt: file of its
     embeddings}."""
-    files = {prompt: prompt_file(config, prompt, device) for prompt in prompts}
+    files = prompt_files(config, prompts, device)
     write_prompts(config, files, prompt_batches(config, files), device)
     return files
 
@@ -340,11 +346,12 @@ def main(config):
     """Fills the cache. Returns (ImageRecords, {prompt: file of its embeddings})."""
     device = pick_device()
     images = read_images(config)
-    latents = {latents_file(config, record): record for record in images}
+    vae = model_identity(config, "vae")
+    latents = {latents_file(config, record, vae): record for record in images}
     prompts = {"", config.validation_negative_prompt, *config.validation_prompts}
     for record in images:
         prompts.update(record.captions)
-    files = {prompt: prompt_file(config, prompt, device) for prompt in sorted(prompts)}
+    files = prompt_files(config, sorted(prompts), device)
     report_old_embeddings(config)
 
     # What is missing; under torchrun, this process's share of it.

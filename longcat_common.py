@@ -936,11 +936,28 @@ def out_of_memory_error(config, memory_advice):
 # ---------------------------------------------------------------- models and quantization
 
 
+# The class that the config of each part of a LongCat-Image model names.
+PART_CLASSES = {
+    "transformer": "LongCatImageTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+RIGHT_MODEL = (
+    "choose a LongCat-Image model in diffusers format that is not quantized, such as "
+    f"{FLAVOURS['final']}"
+)
+# Types of weights that are numbers by themselves. Others, such as int8, need scales.
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# {(name on the Hub, part): its files}, of the parts that this process has downloaded.
+DOWNLOADED = {}
+
+
 def model_folder(config, part):
     """The local folder of a part of the model, which is downloaded if necessary.
 
     Parts: `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`. Raises UserError if there
-    is none.
+    is none, or if it is part of another model.
     """
     model = base_model_name(config)
     if not os.path.isdir(model):
@@ -948,42 +965,100 @@ def model_folder(config, part):
     folder = Path(model) / part
     if not folder.is_dir():
         raise UserError(
-            f"pretrained_model_name_or_path: {model} has no folder {part!r}; choose a LongCat-Image"
-            " model in diffusers format"
+            f"pretrained_model_name_or_path: {model} has no folder {part!r}; {RIGHT_MODEL}"
         )
+    if part in PART_CLASSES:
+        config_name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        check_part(folder / config_name, PART_CLASSES[part])
     return folder
 
 
-@functools.cache
+def check_part(path, class_name):
+    """Raises UserError if the config of a model's part names another class, or quantization."""
+    with named_if_corrupt(path):
+        values = dict(json.loads(path.read_bytes()))
+    # diffusers writes a name, transformers a list of names.
+    found = values.get("_class_name") or values.get("architectures")
+    if found not in (class_name, [class_name]):
+        raise UserError(f"{path}: is for the class {found}, not {class_name}; {RIGHT_MODEL}")
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: has a quantization_config; {RIGHT_MODEL}")
+
+
 def download(name, part):
     """Downloads one part of a model from the Hugging Face Hub, unless it is in the local cache.
 
     Returns the model's local folder. Raises UserError.
     """
+    # Ask the Hub once, and again if a file is gone.
+    files = DOWNLOADED.get((name, part))
+    if files and all(path.exists() for path in files):
+        return files[0].parents[1]
     try:
-        return snapshot_download(name, allow_patterns=[f"{part}/*"])
+        folder = Path(snapshot_download(name, allow_patterns=[f"{part}/*"]))
     except Exception as error:  # many kinds
         raise UserError(
             f"pretrained_model_name_or_path: {name!r} is not a directory and cannot be downloaded"
             f" from the Hugging Face Hub ({str(error)[:200]!r}); check the name and the connection,"
             f" or choose {FLAVOURS['final']}"
         ) from None
+    DOWNLOADED[name, part] = visible_files(folder / part)
+    return folder
+
+
+def visible_files(folder):
+    """The files in a folder, sorted, without hidden ones: on disks of other systems, macOS writes
+    `._model.json` next to `model.json`."""
+    return sorted(folder.glob("[!.]*"))
 
 
 def tensor_files(folder):
-    """{tensor name: safetensors file} of a model's folder, which has one file or several."""
+    """{tensor name: safetensors file} of a model's folder, which has one file or several.
+
+    Raises UserError for a corrupt file, for a tensor that two files hold, for one of a type that
+    needs scales, and if there are no such files.
+    """
     files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with open_tensors(path) as shard:
-            files |= dict.fromkeys(shard.keys(), path)
+    paths = visible_files(folder)
+    for path in paths:
+        if path.suffix != ".safetensors":
+            continue
+        with named_if_corrupt(path), open_tensors(path) as shard:
+            for name in shard.keys():
+                dtype = shard.get_slice(name).get_dtype()
+                if dtype not in WEIGHT_TYPES:
+                    raise UserError(f"{path}: {name} is quantized ({dtype}); {RIGHT_MODEL}")
+                if name in files:
+                    raise UserError(
+                        f"{path}: holds {name}, as {files[name]} does; move one of the two files "
+                        "out of the folder"
+                    )
+                files[name] = path
+    if not files:
+        found = ", ".join(path.name for path in paths)[:200] or "nothing"
+        raise UserError(f"{folder}: has no .safetensors files, only {found}; {RIGHT_MODEL}")
     return files
+
+
+def check_names(folder, files, names):
+    """Raises UserError if a tensor is left over, or missing, in `files`, {tensor name: file}."""
+    left_over = files.keys() - names
+    if left_over:
+        name = min(left_over)
+        raise UserError(
+            f"{files[name]}: holds {name}, which this model has no place for; {RIGHT_MODEL}"
+        )
+    missing = names - files.keys()
+    if missing:
+        name = min(missing)
+        raise UserError(f"{folder}: is missing {name}; download it again, or {RIGHT_MODEL}")
 
 
 def read_weights(files, names):
     """{name: tensor} in host memory for these `names`; `files` is what tensor_files returned."""
     tensors = {}
     for path in sorted({files[name] for name in names}):
-        with open_tensors(path) as shard:
+        with named_if_corrupt(path), open_tensors(path) as shard:
             for name in names:
                 if files[name] == path:
                     tensors[name] = shard.get_tensor(name)
@@ -993,15 +1068,17 @@ def read_weights(files, names):
 def load_transformer(config, device):
     """The frozen transformer, loaded from its files by fill_transformer.
 
-    Raises UserError if a file or a weight is missing.
+    Raises UserError if it cannot be read whole.
     """
     folder = model_folder(config, "transformer")
+    files = tensor_files(folder)
     with named_if_corrupt(folder):
         with torch.device("meta"):
             transformer = LongCatImageTransformer2DModel.from_config(
                 LongCatImageTransformer2DModel.load_config(folder)
             )
-        read = functools.partial(read_weights, tensor_files(folder))
+        check_names(folder, files, transformer.state_dict().keys())
+        read = functools.partial(read_weights, files)
         return fill_transformer(transformer, read, config, device)
 
 
@@ -1053,9 +1130,14 @@ def set_autocast(transformer, dtype):
     device_type = transformer.device.type
     mixed_precision = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
     transformer.forward = mixed_precision(transformer.forward)
-    for module in transformer.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.forward = torch.autocast(device_type, enabled=False)(module.forward)
+
+    # Compiled blocks share a graph only if their functions close over the same objects. So a norm's
+    # `forward` is wrapped once for each class, not for each norm.
+    for norm_class in (torch.nn.LayerNorm, torch.nn.RMSNorm):
+        forward = torch.autocast(device_type, enabled=False)(norm_class.forward)
+        for module in transformer.modules():
+            if type(module) is norm_class:
+                module.forward = forward.__get__(module)
 
 
 def offload_plan(config, count):
@@ -1249,9 +1331,11 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         values, scale, shift = ctx.saved_tensors
         if ctx.in_8_bits:
-            # This product sums over the outputs, so it needs their scales before it, not after it.
+            # This product sums over the outputs, so it needs their scales before it, not after it:
+            # in float32, as products of small numbers underflow in fp16.
             columns = values.t().contiguous().t()
-            x_gradient = int8_product(gradient * scale.t(), columns).to(gradient.dtype)
+            scaled = gradient.float() * scale.t()
+            x_gradient = int8_product(scaled, columns).to(gradient.dtype)
         else:
             x_gradient = gradient @ dequantize(gradient.dtype, ctx.shape, values, scale, shift)
         return x_gradient, None, None, None, None, None
@@ -1362,8 +1446,19 @@ def load_part(config, part, part_class):
 
 
 def load_vae(config, device):
-    """The VAE, frozen, in float32: its `force_upcast` says that half precision is not enough."""
-    return load_part(config, "vae", AutoencoderKL).float().requires_grad_(False).eval().to(device)
+    """The VAE, frozen, in float32: its `force_upcast` says that half precision is not enough.
+
+    Raises UserError if it cannot be read whole.
+    """
+    folder = model_folder(config, "vae")
+    files = tensor_files(folder)
+    with named_if_corrupt(folder):
+        vae, info = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    # In old files names are different, and diffusers translates them.
+    names = vae.state_dict().keys()
+    if info["missing_keys"] or len(files) != len(names):
+        check_names(folder, files, names)
+    return vae.float().requires_grad_(False).eval().to(device)
 
 
 def load_scheduler(config):
@@ -1462,19 +1557,28 @@ class StreamedTextEncoder:
         self.config = text_config(config)
         self.config._attn_implementation = "sdpa"  # what transformers chooses for the whole model
         with named_if_corrupt(self.folder), torch.device("meta"):
-            self.files = tensor_files(self.folder)
             # All layers in turn and then the last norm get their weights in these modules.
             self.layer = qwen.Qwen2_5_VLDecoderLayer(self.config, 0).eval()
             self.norm = qwen.Qwen2_5_VLRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-            # Names in the files begin with "model." or, in newer ones, "model.language_model.".
-            (embeddings,) = [name for name in self.files if name.endswith("embed_tokens.weight")]
-            self.prefix = embeddings.removesuffix("embed_tokens.weight")
+
+        # Of the whole model's files only the language layers are used.
+        self.files = {}
+        for name, path in tensor_files(self.folder).items():
+            if not re.fullmatch(r"(model\.)?visual\..*|lm_head\.weight", name):
+                self.files[name] = path
+        # Names begin with "model." or, in newer files, with "model.language_model.".
+        self.prefix = "model."
+        if "model.language_model.norm.weight" in self.files:
+            self.prefix = "model.language_model."
+        names = ["embed_tokens.weight", "norm.weight"]
+        for i in range(self.config.num_hidden_layers):
+            names += [f"layers.{i}.{name}" for name in self.layer.state_dict()]
+        check_names(self.folder, self.files, {self.prefix + name for name in names})
 
     def read(self, part, names):
         """{name: weight} of a part of the model, such as "layers.0.", on the host; thread-safe."""
         start = self.prefix + part
-        with named_if_corrupt(self.folder):
-            weights = read_weights(self.files, [start + name for name in names])
+        weights = read_weights(self.files, [start + name for name in names])
         return {name: weights[start + name] for name in names}
 
     def fill(self, module, weights):

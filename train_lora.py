@@ -103,6 +103,9 @@ class Data(NamedTuple):
     scored_training: list  # for each a training image of its source and size, to compare with
     held_out_hashes: list  # chosen when the run began; some of these images may be gone since
     images_per_epoch: int  # with repeats
+    # model_identity of parts of the model, as they were when the run began.
+    vae: list | None = None
+    transformer: list | None = None
 
 
 def read_data(config, state):
@@ -131,7 +134,14 @@ def read_data(config, state):
 
     images_per_epoch = sum(record.repeats for record in training)
     return Data(
-        training, prompt_files, held_out, scored_training, held_out_hashes, images_per_epoch
+        training,
+        prompt_files,
+        held_out,
+        scored_training,
+        held_out_hashes,
+        images_per_epoch,
+        vae=model_identity(config, "vae"),
+        transformer=model_identity(config, "transformer"),
     )
 
 
@@ -254,7 +264,7 @@ def step_batches(config, data, images_seen):
         planned = list(itertools.islice(upcoming, per_step))
         batches = []
         for number, epoch, samples in planned[RANK::WORLD_SIZE]:
-            batches.append(load_batch(config, samples, data.prompt_files, epoch, number))
+            batches.append(load_batch(config, samples, data.prompt_files, epoch, number, data.vae))
         number, epoch, samples = planned[-1]
         return batches, number + len(samples), epoch
 
@@ -267,17 +277,19 @@ def step_batches(config, data, images_seen):
             yield step
 
 
-def load_batch(config, samples, prompt_files, epoch, number):
-    """The Batch of these (sample name, ImageRecord); `number`: the images of the run before it."""
+def load_batch(config, samples, prompt_files, epoch, number, vae=None):
+    """The Batch of these (sample name, ImageRecord); `number`: the images of the run before it.
+    `vae`: see latents_file."""
     drawn = [
-        load_sample(config, name, record, prompt_files, epoch, number) for name, record in samples
+        load_sample(config, name, record, prompt_files, epoch, number, vae)
+        for name, record in samples
     ]
     latents, noise, normal, prompt_embeds, weights = map(torch.stack, zip(*drawn))
     paths = [record.path for _, record in samples]
     return Batch(number, latents, noise, normal, prompt_embeds, weights, paths)
 
 
-def load_sample(config, name, record, prompt_files, epoch, number):
+def load_sample(config, name, record, prompt_files, epoch, number, vae):
     """One sample of a Batch: its latents, noise, normal draw, prompt embeddings and weight."""
 
     def draw_normal(purpose, shape):
@@ -288,7 +300,7 @@ def load_sample(config, name, record, prompt_files, epoch, number):
         generator = seeded_generator(config.seed, purpose, epoch, name)
         return torch.rand((), generator=generator).item()
 
-    file = latents_file(config, record)
+    file = latents_file(config, record, vae)
     posterior = read_tensors(file)
     raise_if_not_finite(file, posterior["mean"] + posterior["std"], record.path)
     shape = posterior["mean"].shape
@@ -764,14 +776,15 @@ def write_lora(config, run, folder):
     save_lora(run.transformer, folder, metadata)
 
 
-def fixed_settings(config):
-    """The settings that a resumed run must share with its checkpoint."""
+def fixed_settings(config, transformer=None):
+    """The settings that a resumed run must share with its checkpoint. `transformer`: its
+    model_identity when the run began; None: as it is now."""
     return {
         "lora_rank": config.lora_rank,
         "lora_alpha": float(config.lora_alpha or config.lora_rank),
         "lora_target_modules": sorted(config.lora_target_modules),
         "optimizer": config.optimizer,
-        "pretrained_model_name_or_path": model_identity(config, "transformer"),
+        "pretrained_model_name_or_path": transformer or model_identity(config, "transformer"),
     }
 
 
@@ -818,7 +831,7 @@ def write_state(config, run, data, folder):
         "held_out": data.held_out_hashes,
         "scaler": run.scaler.state_dict(),
         "optimizer": changed,
-        "fixed": fixed_settings(config),
+        "fixed": fixed_settings(config, data.transformer),
         "config": config.model_dump(),
         "embeddings_format": EMBEDDINGS_FORMAT,
     }
@@ -1064,7 +1077,7 @@ def score_images(config, run, data, stop):
         for record in images:
             if stop.wanted():
                 return None
-            latents = read_tensors(latents_file(config, record))["mean"][None]
+            latents = read_tensors(latents_file(config, record, data.vae))["mean"][None]
             prompt_embeds = read_prompt_embeds(data.prompt_files[record.captions[0]])[None]
             token_count = latents[0, 0].numel() // 4
             for normal in SCORED_NORMALS:

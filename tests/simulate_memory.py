@@ -220,7 +220,7 @@ def caching(config):
         )  # one at a time is on the card
         with HOST:
             weights = {
-                name: w.to(torch.bfloat16)
+                f"model.{name}": w.to(torch.bfloat16)
                 for name, w in Qwen2_5_VLTextModel(sizes).state_dict().items()
             }
             # Prompts of full length, behind the template's beginning of 36 tokens.
@@ -238,7 +238,6 @@ def caching(config):
             read_weights=lambda files, names: {name: weights[name] for name in names},
         ):
             encoder = load_text_encoder(config, CARD)
-            encoder.read = lambda part, names: {name: weights[part + name] for name in names}
             empty = encoder.layer.state_dict()
             encoder.layer.to = lambda device: encoder.layer.load_state_dict(empty, assign=True)
             gib["the text encoder"] = live.peak_of(encoder, inputs)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import gc
+import json
 import os
 import shutil
 import weakref
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 import cache_latents
+import train_lora
 from cache_latents import (
     cache_prompts, encode_image, encode_prompts, latents_file, prompt_batches, prompt_file, read_prompt_embeds,
     write_prompts,
@@ -126,8 +128,58 @@ def test_another_model_or_bucket_gets_another_name(tmp_path, tiny_config):
     for number, file in enumerate(("vae/diffusion_pytorch_model", "text_encoder/model")):
         file = model / f"{file}.safetensors"
         save_file({**load_file(file), "extra": torch.zeros(1)}, file)
-        cache_latents.folder_identity.cache_clear()
         assert [a != b for a, b in zip(names(same), names(other))] == [True, number == 1]
+
+
+def test_other_weights_in_the_models_folder_are_noticed_in_the_same_process(tmp_path, quick_config):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = quick_config(pretrained_model_name_or_path=str(model), max_train_steps=1)
+    train_lora.main(config)
+    file = model / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"] += 1
+    save_file(weights, file, {"format": "pt"})
+    config.max_train_steps = 2
+    with pytest.raises(UserError, match="was trained with 'a model of other files'"):
+        train_lora.main(config)
+
+
+def test_a_checkpoint_names_the_model_that_the_run_began_with(tmp_path, quick_config, monkeypatch):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = quick_config(pretrained_model_name_or_path=str(model), max_train_steps=1)
+    began_with = cache_latents.model_identity(config, "transformer")
+    write_state = train_lora.write_state
+
+    def replace_model_first(*arguments):
+        (model / "transformer/config.json").write_text("{}")
+        write_state(*arguments)
+
+    monkeypatch.setattr(train_lora, "write_state", replace_model_first)
+    train_lora.main(config)
+    state = json.loads(Path(config.output_dir, "checkpoints/step-000001/state.json").read_text())
+    assert state["fixed"]["pretrained_model_name_or_path"] == began_with
+
+
+def test_the_models_files_are_hashed_for_each_stage_not_for_each_sample_or_checkpoint(
+    quick_config, monkeypatch
+):
+    hashed = []
+    folder_identity = cache_latents.folder_identity
+
+    def record_and_hash(folder):
+        hashed.append(folder)
+        return folder_identity(folder)
+
+    monkeypatch.setattr(cache_latents, "folder_identity", record_and_hash)
+    monkeypatch.setattr(train_lora, "SCORED_NORMALS", (0.4,))  # less to compute
+    counts = []
+    for steps in (1, 3):
+        hashed.clear()
+        output_dir = f"{quick_config().output_dir}-{steps}"
+        settings = dict(validation_split=0.2, validation_step_interval=steps, validation_prompts=[])
+        train_lora.main(quick_config(**settings, max_train_steps=steps, output_dir=output_dir))
+        counts.append(len(hashed))
+    assert counts == [5, 5]
 
 
 def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(

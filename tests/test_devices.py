@@ -1,25 +1,42 @@
 """Offloading, precisions, several processes, MPS, memory: what a CPU can show of them."""
 
+import contextlib
 import gc
+import json
 import shutil
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, QUANTIZED, ROOT, TORCHRUN, checkpoints, flags, lora_bytes, metrics
+from conftest import (
+    MODEL,
+    NAMES,
+    QUANTIZED,
+    ROOT,
+    TORCHRUN,
+    checkpoints,
+    flags,
+    lora_bytes,
+    metrics,
+)
 from diffusers import LongCatImageTransformer2DModel
 from diffusers.models.transformers import transformer_longcat_image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import longcat_common
 import train_lora
 import validate
-from longcat_common import flow_matching_loss, load_config, load_transformer
+from cache_latents import model_identity
+from longcat_common import (
+    FLAVOURS, UserError, flow_matching_loss, load_config, load_scheduler, load_text_encoder,
+    load_transformer, load_vae,
+)  # fmt: skip
 
 
 def random_inputs(batch=2):
@@ -122,7 +139,107 @@ def test_the_configured_number_of_blocks_is_offloaded_and_those_are_checkpointed
     assert checkpointed == sorted({0, *offloaded})
 
 
+class FakeBuffer:
+    """A group's bytes on a pretended GPU."""
+
+    def __init__(self, calls, name):
+        self.calls = calls
+        self.name = name
+
+    def record_stream(self, stream):
+        self.calls.append(f"{self.name} is used in {stream.name}")
+
+
+class FakeHost(FakeBuffer):
+    """A group's bytes on the host of a pretended GPU."""
+
+    def to(self, device, non_blocking, copy):
+        assert non_blocking and copy
+        stream = torch.cuda.current_stream()
+        self.calls.append(f"copy {self.name} in {stream.name}")
+        return FakeBuffer(self.calls, self.name)
+
+
+class FakeStream:
+    """Notes what is asked of a CUDA stream."""
+
+    def __init__(self, calls, name):
+        self.calls = calls
+        self.name = name
+
+    def wait_stream(self, other):
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.calls.append(f"event in {self.name}")
+        return types.SimpleNamespace(synchronize=lambda: self.calls.append("host waits for event"))
+
+
+def test_the_gpu_waits_for_the_copy_of_a_block_and_keeps_its_memory_until_it_has_computed(
+    monkeypatch,
+):
+    calls = []
+    current = [FakeStream(calls, "compute")]
+
+    @contextlib.contextmanager
+    def stream(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: current[-1])
+    offload = longcat_common.GroupOffload("cpu")
+    offload.copy_stream = FakeStream(calls, "copies")
+    for i in range(3):
+        host = FakeHost(calls, f"group {i}")
+        offload.groups.append(types.SimpleNamespace(host=host, layout=[]))
+    placed = "weights are those of"
+    monkeypatch.setattr(
+        offload, "place", lambda number, buffer: calls.append(f"{placed} {buffer.name}")
+    )
+
+    offload.need(0)
+    assert calls == [
+        "copy group 0 in copies", f"{placed} group 0", "compute waits for copies",
+        "group 0 is used in compute", "event in compute", "copy group 1 in copies",
+    ]  # fmt: skip
+    calls.clear()
+    offload.need(1)
+    assert calls == [
+        f"{placed} group 0", f"{placed} group 1", "compute waits for copies",
+        "group 1 is used in compute", "host waits for event", "event in compute",
+        "copy group 2 in copies",
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------- precisions
+
+
+@pytest.mark.parametrize(
+    "kind, capability, expected",
+    [
+        ("cpu", None, torch.float32),
+        ("mps", None, torch.bfloat16),
+        ("cuda", (6, 1), torch.float16),
+        ("cuda", (7, 0), torch.float16),
+        ("cuda", (7, 5), torch.float16),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (8, 9), torch.bfloat16),
+        ("cuda", (12, 0), torch.bfloat16),
+    ],
+)
+def test_gpus_that_only_emulate_bf16_compute_in_fp16_and_encode_text_in_float32(
+    monkeypatch, kind, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 says so
+    config = load_config()
+    assert longcat_common.compute_dtype(config, kind) == expected
+    text = torch.float32 if expected == torch.float16 else expected
+    assert longcat_common.text_dtype(config, kind) == text
+    config.mixed_precision = "bf16"
+    assert longcat_common.compute_dtype(config, kind) == torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
@@ -342,3 +459,181 @@ def test_loading_never_holds_the_whole_unquantized_model(tiny_config, monkeypatc
     load_transformer(tiny_config(base_model_precision="int8-quanto", mixed_precision="no"), "cpu")
     assert len(sizes) == 6
     assert max(sizes) < 0.6 * unquantized
+
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT_ENCODER = "text_encoder/model.safetensors"
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def load_part(config, part):
+    """One part of the model, as the stages load it."""
+    if part == "scheduler":
+        return load_scheduler(config)
+    loaders = {"transformer": load_transformer, "vae": load_vae, "text_encoder": load_text_encoder}
+    return loaders[part](config, "cpu")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the tiny model."""
+    return shutil.copytree(MODEL, tmp_path / "model")
+
+
+def change_tensors(file, **changes):
+    """Adds tensors to a weights file, replaces them, or (None) takes them out. In names, __ stands
+    for a dot."""
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        name = name.replace("__", ".")
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        (TRANSFORMER, "proj_out.weight_scale"),
+        (TRANSFORMER, "transformer_blocks.7.attn.to_q.weight"),
+        (TRANSFORMER, "scaled_fp8"),
+        (VAE, "decoder.conv_in.weight_scale"),
+        (TEXT_ENCODER, "model.layers.1.mlp.up_proj.weight_scale_inv"),
+        (TEXT_ENCODER, "model.layers.2.mlp.up_proj.weight"),
+        (TEXT_ENCODER, "lm_head.weight_scale"),
+    ],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_named(model, tiny_config, file, name):
+    change_tensors(model / file, **{name: torch.ones(1)})
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    with pytest.raises(UserError) as error:
+        load_part(config, Path(file).parent.name)
+    assert str(error.value).startswith(f"{model / file}: holds {name}, which")
+    assert "not quantized, such as meituan-longcat/LongCat-Image" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        (TRANSFORMER, "single_transformer_blocks.1.proj_out.bias"),
+        (VAE, "decoder.conv_in.bias"),
+        (TEXT_ENCODER, LAYER),
+        (TEXT_ENCODER, "model.embed_tokens.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(model, tiny_config, file, name):
+    change_tensors(model / file, **{name: None})
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    part = Path(file).parent
+    with pytest.raises(UserError, match=f"{model / part}: is missing {name}; download it again"):
+        load_part(config, part.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize(
+    "file, name", [(TRANSFORMER, "proj_out.weight"), (VAE, "decoder.conv_in.weight"),
+                   (TEXT_ENCODER, LAYER)],
+)  # fmt: skip
+def test_a_tensor_of_a_type_that_needs_scales_is_named(model, tiny_config, file, name, dtype):
+    change_tensors(model / file, **{name: load_file(model / file)[name].to(dtype)})
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    with pytest.raises(UserError, match=f"{model / file}: {name} is quantized .*; choose a "):
+        load_part(config, Path(file).parent.name)
+
+
+def test_plain_float8_weights_are_loaded(model, tiny_config):
+    weight = load_file(model / TRANSFORMER)["proj_out.weight"].to(torch.float8_e4m3fn)
+    change_tensors(model / TRANSFORMER, proj_out__weight=weight)
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    assert torch.equal(load_transformer(config, "cpu").proj_out.weight, weight.float())
+
+
+@pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXT_ENCODER])
+def test_two_files_with_the_same_tensor_are_both_named(model, tiny_config, file):
+    part, name = file.split("/")
+    shutil.copy(model / file, model / part / f"a copy of {name}")
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    with pytest.raises(UserError, match=f"{model / file}: holds .*{part}/a copy of {name} does"):
+        load_part(config, part)
+
+
+@pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXT_ENCODER])
+def test_a_corrupt_file_among_several_is_named(model, tiny_config, file):
+    part = Path(file).parent.name
+    (model / part / "z.safetensors").write_bytes((model / file).read_bytes()[:-10])
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    with pytest.raises(UserError, match=f"{part}/z.safetensors: is missing or corrupt"):
+        load_part(config, part)
+
+
+def test_hidden_files_are_skipped(model, tiny_config):
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    before = model_identity(config, *parts)
+    for path in [path for path in model.rglob("*.*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert model_identity(config, *parts) == before
+    for part in ("transformer", "vae", "text_encoder", "scheduler"):
+        load_part(config, part)
+
+
+@pytest.mark.parametrize(
+    "part, key, found",
+    [
+        ("transformer", "_class_name", "FluxTransformer2DModel"),
+        ("vae", "_class_name", "AutoencoderKLWan"),
+        ("scheduler", "_class_name", "DDIMScheduler"),
+        ("text_encoder", "architectures", ["CLIPTextModel"]),
+        ("text_encoder", "architectures", None),
+        ("transformer", "quantization_config", {"quant_method": "bitsandbytes"}),
+        ("text_encoder", "quantization_config", {"quant_method": "fp8"}),
+    ],
+)
+def test_a_config_of_another_class_or_of_quantized_weights_is_named(
+    model, tiny_config, part, key, found
+):
+    (path,) = [path for path in (model / part).glob("*config.json") if "gener" not in path.name]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: found}))
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    named = "quantization_config" if key == "quantization_config" else str(found)
+    with pytest.raises(UserError) as error:
+        load_part(config, part)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and named in message
+    assert message.endswith(f"choose a LongCat-Image model in diffusers format that is not "
+                            f"quantized, such as {FLAVOURS['final']}")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXT_ENCODER])
+def test_a_folder_without_safetensors_files_is_named_with_what_it_holds(model, tiny_config, file):
+    torch.save(load_file(model / file), (model / file).with_suffix(".bin"))
+    (model / file).unlink()
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    part, name = file.split("/")
+    with pytest.raises(UserError, match=rf"{part}: .* only .*{Path(name).stem}\.bin.*; choose a "):
+        load_part(config, part)
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def test_a_download_is_asked_for_once_and_again_if_a_file_is_gone(tmp_path, monkeypatch):
+    requests = []
+
+    def snapshot_download(name, allow_patterns):
+        requests.append((name, *allow_patterns))
+        shutil.copytree(f"{MODEL}/vae", tmp_path / "vae", dirs_exist_ok=True)
+        return str(tmp_path)
+
+    monkeypatch.setattr(longcat_common, "DOWNLOADED", {})
+    monkeypatch.setattr(longcat_common, "snapshot_download", snapshot_download)
+    config = load_config(pretrained_model_name_or_path="someone/model")
+    for _ in range(3):
+        load_vae(config, "cpu")
+    assert requests == [("someone/model", "vae/*")]
+    (tmp_path / VAE).unlink()
+    load_vae(config, "cpu")
+    assert len(requests) == 2

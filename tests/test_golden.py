@@ -28,8 +28,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 import train_lora
 from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
-    QuantizedLinear, dequantize, encoder_inputs, flow_matching_loss, load_config, load_scheduler,
-    load_tokenizer, load_transformer, load_vae, pack_latents, position_ids, sample_sigmas,
+    QuantizedLinear, dequantize, encoder_inputs, fill_transformer, flow_matching_loss, load_config,
+    load_scheduler, load_tokenizer, load_transformer, load_vae, pack_latents, position_ids, sample_sigmas,
 )  # fmt: skip
 from validate import generate, load_pipeline
 
@@ -387,7 +387,7 @@ def weight_from_library(linear, precision):
     return model[0].weight.dequantize()
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16])
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16])
 def dtype(request):
     return request.param
 
@@ -434,14 +434,17 @@ def run_and_record(layer, x, gradient):
     return y.detach(), x.grad, kept
 
 
-def test_a_quantized_layer_computes_the_linear_and_keeps_only_its_quantized_weight(
-    linears, precision, dtype
+@pytest.mark.parametrize("gradient_size", [1, 1e-2, 1e-4])
+def test_a_quantized_layer_computes_the_exact_product_and_keeps_only_its_quantized_weight(
+    linears, precision, dtype, gradient_size
 ):
     linear, quantized, stored = linears
     x = torch.randn(64, 384).to(dtype)
-    gradient = torch.randn(64, 256).to(dtype)
-    expected_y, expected_gradient, _ = run_and_record(linear, x, gradient)
+    gradient = (gradient_size * torch.randn(64, 256)).to(dtype)
     y, x_gradient, kept = run_and_record(quantized, x, gradient)
+    assert y.dtype == x_gradient.dtype == dtype
+    exact = run_and_record(linear.double(), x.double(), gradient.double())
+    expected_y, expected_gradient = exact[:2]
 
     tolerance = 0.01
     if dtype == torch.float32:
@@ -458,6 +461,71 @@ def test_a_quantized_layer_computes_the_linear_and_keeps_only_its_quantized_weig
 
 
 # ---------------------------------------------------------------- compiled blocks, memory, norms
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list of all graphs that torch.compile makes during the test, none of them compiled."""
+    made = []
+
+    def keep_graph(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep_graph))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # compile_blocks raises it
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+def count_graphs(graphs, blocks):
+    """How many graphs a transformer with so many blocks of each kind needs: in training, without
+    gradients with LoRA and without it (scoring), and in eval mode (generating)."""
+    config = load_config(
+        torch_compile=True, gradient_checkpointing=1, mixed_precision="bf16",
+        base_model_precision="no_change", lora_rank=4, lora_target_modules=["attn.to_q"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        transformer = LongCatImageTransformer2DModel(
+            num_layers=blocks, num_single_layers=blocks, attention_head_dim=16, in_channels=64,
+            num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=[4, 6, 6],
+        )  # fmt: skip
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+
+    def random_weights(names):
+        return {name: torch.randn(shapes[name]) for name in names}
+
+    transformer = fill_transformer(transformer, random_weights, config, "cpu")
+    train_lora.set_up(config, transformer, None, torch.device("cpu"), steps=9)
+    inputs = dict(latents=torch.randn(1, 16, 4, 4), noise=torch.randn(1, 16, 4, 4))
+    inputs |= dict(sigmas=torch.tensor([0.3]), prompt_embeds=torch.randn(1, 512, 8))
+
+    counts = []
+    before = len(graphs)
+    for _ in range(2):
+        flow_matching_loss(transformer, **inputs).backward()
+        counts.append(len(graphs) - before)
+        with torch.no_grad():
+            flow_matching_loss(transformer, **inputs)
+            transformer.disable_adapters()
+            flow_matching_loss(transformer, **inputs)
+            transformer.enable_adapters()
+            counts.append(len(graphs) - before)
+            transformer.eval()
+            flow_matching_loss(transformer, **inputs)
+            transformer.train()
+            counts.append(len(graphs) - before)
+    return counts
+
+
+def test_compiled_blocks_share_graphs_however_many_blocks_there_are(graphs):
+    counts = count_graphs(graphs, blocks=2)
+    torch._dynamo.reset()
+    assert count_graphs(graphs, blocks=5) == counts
+    training, scoring, generating, *later = counts
+    assert 2 <= training < scoring <= generating <= 16, "each kind of block is compiled"
+    assert later == [generating] * 3, "nothing is compiled again"
 
 
 @pytest.mark.slow

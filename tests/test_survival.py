@@ -516,7 +516,7 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     data, seen = Path(shutil.copytree(few_images, tmp_path / "data")), {}
     before_each(
         "load_batch",
-        lambda n, config, samples, files, epoch, number: seen.update({number: samples}),
+        lambda n, config, samples, files, epoch, number, *_: seen.update({number: samples}),
     )
     config = quick_config(
         data_dir=str(data),
