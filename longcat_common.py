@@ -602,9 +602,13 @@ def buckets(config):
     return sorted(set().union(*bucket_sets(config)))
 
 
+# The errno of errors that no code is to blame for.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 def run_stage(main, description):
     """Runs `python stage.py ...`: main(config) with the configuration from the flags. Prints user
-    errors, and those of a full or protected disk, one per line, and exits with code 2. Ctrl-C and
+    errors, and those of a full or failing disk, one per line, and exits with code 2. Ctrl-C and
     SIGTERM exit with 128 plus the number of the signal, without a traceback. Bugs keep theirs."""
 
     def interrupt(number, frame):
@@ -620,8 +624,8 @@ def run_stage(main, description):
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:
-        is_bug = not isinstance(error, (UserError, PermissionError, BrokenPipeError))
-        if is_bug and error.errno not in DISK_IS_FULL:
+        is_known = isinstance(error, (UserError, PermissionError, BrokenPipeError))
+        if not is_known and error.errno not in DISK_ERRORS:
             raise
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -635,12 +639,10 @@ def run_stage(main, description):
 def connect_processes():
     """Connects the processes that torchrun has started. Gradients are summed on the device, numbers
     on the host. Raises UserError if torchrun has not started them."""
-    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"WORLD_SIZE: is {WORLD_SIZE} in the environment, but {', '.join(missing)} not set; "
-            "unset it to run one process, or start several with torchrun"
+            f"WORLD_SIZE: is {WORLD_SIZE} in the environment, without RANK, MASTER_ADDR and "
+            "MASTER_PORT; unset it to run one process, or start several with torchrun"
         )
     backend = "gloo"
     if torch.cuda.is_available() and torch.distributed.is_nccl_available():
@@ -651,20 +653,6 @@ def connect_processes():
 
 # ---------------------------------------------------------------- files
 
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def named_if_unwritable(path):
-    """Turns an OSError into a UserError that says that `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        advice = "free space" if error.errno in DISK_IS_FULL else "fix that"
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder"
-        ) from None
-
 
 def write_file(path, data):
     """Writes bytes or text so that the file is complete or unchanged: writes to a temporary name,
@@ -674,16 +662,21 @@ def write_file(path, data):
         data = data.encode("utf-8")
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with named_if_unwritable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            # Keep the mode of a file that is replaced. Fails for a new file, or without modes.
-            with contextlib.suppress(OSError):
-                temporary.chmod(path.stat().st_mode)
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # Keep the mode of a file that is replaced. Fails for a new file, or without modes.
+        with contextlib.suppress(OSError):
+            temporary.chmod(path.stat().st_mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free space" if is_full else "fix that"
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); {advice}, or choose another folder"
+        ) from None
     finally:
         # It still exists after an error or a signal.
         with contextlib.suppress(OSError):

@@ -41,10 +41,9 @@ from longcat_common import (
     FLAVOURS, LORA_FILE, PEFT_FILE, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE,
     FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel, UserError, base_model_name,
     buckets, check_format, check_precision, checkpoint_folders, checkpoint_step, compile_blocks,
-    compute_dtype,
-    explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory, is_out_of_memory,
-    is_readable, load_scheduler, load_transformer, load_vae, log, named_if_unwritable,
-    offload_plan, peak_memory, pick_device, read_json, read_tensors, run_stage, sample_sigmas,
+    compute_dtype, explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory,
+    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, log, offload_plan,
+    peak_memory, pick_device, read_json, read_tensors, run_stage, sample_sigmas,
     seeded_generator, sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
@@ -1000,7 +999,7 @@ class Metrics:
         if group == "validation":
             self.scores[step] = numbers
         if RANK == 0:
-            with named_if_unwritable(self.path), open(self.path, "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
         if self.board:
             for name, number in numbers.items():
@@ -1282,12 +1281,11 @@ def prepare_folder(config, checkpoint):
     metrics = output / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
         aside = output / time.strftime("before-%Y-%m-%d-%H%M%S")
-        with named_if_unwritable(aside):
-            aside.mkdir()
-            # The metrics last: they tell that this is to be done.
-            for path in (output / "logs", output / "validation", metrics):
-                if path.exists():
-                    path.rename(aside / path.name)
+        aside.mkdir()
+        # The metrics last: they tell that this is to be done.
+        for path in (output / "logs", output / "validation", metrics):
+            if path.exists():
+                path.rename(aside / path.name)
         log(f"{aside}: metrics and previews of a run that ended before its first checkpoint")
 
 
