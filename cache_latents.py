@@ -304,6 +304,8 @@ def read_images(config):
             f"{manifest}: cannot be read ({error.strerror}); machines that work together must "
             "share output_dir"
         ) from None
+    except UserError:  # written by another version
+        raise
     except ValueError:
         raise UserError(f"{manifest}: is corrupt; set data_dir to make it again") from None
 

@@ -63,9 +63,11 @@ torch.zeros(1).exp()
 VERSION = "0.1.0"
 FLAVOURS = {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"}
 
-# Set by torchrun: the rank of this process, and the number of processes on all machines.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# Set by torchrun: the number of processes on all machines, and the rank of this one.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = 0
+if WORLD_SIZE > 1:  # what is left in the environment of one process says nothing
+    RANK = int(os.environ.get("RANK") or 0)
 
 # The file names of a LoRA: the format of diffusers and ComfyUI, and that of PEFT.
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -625,24 +627,31 @@ def buckets(config):
     return sorted(set().union(*bucket_sets(config)))
 
 
+# The errno of errors that no code is to blame for.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 def run_stage(main, description):
     """Runs `python stage.py ...`: main(config) with the configuration from the flags. Prints user
-    errors one per line and exits with code 2. Ctrl-C and SIGTERM exit with 128 plus the number of
-    the signal, without a traceback."""
+    errors, and those of a full or failing disk, one per line, and exits with code 2. Ctrl-C and
+    SIGTERM exit with 128 plus the number of the signal, without a traceback. Bugs keep theirs."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, interrupt)
-    if WORLD_SIZE > 1:
-        connect_processes()
     try:
+        if WORLD_SIZE > 1:
+            connect_processes()
         main(config_from_flags(description, sys.argv[1:]))
         # Not after an error: NCCL would wait here for the other processes.
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:
+        is_known = isinstance(error, (UserError, PermissionError, BrokenPipeError))
+        if not is_known and error.errno not in DISK_ERRORS:
+            raise
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -654,7 +663,12 @@ def run_stage(main, description):
 
 def connect_processes():
     """Connects the processes that torchrun has started. Gradients are summed on the device, numbers
-    on the host."""
+    on the host. Raises UserError if torchrun has not started them."""
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE: is {WORLD_SIZE} in the environment, without RANK, MASTER_ADDR and "
+            "MASTER_PORT; unset it to run one process, or start several with torchrun"
+        )
     backend = "gloo"
     if torch.cuda.is_available() and torch.distributed.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -704,6 +718,17 @@ def write_tensors(path, tensors, metadata=None):
     write_file(path, save(tensors, header))
 
 
+def check_format(path, values, expected, advice):
+    """Raises UserError if `values`, the dictionary in the file or checkpoint `path`, have another
+    format number than `expected`."""
+    number = values.get("format", 1)  # the second version wrote none
+    if number != expected:
+        raise UserError(
+            f"{path}: was written by another version of these scripts (format {number!r}, this one "
+            f"reads {expected}); {advice}"
+        )
+
+
 # What libraries raise when a file that they load is missing, incomplete or corrupt.
 LOADING_ERRORS = (
     OSError, ValueError, TypeError, RuntimeError, LookupError, SafetensorError, re.error,
@@ -747,10 +772,16 @@ def is_readable(path):
 
 def checkpoint_folders(config):
     """The checkpoints of this run, oldest first. Folders with other names, such as copies that the
-    user made, are skipped."""
+    user made, are skipped. Raises UserError."""
     parent = Path(config.output_dir) / "checkpoints"
-    folders = parent.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*")
-    folders = [folder for folder in folders if folder.name.removeprefix("step-").isdecimal()]
+    names = []
+    try:
+        names = os.listdir(parent)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # no checkpoint yet
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be read ({error.strerror}); fix that") from None
+    folders = [parent / name for name in names if re.fullmatch(r"step-\d{6,}", name, re.ASCII)]
     return sorted(folders, key=checkpoint_step)
 
 
@@ -794,7 +825,7 @@ def in_parallel(function, items):
 def pick_device():
     """CUDA (under torchrun the GPU of this process), else MPS, else the CPU."""
     if torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", 0))
+        number = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     if torch.backends.mps.is_available():
@@ -892,8 +923,9 @@ def is_out_of_memory(error):
 
 def explain_out_of_memory(memory_advice):
     """Decorates the `main(config)` of a stage. If it runs out of memory, the decorated main raises
-    a UserError with those settings in `memory_advice`, {key: value}, that are not set yet. However
-    it ends, it leaves no model in memory, not even in a notebook that keeps the traceback."""
+    a UserError with those settings in `memory_advice`, {key: value}, that are not set yet. Unless
+    it ends by a bug, whose frames a debugger needs, it leaves no model in memory, not even in a
+    notebook that keeps the traceback."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -901,8 +933,10 @@ def explain_out_of_memory(memory_advice):
             try:
                 return main(config)
             except BaseException as error:
-                clear_frames(error)
-                if is_out_of_memory(error):
+                is_memory = is_out_of_memory(error)
+                if is_memory or isinstance(error, (UserError, KeyboardInterrupt)):
+                    clear_frames(error)
+                if is_memory:
                     raise out_of_memory_error(config, memory_advice) from None
                 raise
             finally:
@@ -927,7 +961,9 @@ def out_of_memory_error(config, memory_advice):
     for name, value in memory_advice.items():
         # A Mac's GPU shares the host's memory, so offloading would not help.
         is_useless = has_mps and "offload" in name
-        if getattr(config, name) != value and not is_useless:
+        # As JSON, for to Python 1 block and true are equal.
+        is_set = json.dumps(getattr(config, name)) == json.dumps(value)
+        if not is_set and not is_useless:
             advice.append(f"{name} {json.dumps(value)}")
     advice.append("a smaller resolution; closing other programs that use the device")
     return UserError(f"out of memory; try, cheapest first: {'; '.join(advice)}")

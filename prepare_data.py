@@ -31,8 +31,8 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, content_key, in_parallel, load_tokenizer, read_json,
-    run_stage, token_counts, unique_keys, write_file,
+    TEXT_TOKENS, UserError, bucket_sets, check_format, content_key, in_parallel, load_tokenizer,
+    read_json, run_stage, token_counts, unique_keys, write_file,
 )  # fmt: skip
 
 # After longcat_common, which silences what the imports of diffusers print.
@@ -43,6 +43,7 @@ IMAGE_SUFFIXES = set(
 )
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")  # each holds captions of many images
 CAPTION_KEYS = ("caption", "text", "prompt")
+MANIFEST_FORMAT = 2  # the number in its first line
 OUTPUT_FILES = ("manifest.jsonl", "report.md", "preview.jpg")
 GRID = "longcat grid"  # marks the grids and previews of these scripts, which are not trained on
 SMALLEST_SIDE = 64  # pixels; smaller images are icons or tracking pixels
@@ -123,10 +124,12 @@ def file_stamp(status):
 
 
 def read_manifest(path):
-    """The ImageRecords of a manifest. Raises OSError, or ValueError if it is corrupt or in another
-    format."""
+    """The ImageRecords of a manifest. Raises OSError, UserError if it was written by another
+    version, or another ValueError if it is corrupt."""
+    header, *lines = Path(path).read_bytes().splitlines() or [b""]
+    check_format(path, json.loads(header), MANIFEST_FORMAT, "set data_dir to make it again")
     parse_record = TypeAdapter(ImageRecord).validate_json
-    return [parse_record(line) for line in Path(path).read_bytes().splitlines()]
+    return [parse_record(line) for line in lines]
 
 
 def reason(error):
@@ -773,8 +776,9 @@ def make_records(items, config, previous_records, findings):
 
 
 def write_manifest(path, records):
-    """Writes the manifest: a line of JSON for each record."""
-    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    """Writes the manifest: its format, then a line of JSON for each record."""
+    rows = [{"format": MANIFEST_FORMAT}] + [asdict(record) for record in records]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_file(path, "".join(lines))
 
 

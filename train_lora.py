@@ -40,11 +40,11 @@ from cache_latents import EMBEDDINGS_FORMAT, latents_file, model_identity, read_
 from longcat_common import (
     FLAVOURS, LORA_FILE, PEFT_FILE, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE,
     FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel, UserError, base_model_name,
-    buckets, check_precision, checkpoint_folders, checkpoint_step, compile_blocks, compute_dtype,
-    explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory, is_out_of_memory,
-    is_readable, load_scheduler, load_transformer, load_vae, log, offload_plan, peak_memory,
-    pick_device, read_json, read_tensors, run_stage, sample_sigmas, seeded_generator,
-    sum_over_processes, validation_sizes, write_file, write_tensors,
+    buckets, check_format, check_precision, checkpoint_folders, checkpoint_step, compile_blocks,
+    compute_dtype, explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory,
+    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, log, offload_plan,
+    peak_memory, pick_device, read_json, read_tensors, run_stage, sample_sigmas,
+    seeded_generator, sum_over_processes, validation_sizes, write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
 from validate import (
@@ -64,6 +64,11 @@ from tqdm import tqdm
 
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 3  # so many in a row whose loss or gradients are not finite end the run
+CHECKPOINT_FORMAT = 2  # the number in state.json
+# What save_lora writes. A checkpoint resumes without these files, from its state alone.
+LORA_FILES = (LORA_FILE, PEFT_FILE, "adapter_config.json")
+# The name of state.json while its checkpoint is being deleted.
+DELETED_STATE = ".state.json.tmp"
 # At most so many images are held out: scoring them takes as long as about 20 training steps.
 MAX_HELD_OUT = 8
 # Held-out images are scored at the sigmas that follow from these normal draws.
@@ -669,6 +674,7 @@ def main(config):
         run = set_up(set_up_config, transformer, load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
+            restore_lora(config, checkpoint, state, run)
             epoch = run.images_seen // data.images_per_epoch
             log(f"resumed from {checkpoint}, in epoch {epoch}, of {data.images_per_epoch} images")
 
@@ -765,6 +771,7 @@ def save_lora(transformer, folder, metadata=None):
 def write_lora(config, run, folder):
     """Writes the LoRA as it is now, ready to use; its header says how it was trained."""
     metadata = {
+        "format": 1,  # for information: a LoRA with another number can be read
         "base_model": base_model_name(config),
         "steps": run.step,
         "trained_with": f"LongCat-Image scripts {VERSION}",
@@ -774,6 +781,26 @@ def write_lora(config, run, folder):
         "license": config.license,
     }
     save_lora(run.transformer, folder, metadata)
+
+
+def restore_lora(config, folder, state, run):
+    """Writes those LoRA files again that are gone from this run's checkpoint."""
+    missing = [name for name in LORA_FILES if not (folder / name).exists()]
+    if RANK > 0 or not missing or not is_own_checkpoint(config, folder):
+        return
+    # With the settings of then. Files that are still there may be the user's.
+    config = config.model_copy(update=state["config"])
+    temporary = folder.with_name(f".{folder.name}-lora.tmp")
+    write_lora(config, run, temporary)
+    for name in missing:
+        (temporary / name).rename(folder / name)
+    shutil.rmtree(temporary)
+    log(f"{folder}: {' and '.join(missing)} were gone; written again")
+
+
+def is_own_checkpoint(config, folder):
+    """Whether a checkpoint is in this run's output_dir."""
+    return folder.resolve().parent == (Path(config.output_dir) / "checkpoints").resolve()
 
 
 def fixed_settings(config, transformer=None):
@@ -790,7 +817,7 @@ def fixed_settings(config, transformer=None):
 
 def save_checkpoint(config, run, data):
     """Writes `checkpoints/step-N`, a ready-to-use LoRA and all that resuming needs, completely or
-    not at all; then deletes the oldest checkpoints over `checkpoints_total_limit`."""
+    not at all; then deletes the oldest checkpoints."""
     run.saved_step = run.step
     if RANK > 0:
         return
@@ -805,8 +832,7 @@ def save_checkpoint(config, run, data):
     write_lora(config, run, temporary)
     write_state(config, run, data, temporary)
     rename_checkpoint(temporary, folder)
-    for old in list(complete_checkpoints(config))[: -config.checkpoints_total_limit]:
-        shutil.rmtree(old, ignore_errors=True)
+    delete_old_checkpoints(config)
 
 
 def write_state(config, run, data, folder):
@@ -826,6 +852,7 @@ def write_state(config, run, data, folder):
         if value != run.optimizer.defaults.get(name):
             changed[name] = value
     state = {
+        "format": CHECKPOINT_FORMAT,
         "step": run.step,
         "images_seen": run.images_seen,
         "held_out": data.held_out_hashes,
@@ -844,8 +871,11 @@ def rename_checkpoint(temporary, folder):
     a virus scanner may hold new files for a while."""
     for wait in (0.5, 2, 0):
         try:
-            if folder.exists():  # incomplete, or this run would have resumed from it
-                shutil.rmtree(folder)
+            # What has this name is not a checkpoint, or the run would have resumed from it.
+            if os.path.lexists(folder):
+                aside = folder.with_name(time.strftime(f"before-%Y-%m-%d-%H%M%S-{folder.name}"))
+                folder.rename(aside)
+                log(f"{folder}: was in the way, and is now {aside.name}")
             temporary.rename(folder)
             return
         except OSError as error:
@@ -857,30 +887,74 @@ def rename_checkpoint(temporary, folder):
     )
 
 
+def delete_old_checkpoints(config):
+    """Deletes the oldest checkpoints over `checkpoints_total_limit`."""
+    complete = []
+    for folder in checkpoint_folders(config):
+        with contextlib.suppress(UserError):  # unreadable since this start: it stays
+            if read_state(folder):
+                complete.append(folder)
+            elif os.path.lexists(folder / DELETED_STATE):  # a kill has interrupted this
+                delete_checkpoint(folder)
+    for folder in complete[: -config.checkpoints_total_limit]:
+        delete_checkpoint(folder)
+
+
+def delete_checkpoint(folder):
+    """Deletes the files of a checkpoint. What else the user has put into it stays, with its folder;
+    one that the user has moved and linked stays, too."""
+    if folder.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        # Without a state.json it is no longer a checkpoint, wherever a kill interrupts this.
+        if (folder / "state.json").exists():
+            (folder / "state.json").replace(folder / DELETED_STATE)
+        for name in (*LORA_FILES, "state.safetensors", DELETED_STATE):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def read_state(folder):
-    """A checkpoint's state.json; None if the checkpoint is incomplete."""
-    with contextlib.suppress(UserError):
+    """A checkpoint's state.json. None for what is not a checkpoint: a folder without state files,
+    which the user may have left there, or a half-deleted one. Raises UserError, which names the
+    file, for a checkpoint that cannot be used: a kill leaves none."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise unusable(folder, f"{folder}: cannot be read ({error.strerror})") from None
+    if "state.json" not in names and (DELETED_STATE in names or "state.safetensors" not in names):
+        return None
+
+    try:
         state = read_json(folder / "state.json")
-        files = (folder / "state.safetensors", folder / LORA_FILE)
-        if "fixed" in state and all(is_readable(path) for path in files):
-            return state
+    except UserError as error:
+        raise unusable(folder, str(error)) from None
+    advice = "finish it with that version, or start a new output_dir; its LoRA works as init_lora"
+    check_format(folder, state, CHECKPOINT_FORMAT, advice)
+    if not is_readable(folder / "state.safetensors"):
+        raise unusable(folder, f"{folder / 'state.safetensors'}: is missing, corrupt or unreadable")
+    return state
 
 
-def complete_checkpoints(config):
-    """{folder: its state.json} of this run's complete checkpoints, oldest first."""
-    states = {folder: read_state(folder) for folder in checkpoint_folders(config)}
-    return {folder: state for folder, state in states.items() if state}
+def unusable(folder, problem):
+    """The UserError about a checkpoint that cannot be used."""
+    return UserError(
+        f"{problem}; restore it, or move {folder.name} out of {folder.parent} to resume from the "
+        "one before"
+    )
 
 
 def find_checkpoint(config):
     """The checkpoint to resume from, as (folder, its state.json); (None, None) to start from
-    scratch. Raises UserError if there is none of that name, if it does not fit, or if `output_dir`
-    holds later ones, which this run would overwrite in time."""
-    complete = complete_checkpoints(config)
+    scratch. Raises UserError if there is none of that name, if one cannot be used or does not fit,
+    or if `output_dir` holds later ones, which this run would replace in time."""
+    complete = {}
     for folder in checkpoint_folders(config):
-        if folder not in complete:
-            log(f"{folder}: incomplete checkpoint, skipped")
-
+        state = read_state(folder)
+        if state:
+            complete[folder] = state
     folder, state = choose_checkpoint(config, complete)
     for other in complete:
         if not state or checkpoint_step(other) > state["step"]:
@@ -906,11 +980,11 @@ def choose_checkpoint(config, complete):
     # The path of a folder, or its name in this run.
     checkpoints = Path(config.output_dir) / "checkpoints"
     folder = Path(wanted) if Path(wanted).exists() else checkpoints / wanted
-    state = read_state(folder)
+    state = read_state(folder) if folder.is_dir() else None
     if not state:
         raise UserError(
-            f"resume_from_checkpoint: {folder} is not a complete checkpoint of these scripts; name "
-            f"a folder such as {checkpoints / 'step-000500'}; to start from a LoRA, set init_lora"
+            f"resume_from_checkpoint: {folder} is not a checkpoint of these scripts; name a folder "
+            f"such as {checkpoints / 'step-000500'}; to start from a LoRA, set init_lora"
         )
     return folder, state
 
@@ -926,7 +1000,7 @@ def report_changes(config, folder, state):
         )
     for name, now in (config.model_dump() | fixed_settings(config)).items():
         before = (state["config"] | state["fixed"]).get(name)
-        if now == before:
+        if json.dumps(now) == json.dumps(before):  # to Python, 1 and true are equal
             continue
         if name in state["fixed"]:
             if name == "pretrained_model_name_or_path":  # both are hashes
@@ -946,8 +1020,13 @@ def report_changes(config, folder, state):
 
 
 def load_checkpoint(folder, state, run):
-    """Restores the LoRA, the optimizer, the loss scaler and the position in the data."""
-    tensors = read_tensors(folder / "state.safetensors")
+    """Restores the LoRA, the optimizer, the loss scaler and the position in the data. Raises
+    UserError if the tensors are not this run's."""
+    path = folder / "state.safetensors"
+    tensors = read_tensors(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if "optimizer." not in name}
+    if shapes != {f"lora.{name}": weight.shape for name, weight in run.parameters.items()}:
+        raise unusable(folder, f"{path}: does not hold the tensors of this run's LoRA")
     for name, parameter in run.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora.{name}"))
 
@@ -997,10 +1076,11 @@ class Metrics:
             means.append(statistics.fmean(finite))
         loss, grad_norm, seconds = means
         self.recent.clear()
+        group = run.optimizer.param_groups[0]
         numbers = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": group["lr"] * group.get("d", 1),  # prodigy multiplies it with d, which it finds
             "epoch": epoch,
             "skipped_steps": run.skipped_steps,
             "seconds_per_step": seconds,
@@ -1288,7 +1368,7 @@ def prepare_folder(config, checkpoint):
     that ended before its first checkpoint. Raises UserError."""
     output = Path(config.output_dir)
     try_writing(output / "checkpoints" / f".trial-{os.getpid()}")
-    if checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve():
+    if checkpoint and is_own_checkpoint(config, checkpoint):
         return
     if any((output / name).exists() for name in (LORA_FILE, PEFT_FILE)):
         raise UserError(

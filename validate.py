@@ -440,7 +440,8 @@ def find_checkpoint_loras(config):
         lora = folder / LORA_FILE
         if is_readable(lora):
             loras.append(lora)
-        else:
+        # A deleted checkpoint leaves its folder if the user has put something into it.
+        elif lora.exists() or (folder / "state.json").exists():
             print(f"{lora}: is missing or corrupt; skipped")
     if not loras:
         raise UserError(

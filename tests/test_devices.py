@@ -1,6 +1,7 @@
 """Offloading, precisions, several processes, MPS, memory: what a CPU can show of them."""
 
 import contextlib
+import errno
 import gc
 import json
 import shutil
@@ -13,16 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    MODEL,
-    NAMES,
-    QUANTIZED,
-    ROOT,
-    TORCHRUN,
-    checkpoints,
-    flags,
-    lora_bytes,
-    metrics,
-)
+    FORKS, MODEL, NAMES, QUANTIZED, ROOT, TORCHRUN, checkpoints, flags, lora_bytes, metrics, start_script,
+)  # fmt: skip
 from diffusers import LongCatImageTransformer2DModel
 from diffusers.models.transformers import transformer_longcat_image
 from safetensors.torch import load_file, save_file
@@ -308,6 +301,74 @@ def test_there_is_no_float64_in_training_and_validation(quick_config, monkeypatc
 # ---------------------------------------------------------------- several processes
 
 
+def step_of_process(config, rank, count, folder):
+    """One training step of one of `count` processes, which share two images. Writes the gradients,
+    the loss and the gradient norm to `folder`."""
+    torch.set_num_threads(1)
+    if count > 1:
+        train_lora.WORLD_SIZE = longcat_common.WORLD_SIZE = count
+        meeting = f"file://{folder}/meeting"
+        torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=count)
+    transformer = load_transformer(config, "cpu")
+    scheduler = longcat_common.load_scheduler(config)
+    run = train_lora.set_up(config, transformer, scheduler, torch.device("cpu"), 9)
+    inputs = random_inputs()
+    del inputs["sigmas"]
+    tensors = {**inputs, "normal": torch.tensor([-1.0, 1.0]), "weights": torch.ones(2)}
+    batches = []
+    for number in range(rank, 2, count):
+        image = {name: tensor[[number]] for name, tensor in tensors.items()}
+        batches.append(train_lora.Batch(number=number, **image))
+    loss, norm, _ = train_lora.train_step(config, run, batches)
+    # AdamW's first moments: a tenth of the gradients.
+    moments = [
+        run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.parameters.values()
+    ]
+    results = {"numbers": torch.tensor([loss, norm]), "moments": torch.cat(moments)}
+    save_file(results, f"{folder}/rank-{rank}.safetensors")
+
+
+def test_gradients_and_loss_are_averaged_over_processes(tiny_config, tmp_path):
+    config = tiny_config(max_grad_norm=0.0)
+    processes = []
+    for rank in range(2):
+        what = (config, rank, 2, tmp_path)
+        processes.append(FORKS.Process(target=step_of_process, args=what, daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    together = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
+
+    step_of_process(config, 0, 1, tmp_path)
+    for name, expected in load_file(tmp_path / "rank-0.safetensors").items():
+        for result in together:
+            assert (result[name] - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("left", [{}, {"RANK": "0"}, {"RANK": "1", "MASTER_ADDR": "localhost"}])
+def test_a_left_over_world_size_is_one_line(tmp_path, left):
+    for script in ("train_lora.py", "prepare_data.py"):
+        log = tmp_path / script
+        process = start_script(log, script, WORLD_SIZE="2", **left)
+        process.join()
+        assert process.exitcode == 2
+        (line,) = log.read_text().splitlines()
+        assert line == (
+            "error: WORLD_SIZE: is 2 in the environment, without RANK, MASTER_ADDR and MASTER_PORT;"
+            " unset it to run one process, or start several with torchrun"
+        )
+
+
+def test_a_left_over_rank_of_one_process_is_ignored(quick_config, tmp_path):
+    config = quick_config(max_train_steps=1)
+    log = tmp_path / "log"
+    process = start_script(log, "train_lora.py", *flags(config), RANK="1", WORLD_SIZE="")
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert checkpoints(config) == ["step-000001"]
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_accumulation(quick_config, tmp_path):
     settings = dict(
@@ -369,6 +430,17 @@ def test_out_of_memory_in_a_step_or_while_loading_names_what_still_helps(
         train_lora.main(quick_config(gradient_checkpointing=True, **settings))
 
 
+@pytest.mark.parametrize("count, is_advised", [(0, True), (1, True), (True, False)])
+def test_one_checkpointed_block_is_not_all_of_them(count, is_advised):
+    main = longcat_common.explain_out_of_memory(train_lora.MEMORY_ADVICE)(raise_out_of_memory)
+    with pytest.raises(ValueError, match=f"^{ADVICE}") as error:
+        main(load_config(gradient_checkpointing=count))
+    assert ("gradient_checkpointing true" in str(error.value)) == is_advised
+    with pytest.raises(ValueError, match=f"^{ADVICE}") as error:
+        main(load_config(train_batch_size=1))
+    assert "train_batch_size" not in str(error.value)
+
+
 def test_out_of_memory_on_a_mac_does_not_advise_offloading(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "empty_cache", gc.collect)
@@ -406,7 +478,12 @@ def test_a_stage_leaves_no_model_in_memory_and_the_configuration_as_it_is(
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt("stop"), torch.OutOfMemoryError("CUDA out of memory")]
+    "error",
+    [
+        KeyboardInterrupt("stop"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        longcat_common.UserError("lower learning_rate"),
+    ],
 )
 def test_a_stage_that_fails_leaves_no_model_in_memory(
     quick_config, monkeypatch, transformers_before, error
@@ -420,6 +497,55 @@ def test_a_stage_that_fails_leaves_no_model_in_memory(
         train_lora.main(quick_config())
     assert count_transformers() == transformers_before
     assert kept.value
+
+
+@pytest.mark.parametrize("error", [OSError, KeyError, ValueError])
+def test_a_bug_keeps_its_frames_for_a_debugger(quick_config, monkeypatch, error):
+    def my_loss(transformer, *inputs):
+        mine = inputs[0].shape
+        raise error(f"a bug with {mine}")
+
+    monkeypatch.setattr(train_lora, "flow_matching_loss", my_loss)
+    with pytest.raises(error, match="a bug") as kept:
+        train_lora.main(quick_config())
+    frames = {entry.name: entry.frame.f_locals for entry in kept.traceback}
+    assert frames["my_loss"]["mine"] == (1, 16, 16, 16)
+    assert frames["train_step"]["batches"] and frames["main"]["config"]
+
+
+FORK = """
+import errno, os, sys
+from longcat_common import run_stage
+def main(config):
+    number = int(os.environ["ERRNO"])
+    raise OSError(number, os.strerror(number), "the/file") if number else OSError("mine")
+run_stage(main, "")
+"""
+
+
+@pytest.mark.parametrize("name", [None, "ENOENT", "EINVAL"])
+def test_an_os_error_that_is_a_bug_keeps_its_traceback(tmp_path, name):
+    text, code = run_fork(tmp_path, name)
+    assert code == 1
+    assert "Traceback" in text and "in main" in text
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EACCES", "EIO"])
+def test_a_full_or_failing_disk_is_one_line(tmp_path, name):
+    text, code = run_fork(tmp_path, name)
+    assert code == 2
+    (line,) = text.splitlines()
+    assert line.startswith("error: ") and "the/file" in line
+
+
+def run_fork(tmp_path, name):
+    """What a stage prints that raises this OSError, and its exit code."""
+    (tmp_path / "fork.py").write_text(FORK)
+    log = tmp_path / "log"
+    number = getattr(errno, name) if name else 0
+    process = start_script(log, tmp_path / "fork.py", ERRNO=str(number))
+    process.join()
+    return log.read_text(), process.exitcode
 
 
 def test_the_benchmark_needs_no_model_and_no_data(tmp_path, capsys, monkeypatch):

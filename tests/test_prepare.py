@@ -435,6 +435,32 @@ def test_the_preview_follows_the_data_whatever_the_clock_says(prepare, data, tmp
     assert made_anew(instance_prompt="another caption")
 
 
+def test_a_manifest_of_another_version_is_called_that_and_made_again(
+    prepare, tiny_config, data, tmp_path
+):
+    make_image(data / "a.png")
+    first, _ = prepare()
+    manifest = tmp_path / "output" / "manifest.jsonl"
+    header, *lines = manifest.read_text().splitlines(keepends=True)
+    assert json.loads(header) == {"format": 2} and len(lines) == 1
+    problem = "manifest.jsonl: was written by another version of these scripts .*; set data_dir to"
+    for text, number in (
+        ("".join(lines), 1),
+        ('{"path": "of another kind"}\n', 1),
+        ('{"format": 3}\n', 3),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=problem) as error:
+            cache_latents.main(tiny_config(data_dir=None))
+        assert f"(format {number}, this one reads 2)" in str(error.value)
+        assert prepare()[0] == first
+    for text in ("", header[:5], header + lines[0][:-5]):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match="manifest.jsonl: is corrupt; set data_dir to make"):
+            cache_latents.main(tiny_config(data_dir=None))
+    assert prepare()[0] == first
+
+
 def test_the_preview_shows_what_the_model_will_see(prepare, tiny_config, data, tmp_path):
     gradient((400, 200)).save(data / "wide.png")
     gradient((200, 400)).save(data / "tall.png")

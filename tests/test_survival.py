@@ -20,13 +20,16 @@ import filelock
 import pytest
 import torch
 from conftest import (
-    MODEL, NAMES, ROOT, TORCHRUN, checkpoints, flags, lora_bytes, made_up, metrics, run_script, start_script,
+    MODEL, NAMES, ROOT, TORCHRUN, checkpoints, flags, lora_bytes, made_up, metrics, run_script, sha256,
+    start_script,
 )  # fmt: skip
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
 import train_lora
+import validate
 from longcat_common import load_config, write_file
 
 
@@ -91,7 +94,7 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
     ) == 1
     assert scores[0]["held_out_loss"] == scores[0]["held_out_base"] > scores[2]["held_out_loss"]
     config.validation_prompts = []
-    (checkpoint(config, 3) / "state.safetensors").write_bytes(b"cut off")
+    shutil.rmtree(checkpoint(config, 3))
     for step in (2, 1):
         Path(config.output_dir, NAMES[0]).unlink()
         train_lora.main(config)
@@ -364,18 +367,168 @@ def test_another_runs_lora_is_refused_and_its_metrics_are_set_aside(
 # ---------------------------------------------------------------- corrupt and changed checkpoints
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", NAMES[0], "state.json"])
-@pytest.mark.parametrize("kept", [10, None])
-def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_found(
-    reference_run, capsys, name, kept
+def all_files(folder):
+    """{path: hash of its bytes} of everything in a folder."""
+    return {path: sha256(path) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("kept", [10, -3, None, "a folder"])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_checkpoint_that_cannot_be_used_stops_the_run_and_nothing_is_deleted(
+    reference_run, tmp_path, name, kept, step
 ):
-    path = checkpoint(reference_run, 3) / name
+    config = reference_run
+    path = checkpoint(config, step) / name
     whole = path.read_bytes()
-    path.unlink() if kept is None else path.write_bytes(whole[:kept])
-    assert train_lora.find_checkpoint(reference_run)[0] == checkpoint(reference_run, 2)
-    assert "step-000003: incomplete checkpoint, skipped" in capsys.readouterr().out
-    reference_run.resume_from_checkpoint = str(path.parent)
-    refused(reference_run, "resume_from_checkpoint: .*step-000003 is not a complete checkpoint")
+    path.unlink()
+    if kept == "a folder":
+        path.mkdir()  # as unreadable as a file on a broken disk, for root too
+    elif kept:
+        path.write_bytes(whole[:kept])
+
+    before = all_files(path.parents[1])
+    advice = f"move step-00000{step} out of .*checkpoints to resume from the one before"
+    for resume in ("latest", f"step-00000{step}", str(path.parent), "none"):
+        config.resume_from_checkpoint = resume
+        problem = refused(config, f"{re.escape(str(path))}: .*{advice}")
+        assert len(problem.splitlines()) == 1
+    assert all_files(path.parents[1]) == before
+
+    config.resume_from_checkpoint = "latest"
+    path.parent.rename(tmp_path / "aside")
+    found = train_lora.find_checkpoint(config)
+    assert found[0] == checkpoint(config, 3 if step == 2 else 2)
+
+
+def test_a_checkpoints_folder_that_cannot_be_read_now_stops_the_run(reference_run, tmp_path):
+    config, folder = reference_run, checkpoint(reference_run, 3)
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to(tmp_path / "not mounted")
+    refused(config, f"{folder}: cannot be read .*No such file.*move step-000003 out of")
+    assert folder.is_symlink()
+    folder.unlink()
+    (tmp_path / "disk").rename(folder)
+
+    # A parent that cannot be listed is not an empty one.
+    parent = folder.parent.rename(tmp_path / "parent")
+    folder.parent.symlink_to(folder.parent)
+    refused(config, f"{folder.parent}: cannot be read")
+    folder.parent.unlink()
+    parent.rename(folder.parent)
+    assert train_lora.find_checkpoint(config)[1]["step"] == 3
+
+
+def test_a_checkpoint_resumes_without_its_lora_which_is_written_again(reference_run, capsys):
+    config, folder = reference_run, checkpoint(reference_run, 3)
+    config.trigger_words = ["since then"]
+    config.validation_step_interval, config.max_train_steps = 0, 4
+    before = all_files(folder)
+    (folder / NAMES[0]).unlink()
+    (folder / NAMES[2]).unlink()
+    (folder / NAMES[1]).write_bytes(b"the user's")
+    train_lora.main(config)
+    printed = capsys.readouterr().out
+    assert f"resumed from {folder}" in printed
+    assert f"{folder}: {NAMES[0]} and {NAMES[2]} were gone; written again" in printed
+    before[folder / NAMES[1]] = sha256(folder / NAMES[1])
+    assert all_files(folder) == before
+    assert (folder / NAMES[1]).read_bytes() == b"the user's"
+
+    # Another run's folder is left as it is.
+    (folder / NAMES[0]).unlink()
+    other = config.model_copy(update={"output_dir": str(folder.parents[2] / "other")})
+    other.resume_from_checkpoint = str(folder)
+    train_lora.main(other)
+    assert not (folder / NAMES[0]).exists() and checkpoints(other) == ["step-000004"]
+
+
+def test_what_is_not_a_checkpoint_is_skipped_and_makes_room_by_a_rename(reference_run, capsys):
+    config, notes = reference_run, checkpoint(reference_run, 4) / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    shutil.copy(checkpoint(config, 3) / NAMES[0], notes.parent)
+    checkpoint(config, 5).write_text("a file")
+    config.validation_step_interval, config.max_train_steps = 0, 5
+    train_lora.main(config)
+    printed = capsys.readouterr().out
+    assert checkpoints(config)[-2:] == ["step-000004", "step-000005"]
+    assert state_of(config, 4)["step"] == 4 and state_of(config, 5)["step"] == 5
+    (aside,) = notes.parent.parent.glob("before-*-step-000004")
+    assert (aside / "notes.txt").read_text() == "mine" and (aside / NAMES[0]).exists()
+    assert f"{notes.parent}: was in the way, and is now {aside.name}" in printed
+    (aside,) = notes.parent.parent.glob("before-*-step-000005")
+    assert aside.read_text() == "a file"
+
+
+def test_the_limit_deletes_only_what_the_program_wrote(reference_run, tmp_path, capsys):
+    config = reference_run
+    notes = checkpoint(config, 1) / "notes.txt"
+    notes.write_text("mine")
+    linked = shutil.move(checkpoint(config, 2), tmp_path / "linked")
+    checkpoint(config, 2).symlink_to(linked)
+    before = all_files(linked)
+    config.validation_step_interval, config.checkpoints_total_limit = 0, 1
+    for config.max_train_steps in (4, 5):
+        train_lora.main(config)
+        assert "resumed from" in capsys.readouterr().out
+    assert checkpoints(config) == ["step-000001", "step-000002", "step-000005"]
+    assert all_files(notes.parent).keys() == {notes}
+    assert all_files(linked) == before
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_stops_nothing(
+    reference_run, tmp_path, monkeypatch
+):
+    config, folder = reference_run, checkpoint(reference_run, 1)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    count = len(list(folder.iterdir()))
+    unlink = Path.unlink
+
+    def unlink_some(path, *arguments, **options):
+        if path.parent == folder and next(numbers) == last:
+            raise KeyboardInterrupt
+        unlink(path, *arguments, **options)
+
+    for last in range(1, count + 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        numbers = itertools.count(1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", unlink_some)
+            train_lora.delete_checkpoint(folder)
+        assert folder.exists()
+        assert train_lora.find_checkpoint(config)[1]["step"] == 3
+        config.checkpoints_total_limit = 9
+        train_lora.delete_old_checkpoints(config)
+        assert not folder.exists(), "what was begun is completed"
+    assert checkpoints(config) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("number", [None, 1, 3, "2"])
+def test_a_checkpoint_of_another_version_is_called_that(reference_run, number):
+    state = state_of(reference_run, 3)
+    assert state["format"] == 2
+    del state["format"]
+    if number:
+        state["format"] = number
+    state["fixed"]["pretrained_model_name_or_path"] = "counted differently then"
+    (checkpoint(reference_run, 3) / "state.json").write_text(json.dumps(state))
+    (checkpoint(reference_run, 3) / "state.safetensors").write_bytes(b"of another kind")
+    problem = refused(reference_run, "step-000003: was written by another version of these scripts")
+    assert f"(format {number or 1!r}, this one reads 2)" in problem
+    assert "finish it with that version, or start a new output_dir" in problem
+    assert "its LoRA works as init_lora" in problem
+
+
+def test_a_state_that_is_not_the_lora_of_this_run_is_named(reference_run):
+    path = checkpoint(reference_run, 3) / "state.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("lora."))
+    reference_run.max_train_steps = 4
+    for wrong in ({"unknown": torch.ones(1)}, {name: tensors[name][1:].clone()}):
+        save_file(tensors | wrong, path)
+        refused(reference_run, f"{path}: does not hold the tensors of this run.*; restore it")
 
 
 @pytest.mark.parametrize(
@@ -412,7 +565,8 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
     config, own = reference_run, checkpoint(reference_run, 1).with_name("step-000001 copy")
     shutil.copytree(checkpoint(config, 1), own)
     shutil.copytree(checkpoint(config, 1), checkpoint(config, 12))
-    (checkpoint(config, 12) / "state.safetensors").write_bytes(b"half")
+    for name in ("state.safetensors", "state.json"):  # the user has kept the LoRA only
+        (checkpoint(config, 12) / name).unlink()
     with open(Path(config.output_dir, "metrics.jsonl"), "a") as file:
         file.write('{"step": 1, "lo')  # cut off by a kill
     config.max_train_steps, config.checkpoints_total_limit, config.validation_step_interval = (
@@ -426,12 +580,14 @@ def test_what_may_change_is_said_and_counts_and_what_is_not_ours_is_left_alone(
         16,
         "gone",
     )
+    config.gradient_checkpointing = True  # it was 1, one block
     train_lora.main(config)
     printed = capsys.readouterr().out
     for said in (
         "learning_rate: 0.008 -> 0.0002",
         'null -> "gone" (no effect',
         "train_batch_size: 2 -> 1 (some images",
+        "gradient_checkpointing: 1 -> true\n",
     ):
         assert said in printed
     assert "lora_alpha" not in printed and "in epoch 2, of 6 images" in printed
@@ -599,6 +755,22 @@ def test_the_log_tells_what_is_held_out(capsys, held_out, state, interval, expec
     assert capsys.readouterr().out == line
 
 
+def test_prodigy_is_cautious_during_warmup():
+    """With `safeguard_warmup` its estimate falls with the square of lr, without it only with lr."""
+    config = load_config(optimizer="prodigy", learning_rate=1.0, adam_weight_decay=0.0)
+    estimates = []
+    for lr in (0.1, 0.01):
+        parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = train_lora.make_optimizer(config, [parameter], torch.device("cpu"))
+        (group,) = optimizer.param_groups
+        group["lr"] = lr
+        for _ in range(5):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        estimates.append(group["d_hat"])
+    assert estimates[0] / estimates[1] == pytest.approx(100, rel=0.01)
+
+
 def test_a_run_with_prodigy_finds_its_rate_and_is_resumed_to_the_same_bytes(
     quick_config, cheap_loss
 ):
@@ -611,6 +783,7 @@ def test_a_run_with_prodigy_finds_its_rate_and_is_resumed_to_the_same_bytes(
         [state_of(config, step)["optimizer"]["d"] for step in (10, 12)],
     )
     assert 1e-6 < rates[0] < rates[1]
+    assert [line["lr"] for line in metrics(config)] == rates
     for step in (11, 12):
         shutil.rmtree(checkpoint(config, step))
     train_lora.main(config)
@@ -720,6 +893,20 @@ def test_whatever_fails_in_a_step_the_last_complete_one_is_saved(
 
 
 # ---------------------------------------------------------------- previews, the card, what is said
+
+
+def test_a_lora_says_its_format_and_with_any_other_it_still_opens(reference_run):
+    output = Path(reference_run.output_dir)
+    path = output / NAMES[0]
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["longcat_lora"])
+    assert header["format"] == 1 and header["steps"] == 3
+    tensors = load_file(path)
+    for number in (None, 7):
+        header["format"] = number
+        save_file(tensors, path, {"longcat_lora": json.dumps(header)})
+        assert validate.trained_steps(path) == 3
+        assert validate.read_lora(path).keys()
 
 
 def test_previews_of_steps_done_again_are_generated_again_and_foreign_files_skipped(

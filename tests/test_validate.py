@@ -81,11 +81,16 @@ def test_every_readable_checkpoint_is_a_column_with_its_held_out_loss(run, capsy
     corrupt = Path(run.output_dir, "checkpoints/step-000005", LORA_FILE)
     corrupt.parent.mkdir()
     corrupt.write_bytes(b"half a file")
+    notes = corrupt.parent.with_name("step-000001") / "notes.txt"  # its checkpoint was deleted
+    notes.parent.mkdir(exist_ok=True)
+    notes.write_text("mine")
     grid = validate.main(run)
 
     names = ("base", "step-000002", "step-000003")
     assert images_in(grid.parent) == [f"00-64x64-seed42-{name}.png" for name in names]
-    assert f"{corrupt}: is missing or corrupt; skipped" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{corrupt}: is missing or corrupt; skipped" in printed
+    assert str(notes.parent) not in printed
 
     lines = map(json.loads, Path(run.output_dir, "metrics.jsonl").read_text().splitlines())
     losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
