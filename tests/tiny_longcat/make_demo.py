@@ -22,10 +22,9 @@ GAP = 8
 LINE = 20
 
 
-def split_preview(preview, count):
-    """The `count` square images in a column of previews."""
-    side = preview.width
-    return [preview.crop((0, i * side, side, (i + 1) * side)) for i in range(count)]
+def previews(folder, step):
+    """The images of a step's validation prompts, in their order."""
+    return [Image.open(path) for path in sorted(folder.glob(f"step-{step:06d}-*.png"))]
 
 
 def square_images(folder, count):
@@ -40,11 +39,11 @@ def main():
     prompts."""
     config = load_config(ROOT / "configs" / "tiny.json")
     prompts = config.validation_prompts
-    preview_paths = sorted((ROOT / config.output_dir / "validation").glob("step-*.png"))
+    folder = ROOT / config.output_dir / "validation"
     rows = {
-        "six of its pictures": square_images(HERE / "pictures", len(prompts)),
-        "before": split_preview(Image.open(preview_paths[0]), len(prompts)),
-        "after": split_preview(Image.open(preview_paths[-1]), len(prompts)),
+        "six of its images": square_images(HERE / "pictures", len(prompts)),
+        "before": previews(folder, 0),
+        "after": previews(folder, config.max_train_steps),
     }
 
     width = len(prompts) * (CELL + GAP) + GAP
