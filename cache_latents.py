@@ -22,9 +22,9 @@ from tqdm import tqdm
 import prepare_data
 from longcat_common import (
     RANK, TEXT_TOKENS, WORLD_SIZE, UserError, content_key, encoder_inputs, explain_out_of_memory,
-    in_parallel, is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, log,
-    log_once, model_folder, pick_device, read_tensors, run_stage, sum_over_processes,
-    template_tokens, text_config, text_dtype, token_counts, visible_files, write_tensors,
+    is_out_of_memory, is_readable, load_text_encoder, load_tokenizer, load_vae, log, log_once,
+    model_folder, pick_device, read_tensors, run_stage, sum_over_processes, template_tokens,
+    text_config, text_dtype, token_counts, visible_files, write_tensors,
 )  # fmt: skip
 
 # Part of the names of all files of a kind: another number means that all are made anew.
@@ -143,14 +143,13 @@ def encode_image(vae, pixels):
             "programs that use it, or choose a smaller resolution"
         ) from None
     mean = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
-    std = posterior.std[0] * vae.config.scaling_factor
-    return mean.cpu(), std.cpu()
+    return mean.cpu(), (posterior.std[0] * vae.config.scaling_factor).cpu()
 
 
 def cache_images(config, images, device):
     """Encodes `images`, {file: ImageRecord}; each file then holds the image's `mean` and `std`."""
     vae = load_vae(config, device)
-    decoded = in_parallel(load_pixels, images.values())  # ahead of the VAE
+    decoded = prepare_data.in_parallel(load_pixels, images.values())  # ahead of the VAE
     bar = tqdm(total=len(images), desc="latents", unit="image", disable=RANK > 0)
     with bar:
         for path, pixels in zip(images, decoded):
@@ -228,8 +227,7 @@ def prompt_batches(config, files):
 
     unfinished = []
     for batch in batches[RANK::WORLD_SIZE]:
-        complete = [is_complete(files[prompt]) for prompt in batch.prompts]
-        if not all(complete):
+        if not all([is_complete(files[prompt]) for prompt in batch.prompts]):
             unfinished.append(batch)
     return unfinished
 
@@ -379,7 +377,7 @@ def main(config):
     lost = [path for path in (*latents, *files.values()) if not path.exists()]
     if lost:
         raise UserError(
-            f"{lost[0]}: this and {len(lost) - 1} other files do not exist; machines that work "
+            f"{lost[0]}: {len(lost)} files, such as this one, do not exist; machines that work "
             "together must share cache_dir"
         )
     log(f"{len(images)} images and {len(files)} prompts are cached in {config.cache_dir}")

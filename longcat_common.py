@@ -770,26 +770,6 @@ def is_readable(path):
     return True
 
 
-def checkpoint_folders(config):
-    """The checkpoints of this run, oldest first. Folders with other names, such as copies that the
-    user made, are skipped. Raises UserError."""
-    parent = Path(config.output_dir) / "checkpoints"
-    names = []
-    try:
-        names = os.listdir(parent)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # no checkpoint yet
-    except OSError as error:
-        raise UserError(f"{parent}: cannot be read ({error.strerror}); fix that") from None
-    folders = [parent / name for name in names if re.fullmatch(r"step-\d{6,}", name, re.ASCII)]
-    return sorted(folders, key=checkpoint_step)
-
-
-def checkpoint_step(folder):
-    """The step of a checkpoint: 500 for the folder step-000500."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def content_key(*parts):
     """A file name that follows from the content: the first 32 hexadecimal digits of the SHA-256 of
     the parts as JSON."""
@@ -801,22 +781,6 @@ def seeded_generator(*parts):
     """A CPU generator for one random draw. Its seed is a hash of the parts that identify the draw:
     (seed, purpose, step or epoch, sample)."""
     return torch.Generator().manual_seed(int(content_key(*parts)[:15], 16))
-
-
-def in_parallel(function, items):
-    """Yields function(item) for every item, in order. Runs in a thread per CPU core: Pillow and
-    hashing release Python's lock. Only a few results are computed ahead, to limit memory."""
-    threads = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use; Linux only
-        threads = len(os.sched_getaffinity(0))
-    pending = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 4 * threads:
-                yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
 
 
 # ---------------------------------------------------------------- processes, devices, dtypes

@@ -9,6 +9,7 @@ folder above; `instance_prompt`. Each image goes to the bucket with the nearest 
 every resolution that it fills: it is resized to cover the bucket and center-cropped.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -21,7 +22,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from longcat_common import (
-    TEXT_TOKENS, UserError, bucket_sets, check_format, content_key, in_parallel, load_tokenizer,
-    read_json, run_stage, token_counts, unique_keys, write_file,
+    TEXT_TOKENS, UserError, bucket_sets, check_format, content_key, load_tokenizer, read_json,
+    run_stage, token_counts, unique_keys, write_file,
 )  # fmt: skip
 
 # After longcat_common, which silences what the imports of diffusers print.
@@ -396,6 +397,22 @@ def save_captions(image_path, captions):
 
 
 # ---------------------------------------------------------------- images
+
+
+def in_parallel(function, items):
+    """Yields function(item) for every item, in order. Runs in a thread per CPU core: Pillow and
+    hashing release Python's lock. Only a few results are computed ahead, to limit memory."""
+    threads = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use; Linux only
+        threads = len(os.sched_getaffinity(0))
+    pending = deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 4 * threads:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
 def buckets_of(size, sets):

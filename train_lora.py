@@ -4,11 +4,11 @@
     torchrun --nproc_per_node 8 train_lora.py configs/24gb.json       # on eight GPUs
     python train_lora.py configs/24gb.json --benchmark 20             # will it fit, how fast is it?
 
-Runs the two stages before it first; they only do what is missing. Started again with the same
+Runs the two earlier stages first; they do only what is missing. Started again with the same
 config, it resumes from the newest checkpoint. Every random draw follows from (seed, purpose, batch
-or epoch, sample), so on the CPU a resumed run ends with the same bytes as an uninterrupted one.
+or epoch, sample), so on the CPU a resumed run produces the same bytes as an uninterrupted one.
 
-Read on in this order: data and batches, the LoRA and its optimizer, one training step, the loop,
+The file is in reading order: data and batches, the LoRA and its optimizer, one training step, the loop,
 main. After that comes what surrounds training: checkpoints, metrics and previews, signals and
 locks, the benchmark.
 """
@@ -36,50 +36,49 @@ import numpy as np
 import torch
 
 import cache_latents
-from cache_latents import EMBEDDINGS_FORMAT, latents_file, model_identity, read_prompt_embeds
+from cache_latents import latents_file, model_identity, read_prompt_embeds
 from longcat_common import (
     FLAVOURS, LORA_FILE, PEFT_FILE, RANK, TEXT_TOKENS, VERSION, WORLD_SIZE,
     FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel, UserError, base_model_name,
-    buckets, check_format, check_precision, checkpoint_folders, checkpoint_step, compile_blocks,
-    compute_dtype, explain_out_of_memory, fill_transformer, flow_matching_loss, free_memory,
-    is_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, log, offload_plan,
-    peak_memory, pick_device, read_json, read_tensors, run_stage, sample_sigmas,
-    seeded_generator, sum_over_processes, validation_sizes, write_file, write_tensors,
+    buckets, check_format, check_precision, compile_blocks, compute_dtype, explain_out_of_memory,
+    fill_transformer, flow_matching_loss, free_memory, is_out_of_memory, is_readable,
+    load_scheduler, load_transformer, load_vae, log, offload_plan, peak_memory, pick_device,
+    read_json, read_tensors, run_stage, sample_sigmas, seeded_generator, sum_over_processes,
+    write_file, write_tensors,
 )  # fmt: skip
 from prepare_data import GRID
 from validate import (
-    generate, generation_settings, image_grid, make_pipeline, read_lora, read_metrics, save_image,
+    checkpoint_folders, checkpoint_step, find_previews, generate, generation_settings,
+    make_pipeline, read_lora, read_metrics, save_image, write_progress_image,
 )  # fmt: skip
 
-# After longcat_common, which silences what this imports.
+# Import these after longcat_common, which silences their warnings.
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from prodigyopt import Prodigy
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_EVERY = 10  # steps
-MAX_BAD_STEPS = 3  # so many in a row whose loss or gradients are not finite end the run
+MAX_BAD_STEPS = 3  # this many in a row with a loss or gradients that are not finite end the run
 CHECKPOINT_FORMAT = 2  # the number in state.json
 # What save_lora writes. A checkpoint resumes without these files, from its state alone.
 LORA_FILES = (LORA_FILE, PEFT_FILE, "adapter_config.json")
 # The name of state.json while its checkpoint is being deleted.
 DELETED_STATE = ".state.json.tmp"
-# At most so many images are held out: scoring them takes as long as about 20 training steps.
+# At most this many images are held out: scoring them takes as long as about 20 training steps.
 MAX_HELD_OUT = 8
-# Held-out images are scored at the sigmas that follow from these normal draws.
+# Held-out images are scored at the sigmas that follow from these standard normal values.
 SCORED_NORMALS = (-1.2, -0.4, 0.4, 1.2)
-PROGRESS_COLUMNS = 6  # steps that progress.png shows at most
-# What saves memory, the cheapest in time first.
+# Settings that save memory, those that cost the least time first.
 MEMORY_ADVICE = {
     "train_batch_size": 1,
     "gradient_checkpointing": True,
     "enable_group_offload": True,
-    "offloaded_blocks": None,
+    "offloaded_blocks": None,  # all of them
     "base_model_precision": "int4-quanto",
 }
 
@@ -258,8 +257,8 @@ def run_batches(config, data, images_seen):
 def step_batches(config, data, images_seen):
     """Yields, step after step, (this process's batches, images seen by then, the epoch).
 
-    A step takes the next `gradient_accumulation_steps` * WORLD_SIZE batches of the run; of these,
-    process r takes the r-th, then every WORLD_SIZE-th. `images_seen`: how many images the run has
+    A step takes the next `gradient_accumulation_steps` * WORLD_SIZE batches of the run. Of these,
+    process r, counted from 0, takes those at positions r, r + WORLD_SIZE and so on. `images_seen`: how many images the run has
     trained on before, all processes together.
     """
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
@@ -336,20 +335,20 @@ def raise_if_not_finite(file, tensor, image_path):
 
 @dataclass
 class Run:
-    """What training works on, and how far it is."""
+    """What training works on, and how far it has gotten."""
 
     transformer: torch.nn.Module  # the frozen base with its LoRA
     parameters: dict  # {name: trainable parameter}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss; enabled in fp16 only
     noise_scheduler: FlowMatchEulerDiscreteScheduler
-    lr_factor: object  # a function: step -> what the learning rate is multiplied with
+    lr_factor: object  # a function: step -> factor on the learning rate
     device: torch.device
     step: int = 0  # steps done
     images_seen: int = 0  # by all processes together
     saved_step: int = 0  # of the newest checkpoint
-    bad_steps: int = 0  # the last steps, if their loss or gradients were not finite
-    skipped_steps: int = 0  # all such steps since this start
+    bad_steps: int = 0  # in a row, up to now, with a loss or gradients that are not finite
+    skipped_steps: int = 0  # all bad steps since this process started
     weights_in_flux: bool = False  # while the optimizer changes them
 
 
@@ -412,10 +411,10 @@ def add_lora(transformer, config):
     transformer.add_adapter(adapter)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
-            # The LoRA gets its input in the base's dtype: no float32 copy a layer.
+            # The LoRA gets its input in the base's dtype: no float32 copy per layer.
             module.cast_input_dtype_enabled = False
 
-    # To the device that computes, where the weights of an offloaded block are not.
+    # Move it to the compute device; the weights of an offloaded block are elsewhere.
     parameters = {}
     for name, parameter in sorted(transformer.named_parameters()):
         if parameter.requires_grad:
@@ -471,7 +470,7 @@ def read_init_lora(config):
 def set_gradient_checkpointing(config, transformer):
     """Chooses the blocks that are recomputed in the backward pass: all, none, or as many as
     `gradient_checkpointing` says, double-stream blocks first, for they keep the most. Offloaded
-    blocks always are. Raises UserError on a Mac with dropout."""
+    blocks are always recomputed. Raises UserError on a Mac with dropout."""
     double_count = len(transformer.transformer_blocks)
     count = double_count + len(transformer.single_transformer_blocks)
     wanted = count if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
@@ -595,7 +594,7 @@ def train(config, run, data, steps):
                 save_checkpoint(config, run, data)
             metrics.close()
     if run.step < steps:
-        numbers = stop.numbers or [signal.SIGTERM]  # another process has got it
+        numbers = stop.numbers or [signal.SIGTERM]  # another process has received it
         raise KeyboardInterrupt(numbers[0])
     return metrics.best_step()
 
@@ -654,10 +653,10 @@ def main(config):
     if config.benchmark:
         return benchmark(config, device)
     if base_model_name(config) == FLAVOURS["final"]:
-        log("model_flavour: final; its authors recommend training on dev; the LoRA works on both")
+        log("model_flavour: final; LongCat's authors recommend training on dev; LoRAs work on both")
 
     with lock(output) if RANK == 0 else contextlib.nullcontext():
-        # What is wrong is said now, not after an hour of caching.
+        # Report problems now, not after an hour of caching.
         checkpoint, state = find_checkpoint(config)
         if config.init_lora and not checkpoint:
             read_init_lora(config)
@@ -667,7 +666,7 @@ def main(config):
         data = read_data(config, state)
         steps = count_steps(config, data, state)
         transformer = load_transformer(config, device)
-        if checkpoint:  # init_lora has done its work
+        if checkpoint:  # it includes init_lora already
             set_up_config = config.model_copy(update={"init_lora": None})
         else:
             set_up_config = config
@@ -860,7 +859,6 @@ def write_state(config, run, data, folder):
         "optimizer": changed,
         "fixed": fixed_settings(config, data.transformer),
         "config": config.model_dump(),
-        "embeddings_format": EMBEDDINGS_FORMAT,
     }
     text = json.dumps(state, indent=2, ensure_ascii=False)
     write_file(folder / "state.json", text + "\n")
@@ -931,7 +929,10 @@ def read_state(folder):
         state = read_json(folder / "state.json")
     except UserError as error:
         raise unusable(folder, str(error)) from None
-    advice = "finish it with that version, or start a new output_dir; its LoRA works as init_lora"
+    advice = (
+        "it counted progress and computed prompt embeddings in another way (see README); finish it "
+        "with that version, or start a new output_dir; its LoRA works as init_lora"
+    )
     check_format(folder, state, CHECKPOINT_FORMAT, advice)
     if not is_readable(folder / "state.safetensors"):
         raise unusable(folder, f"{folder / 'state.safetensors'}: is missing, corrupt or unreadable")
@@ -992,12 +993,6 @@ def choose_checkpoint(config, complete):
 def report_changes(config, folder, state):
     """Logs the settings that differ from the checkpoint's. Raises UserError for one that must not
     change."""
-    if state.get("embeddings_format") != EMBEDDINGS_FORMAT:
-        log(
-            f"{folder}: was trained on the prompt embeddings of an earlier version, and continues "
-            "on those of this one (README, Prompt embeddings); scores and previews before and "
-            "after cannot be compared"
-        )
     for name, now in (config.model_dump() | fixed_settings(config)).items():
         before = (state["config"] | state["fixed"]).get(name)
         if json.dumps(now) == json.dumps(before):  # to Python, 1 and true are equal
@@ -1091,7 +1086,7 @@ class Metrics:
 
     def write(self, step, group, numbers):
         """Writes {name: number}; in TensorBoard they are called `group`/name."""
-        # JSON has no infinity.
+        # JSON has no NaN and no infinity.
         numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if group == "validation":
             self.scores[step] = numbers
@@ -1184,7 +1179,7 @@ def generate_previews(config, run, metrics):
     settings = json.dumps(settings, ensure_ascii=False)
     try:
         generate_missing_previews(config, run, metrics, settings)
-        write_progress_image(config, run, metrics, settings)
+        write_progress_image(config, settings, run.step, metrics.best_step())
     except Exception as error:
         advice = ""
         if is_out_of_memory(error):
@@ -1210,51 +1205,6 @@ def generate_missing_previews(config, run, metrics, settings):
         if metrics.board:
             pixels = np.asarray(image)
             metrics.board.add_image(f"previews/{i}", pixels, run.step, dataformats="HWC")
-
-
-def find_previews(config, settings):
-    """{(step, prompt's number): path} of the previews that were generated from today's prompts and
-    settings."""
-    previews = {}
-    for path in (Path(config.output_dir) / "validation").glob("step-*.png"):
-        # A file that is not ours is passed over; Pillow raises many kinds of exception.
-        with contextlib.suppress(Exception), Image.open(path) as image:
-            step, i = map(int, re.fullmatch(r"step-(\d+)-(\d+)", path.stem).groups())
-            image.load()
-            expected = (config.validation_prompts[i], settings)
-            if (image.text["prompt"], image.text["settings"]) == expected:
-                previews[step, i] = path
-    return previews
-
-
-def write_progress_image(config, run, metrics, settings):
-    """Writes `progress.png`: a row for each validation prompt, a column for each of
-    PROGRESS_COLUMNS steps, from the first to this one, and the one with the lowest held-out
-    loss."""
-    previews = find_previews(config, settings)
-    steps = sorted({step for step, _ in previews if step <= run.step})
-    last = len(steps) - 1
-    shown = {steps[round(i * last / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
-    best_step = metrics.best_step()
-    if best_step in steps:
-        shown.add(best_step)
-
-    labels = {}
-    for step in sorted(shown):
-        labels[step] = f"step {step}" if step else "before (step 0)"
-    if best_step in labels and len(labels) > 1:
-        labels[best_step] += ", lowest held-out loss"
-
-    # At some steps the prompt may have been another one.
-    empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")
-    rows = []
-    for i in range(len(config.validation_prompts)):
-        row = []
-        for step in labels:
-            row.append(Image.open(previews[step, i]) if (step, i) in previews else empty)
-        rows.append(row)
-    grid = image_grid(rows, config.validation_prompts, labels.values())
-    save_image(grid, Path(config.output_dir) / "validation" / "progress.png", longcat=GRID)
 
 
 def model_card(config):
@@ -1295,7 +1245,7 @@ diffusers: `pipe.transformer.load_lora_adapter("{LORA_FILE}")`, then
 def stop_signals():
     """Within it, a signal to stop is noted in `.numbers`; a second one, or the first while
     `.at_once` is true, raises KeyboardInterrupt. `.wanted()`, which all processes call together:
-    whether any of them has got one. A signal that was ignored before (nohup) stays ignored. In a
+    whether any of them has received one. A signal that was ignored before (nohup) stays ignored. In a
     thread, which gets no signals, it does nothing."""
     stop = SimpleNamespace(numbers=[], at_once=False, since=-math.inf)
 
@@ -1303,7 +1253,7 @@ def stop_signals():
         return sum_over_processes(bool(stop.numbers)) > 0
 
     def note(number, frame):
-        # A closed terminal or a scheduler may send the same one twice.
+        # A closed terminal or a scheduler may send several at once: within a second they are one.
         if time.monotonic() - stop.since < 1:
             return
         stop.numbers.append(number)
@@ -1332,13 +1282,13 @@ def stop_signals():
 
 
 def announce_stop():
-    """Tells that the signal was received. Not with print(), which the signal may have
+    """Reports that the signal was received. Not with print(), which the signal may have
     interrupted."""
-    text = b"\nstopping as soon as this step is finished and saved; a second signal stops at once\n"
+    text = b"\nstopping once this step is saved; a second signal stops at once, without saving\n"
     try:
         os.write(2, text)
     except OSError:
-        # The terminal is gone: nothing that is printed from here on may fail.
+        # The terminal is gone: printing must not fail from here on.
         for descriptor in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

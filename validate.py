@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -27,13 +28,13 @@ from tqdm import tqdm
 from cache_latents import cache_prompts, read_prompt_embeds
 from longcat_common import (
     KEYS, LORA_FILE, PEFT_FILE, TARGET_MODULES, TEXT_TOKENS, WORLD_SIZE, LongCatImagePipeline,
-    UserError, base_model_name, checkpoint_folders, checkpoint_step, compile_blocks,
-    explain_out_of_memory, is_readable, load_scheduler, load_transformer, load_vae, log_once,
-    named_if_corrupt, peak_memory, pick_device, prepare_pos_ids, read_header, read_json,
-    read_tensors, run_stage, validation_sizes, write_file,
+    UserError, base_model_name, compile_blocks, explain_out_of_memory, is_readable, load_scheduler,
+    load_transformer, load_vae, log_once, named_if_corrupt, peak_memory, pick_device,
+    prepare_pos_ids, read_header, read_json, read_tensors, run_stage, validation_sizes, write_file,
 )  # fmt: skip
 from prepare_data import GRID, label
 
+PROGRESS_COLUMNS = 6  # steps that progress.png shows at most, besides the best one
 # The prompts of a configuration without validation_prompts.
 PROMPTS = [
     "a cat on a window sill in the morning sun, photograph",
@@ -404,6 +405,50 @@ def save_image(image, path, **text):
     write_file(path, data.getvalue())
 
 
+def find_previews(config, settings):
+    """{(step, prompt's number): path} of the previews that were generated from today's prompts and
+    settings."""
+    previews = {}
+    for path in (Path(config.output_dir) / "validation").glob("step-*.png"):
+        # A file that is not ours is passed over; Pillow raises many kinds of exception.
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            step, i = map(int, re.fullmatch(r"step-(\d+)-(\d+)", path.stem).groups())
+            image.load()
+            expected = (config.validation_prompts[i], settings)
+            if (image.text["prompt"], image.text["settings"]) == expected:
+                previews[step, i] = path
+    return previews
+
+
+def write_progress_image(config, settings, last_step, best_step):
+    """Writes `progress.png`: a row for each validation prompt, a column for each of
+    PROGRESS_COLUMNS steps, evenly spaced from the first to `last_step`, and `best_step`, the one
+    with the lowest held-out loss, if there is one."""
+    previews = find_previews(config, settings)
+    steps = sorted({step for step, _ in previews if step <= last_step})
+    last = len(steps) - 1
+    shown = {steps[round(i * last / (PROGRESS_COLUMNS - 1))] for i in range(PROGRESS_COLUMNS)}
+    if best_step in steps:
+        shown.add(best_step)
+
+    labels = {}
+    for step in sorted(shown):
+        labels[step] = f"step {step}" if step else "before (step 0)"
+    if best_step in labels and len(labels) > 1:
+        labels[best_step] += ", lowest held-out loss"
+
+    # At some steps the prompt may have been another one.
+    empty = Image.new("RGB", validation_sizes(config)[0], "#eeeeee")
+    rows = []
+    for i in range(len(config.validation_prompts)):
+        row = []
+        for step in labels:
+            row.append(Image.open(previews[step, i]) if (step, i) in previews else empty)
+        rows.append(row)
+    grid = image_grid(rows, config.validation_prompts, labels.values())
+    save_image(grid, Path(config.output_dir) / "validation" / "progress.png", longcat=GRID)
+
+
 # ---------------------------------------------------------------- what is generated
 
 
@@ -419,6 +464,26 @@ def trained_steps(lora):
     with contextlib.suppress(TypeError):  # lora_metadata returns None
         return int(lora_metadata(lora, "steps"))
     return -1
+
+
+def checkpoint_folders(config):
+    """The checkpoints of this run, oldest first. Folders with other names, such as copies that the
+    user made, are skipped. Raises UserError."""
+    parent = Path(config.output_dir) / "checkpoints"
+    names = []
+    try:
+        names = os.listdir(parent)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # no checkpoint yet
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be read ({error.strerror}); fix that") from None
+    folders = [parent / name for name in names if re.fullmatch(r"step-\d{6,}", name, re.ASCII)]
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(folder):
+    """The step of a checkpoint: 500 for the folder step-000500."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_lora(folder):

@@ -41,8 +41,7 @@ from starlette.responses import PlainTextResponse
 
 import prepare_data
 from longcat_common import (
-    KEYS, LORA_FILE, UserError, in_parallel, load_config, normalize_keys, parse_json, read_json,
-    write_file,
+    KEYS, LORA_FILE, UserError, load_config, normalize_keys, parse_json, read_json, write_file,
 )  # fmt: skip
 from validate import read_metrics
 
@@ -554,7 +553,7 @@ def data_tab(workspace, form):
         parameter `progress`, Gradio shows the progress bars of prepare_data.py on the page."""
         summary, preview_file, report_text, images = check_data(workspace, other_settings, texts)
         visibility = gr.update(visible=bool(images))
-        items = list(in_parallel(gallery_item, images))
+        items = list(prepare_data.in_parallel(gallery_item, images))
         return summary, visibility, preview_file, report_text, images, items, None, "", ""
 
     outputs = [message, results, preview, report, *editor]

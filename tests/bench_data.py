@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import cache_latents
 import prepare_data
-from longcat_common import buckets, in_parallel, load_config
+from longcat_common import buckets, load_config
 
 MODEL = str(ROOT / "tests/tiny_longcat/model")
 
@@ -82,7 +82,7 @@ def full_decode(path, sizes):
 def both_stages(config):
     """Both stages' work on the images, up to the bytes that the device gets (it makes them
     float)."""
-    for _ in in_parallel(cache_latents.load_pixels, prepare_data.main(config)):
+    for _ in prepare_data.in_parallel(cache_latents.load_pixels, prepare_data.main(config)):
         pass
 
 

@@ -109,21 +109,6 @@ def test_resumed_from_any_step_it_ends_with_the_same_bytes(reference_run, capsys
         config.validation_step_interval = 0
 
 
-def test_a_run_that_began_on_the_embeddings_of_an_earlier_version_is_told_so_once(
-    reference_run, capsys
-):
-    config, line = reference_run, "was trained on the prompt embeddings of an earlier version"
-    config.validation_prompts, config.validation_step_interval = [], 0
-    state = state_of(config, 3)
-    del state["embeddings_format"]  # as it was then
-    (checkpoint(config, 3) / "state.json").write_text(json.dumps(state))
-    for config.max_train_steps, times in ((4, 1), (5, 0)):
-        train_lora.main(config)
-        printed = capsys.readouterr().out
-        assert printed.count(line) == printed.count(f"{checkpoint(config, 3)}: {line}") == times
-        assert f"resumed from {checkpoint(config, config.max_train_steps - 1)}" in printed
-
-
 KILLED = """
 import os, signal, sys, train_lora
 from longcat_common import run_stage
