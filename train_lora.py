@@ -8,8 +8,8 @@ Runs the two earlier stages first; they do only what is missing. Started again w
 config, it resumes from the newest checkpoint. Every random draw follows from (seed, purpose, batch
 or epoch, sample), so on the CPU a resumed run produces the same bytes as an uninterrupted one.
 
-The file is in reading order: data and batches, the LoRA and its optimizer, one training step, the loop,
-main. After that comes what surrounds training: checkpoints, metrics and previews, signals and
+The file is in reading order: data and batches, the LoRA and its optimizer, one training step, the
+loop, main. After that comes what surrounds training: checkpoints, metrics and previews, signals and
 locks, the benchmark.
 """
 
@@ -151,7 +151,8 @@ def read_data(config, state):
 
 def hold_out(config, images):
     """The content hashes of the held-out images: the share `validation_split` of every source, at
-    least one of each that has two, MAX_HELD_OUT in all. None if they would never be scored."""
+    least one of each that has two, MAX_HELD_OUT in all, or one of each source if these are more.
+    None if they would never be scored."""
     if not config.validation_split or not config.validation_step_interval:
         return []
     hashes = collections.defaultdict(set)
@@ -258,8 +259,8 @@ def step_batches(config, data, images_seen):
     """Yields, step after step, (this process's batches, images seen by then, the epoch).
 
     A step takes the next `gradient_accumulation_steps` * WORLD_SIZE batches of the run. Of these,
-    process r, counted from 0, takes those at positions r, r + WORLD_SIZE and so on. `images_seen`: how many images the run has
-    trained on before, all processes together.
+    process r, counted from 0, takes those at positions r, r + WORLD_SIZE and so on. `images_seen`:
+    how many images the run has trained on before, all processes together.
     """
     per_step = config.gradient_accumulation_steps * WORLD_SIZE
     upcoming = run_batches(config, data, images_seen)
@@ -1245,8 +1246,8 @@ diffusers: `pipe.transformer.load_lora_adapter("{LORA_FILE}")`, then
 def stop_signals():
     """Within it, a signal to stop is noted in `.numbers`; a second one, or the first while
     `.at_once` is true, raises KeyboardInterrupt. `.wanted()`, which all processes call together:
-    whether any of them has received one. A signal that was ignored before (nohup) stays ignored. In a
-    thread, which gets no signals, it does nothing."""
+    whether any of them has received one. A signal that was ignored before (nohup) stays ignored. In
+    a thread, which gets no signals, it does nothing."""
     stop = SimpleNamespace(numbers=[], at_once=False, since=-math.inf)
 
     def wanted():
