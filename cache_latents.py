@@ -10,12 +10,10 @@ interrupted run continues where it was.
 
 import hashlib
 import itertools
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -106,18 +104,6 @@ def is_complete(path):
 # ---------------------------------------------------------------- images
 
 
-def load_pixels(record):
-    """An image as uint8 [3, height, width], cropped to its bucket. Raises UserError if it is not
-    the one in the manifest."""
-    try:
-        if record.stamp != prepare_data.file_stamp(os.stat(record.path)):
-            raise ValueError("it has changed since prepare_data.py read it; start again")
-        image = prepare_data.load_image(record.path, record.bucket)
-    except Exception as error:
-        raise UserError(f"{record.path}: cannot be used ({error}); fix or remove it") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def is_tiled(width, height):
     """Whether images of this size are encoded in tiles."""
     return width * height > LARGEST_WHOLE
@@ -149,11 +135,18 @@ def encode_image(vae, pixels):
 def cache_images(config, images, device):
     """Encodes `images`, {file: ImageRecord}; each file then holds the image's `mean` and `std`."""
     vae = load_vae(config, device)
-    decoded = prepare_data.in_parallel(load_pixels, images.values())  # ahead of the VAE
+    decoded = prepare_data.in_parallel(
+        prepare_data.load_pixels, images.values()
+    )  # ahead of the VAE
     bar = tqdm(total=len(images), desc="latents", unit="image", disable=RANK > 0)
     with bar:
         for path, pixels in zip(images, decoded):
             mean, std = encode_image(vae, pixels)
+            if not (mean + std).isfinite().all():
+                raise UserError(
+                    f"{images[path].path}: its latents are not finite; remove the image, or check "
+                    "the VAE's files"
+                )
             write_tensors(path, {"mean": mean, "std": std})
             bar.update()
 
@@ -272,6 +265,11 @@ def write_prompts(config, files, batches, device):
         for group in groups:
             embeddings = encode_prompts(text_encoder, tokenizer, group)
             for prompt, prompt_embeds in zip(itertools.chain(*group), embeddings):
+                if not prompt_embeds.isfinite().all():
+                    raise UserError(
+                        f"{prompt[:60]!r}: its embeddings are not finite; check the text encoder's "
+                        'files, or set mixed_precision to "no"'
+                    )
                 if not files[prompt].exists():
                     write_tensors(files[prompt], {"prompt_embeds": prompt_embeds})
                 bar.update()

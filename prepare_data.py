@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 from pydantic import TypeAdapter
 from tqdm import tqdm
@@ -549,6 +550,18 @@ def load_image(path, bucket):
     if orientation > 1:
         image = image.transpose(TURNS[orientation])
     return image.convert("RGB")
+
+
+def load_pixels(record):
+    """An image as uint8 [3, height, width], cropped to its bucket. Raises UserError if it is not
+    the one in the manifest."""
+    try:
+        if record.stamp != file_stamp(os.stat(record.path)):
+            raise ValueError("it has changed since prepare_data.py read it; start again")
+        image = load_image(record.path, record.bucket)
+    except Exception as error:
+        raise UserError(f"{record.path}: cannot be used ({error}); fix or remove it") from None
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- report

@@ -223,7 +223,7 @@ def bench_pictures(folder, count, rounds):
     def plain(i):
         vae = load_vae(config, device)
         for n, picture in enumerate(found):
-            mean, std = cache_latents.encode_image(vae, cache_latents.load_pixels(picture))
+            mean, std = cache_latents.encode_image(vae, prepare_data.load_pixels(picture))
             write_tensors(folder / f"plain/{n}.safetensors", {"mean": mean, "std": std})
 
     times = median_of({"ours": ours, "one by one": plain}, rounds)

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import cache_latents
 import prepare_data
 from longcat_common import buckets, load_config
 
@@ -82,7 +81,7 @@ def full_decode(path, sizes):
 def both_stages(config):
     """Both stages' work on the images, up to the bytes that the device gets (it makes them
     float)."""
-    for _ in prepare_data.in_parallel(cache_latents.load_pixels, prepare_data.main(config)):
+    for _ in prepare_data.in_parallel(prepare_data.load_pixels, prepare_data.main(config)):
         pass
 
 

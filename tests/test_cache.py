@@ -228,6 +228,27 @@ def test_streamed_layers_give_the_whole_encoders_embeddings_with_two_in_memory(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_not_finite_is_named_and_not_cached(tiny_config, few_images, tmp_path):
+    config = tiny_config(data_dir=str(few_images), validation_prompts=[])
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config.pretrained_model_name_or_path = str(model)
+    for folder, name, problem in (
+        ("vae/diffusion_pytorch_model", "encoder.conv_in.bias", "zumi-.*: its latents are not"),
+        ("text_encoder/model", "model.norm.weight", "'.*': its embeddings are not finite"),
+    ):
+        path = model / f"{folder}.safetensors"
+        tensors = load_file(path)
+        name = next(other for other in tensors if other.endswith(name.removeprefix("model.")))
+        save_file(
+            {**tensors, name: torch.full_like(tensors[name], torch.nan)}, path, {"format": "pt"}
+        )
+        with pytest.raises(UserError, match=problem):
+            cache_latents.main(config)
+        save_file(tensors, path, {"format": "pt"})
+    assert not list(Path(config.cache_dir, "embeddings").rglob("*.safetensors"))
+    cache_latents.main(config)
+
+
 def test_batches_are_cut_from_all_prompts_by_length_whatever_is_cached_and_however_many_processes(
     tiny_config, monkeypatch
 ):
