@@ -93,11 +93,12 @@ def prompt_file(config, prompt, device):
 def is_complete(path):
     """Whether a file of the cache exists and, by its header, is complete. Names and removes a
     corrupt one."""
+    if not path.exists():  # asked first: another run may be about to finish the file
+        return False
     if is_readable(path):
         return True
-    if path.exists():
-        tqdm.write(f"{path}: is corrupt and will be made again")
-        path.unlink(missing_ok=True)
+    tqdm.write(f"{path}: is corrupt and will be made again")
+    path.unlink(missing_ok=True)
     return False
 
 
@@ -135,9 +136,8 @@ def encode_image(vae, pixels):
 def cache_images(config, images, device):
     """Encodes `images`, {file: ImageRecord}; each file then holds the image's `mean` and `std`."""
     vae = load_vae(config, device)
-    decoded = prepare_data.in_parallel(
-        prepare_data.load_pixels, images.values()
-    )  # ahead of the VAE
+    # Images are decoded ahead of the VAE.
+    decoded = prepare_data.in_parallel(prepare_data.load_pixels, images.values())
     bar = tqdm(total=len(images), desc="latents", unit="image", disable=RANK > 0)
     with bar:
         for path, pixels in zip(images, decoded):
@@ -181,8 +181,11 @@ def pad_prompt_embeds(rows):
 
 def read_prompt_embeds(path):
     """A prompt's embeddings [512, hidden], from its file. Raises UserError if the file is missing
-    or corrupt."""
-    return pad_prompt_embeds(read_tensors(path)["prompt_embeds"])
+    or corrupt, or holds NaN or infinity."""
+    rows = read_tensors(path)["prompt_embeds"]
+    if not rows.isfinite().all():
+        raise UserError(f"{path}: holds values that are not finite; delete it to encode it again")
+    return pad_prompt_embeds(rows)
 
 
 class PromptBatch(NamedTuple):

@@ -405,11 +405,9 @@ def load_config(path=None, /, **overrides):
     values |= normalize_keys(overrides)
 
     # What is not set has its default.
+    values = {key: value for key, value in values.items() if value is not None or key not in KEYS}
     for key, other in DECIDED_BY.items():
         if values.get(key) == 0 and values.get(other, KEYS[other].default):
-            values[key] = None
-    for key in KEYS:
-        if values.get(key, 0) is None:
             del values[key]
 
     ignored = sorted(values.keys() & IGNORED)

@@ -129,7 +129,10 @@ def read_manifest(path):
     """The ImageRecords of a manifest. Raises OSError, UserError if it was written by another
     version, or another ValueError if it is corrupt."""
     header, *lines = Path(path).read_bytes().splitlines() or [b""]
-    check_format(path, json.loads(header), MANIFEST_FORMAT, "set data_dir to make it again")
+    values = json.loads(header)
+    if not isinstance(values, dict):
+        raise ValueError("the first line is not an object")
+    check_format(path, values, MANIFEST_FORMAT, "set data_dir to make it again")
     parse_record = TypeAdapter(ImageRecord).validate_json
     return [parse_record(line) for line in lines]
 

@@ -152,7 +152,7 @@ def read_data(config, state):
 def hold_out(config, images):
     """The content hashes of the held-out images: the share `validation_split` of every source, at
     least one of each that has two, MAX_HELD_OUT in all, or one of each source if these are more.
-    None if they would never be scored."""
+    An empty list if they would never be scored."""
     if not config.validation_split or not config.validation_step_interval:
         return []
     hashes = collections.defaultdict(set)
@@ -305,9 +305,7 @@ def load_sample(config, name, record, prompt_files, epoch, number, vae):
         generator = seeded_generator(config.seed, purpose, epoch, name)
         return torch.rand((), generator=generator).item()
 
-    file = latents_file(config, record, vae)
-    posterior = read_tensors(file)
-    raise_if_not_finite(file, posterior["mean"] + posterior["std"], record.path)
+    posterior = read_latents(config, record, vae)
     shape = posterior["mean"].shape
     latents = posterior["mean"] + posterior["std"] * draw_normal("posterior", shape)
     noise = draw_normal("noise", shape)
@@ -318,17 +316,20 @@ def load_sample(config, name, record, prompt_files, epoch, number, vae):
     if draw_uniform("caption_dropout") < config.caption_dropout_probability:
         caption = ""
     prompt_embeds = read_prompt_embeds(prompt_files[caption])
-    raise_if_not_finite(prompt_files[caption], prompt_embeds, record.path)
     return latents, noise, normal, prompt_embeds, torch.tensor(record.loss_weight)
 
 
-def raise_if_not_finite(file, tensor, image_path):
-    """Raises UserError if a file of the cache holds NaN or infinity."""
-    if not tensor.isfinite().all():
+def read_latents(config, record, vae):
+    """The posterior of an image's latents, {"mean", "std"}, each [16, H, W]. Raises UserError if
+    its file is missing or corrupt, or holds NaN or infinity."""
+    path = latents_file(config, record, vae)
+    posterior = read_tensors(path)
+    if not (posterior["mean"] + posterior["std"]).isfinite().all():
         raise UserError(
-            f"{file}: holds values that are not finite, for {image_path}; delete it, and it is "
-            "encoded again"
+            f"{path}: holds values that are not finite, for {record.path}; delete it to encode "
+            "the image again"
         )
+    return posterior
 
 
 # ---------------------------------------------------------------- the LoRA and its optimizer
@@ -494,9 +495,8 @@ def train_step(config, run, batches):
     """One optimizer step over this process's batches.
 
     Returns the mean loss of the images, the gradient norm before clipping, and whether the step was
-    sound. A step with
-    a loss or gradients that are not finite changes nothing. It still counts as sound if only fp16's
-    loss scale was too large, which the scaler then lowers.
+    sound. A step with a loss or gradients that are not finite changes nothing. It still counts as
+    sound if only fp16's loss scale was too large, which the scaler then lowers.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.lr_factor(run.step)
@@ -537,7 +537,7 @@ def train_step(config, run, batches):
     run.weights_in_flux = False
     run.optimizer.zero_grad(set_to_none=True)
 
-    scale_was_too_large = run.scaler.is_enabled() and loss_scale > 1 and math.isfinite(loss)
+    scale_was_too_large = loss_scale > 1 and math.isfinite(loss)  # it is 1 but for fp16
     return loss, grad_norm, is_sound or scale_was_too_large
 
 
@@ -624,7 +624,7 @@ def count_bad_steps(run, batches, loss, grad_norm, is_sound):
     run.skipped_steps += 1
     paths = itertools.chain.from_iterable(batch.paths for batch in batches)
     what = f"loss {loss}, gradient norm {grad_norm}: step skipped"
-    log(f"step {run.step}: {what}; its images: {', '.join(paths)}")
+    tqdm.write(f"step {run.step}: {what}; its images: {', '.join(paths)}")  # of every process
 
 
 def raise_if_diverged(run):
@@ -674,6 +674,7 @@ def main(config):
         run = set_up(set_up_config, transformer, load_scheduler(config), device, steps)
         if checkpoint:
             load_checkpoint(checkpoint, state, run)
+            run.images_seen = count_images_seen(state, data)
             restore_lora(config, checkpoint, state, run)
             epoch = run.images_seen // data.images_per_epoch
             log(f"resumed from {checkpoint}, in epoch {epoch}, of {data.images_per_epoch} images")
@@ -689,9 +690,18 @@ def main(config):
     return output / LORA_FILE
 
 
+def count_images_seen(state, data):
+    """The images that the run has trained on, from a checkpoint's state. With other data than then
+    it is converted, so that the run stays where it was, in epochs."""
+    if not state:
+        return 0
+    return round(state["images_seen"] * data.images_per_epoch / state["images_per_epoch"])
+
+
 def count_steps(config, data, state):
     """The number of steps of the whole run, from max_train_steps or num_train_epochs."""
-    step, images_seen = (state["step"], state["images_seen"]) if state else (0, 0)
+    step = state["step"] if state else 0
+    images_seen = count_images_seen(state, data)
     epoch, position = divmod(images_seen, data.images_per_epoch)
     batches = epoch_batches(data.images, config.train_batch_size, config.seed, epoch)
     batches_per_step = config.gradient_accumulation_steps * WORLD_SIZE
@@ -800,7 +810,8 @@ def restore_lora(config, folder, state, run):
 
 def is_own_checkpoint(config, folder):
     """Whether a checkpoint is in this run's output_dir."""
-    return folder.resolve().parent == (Path(config.output_dir) / "checkpoints").resolve()
+    # The user may have moved it to another disk and linked it.
+    return folder.parent.resolve() == (Path(config.output_dir) / "checkpoints").resolve()
 
 
 def fixed_settings(config, transformer=None):
@@ -855,6 +866,7 @@ def write_state(config, run, data, folder):
         "format": CHECKPOINT_FORMAT,
         "step": run.step,
         "images_seen": run.images_seen,
+        "images_per_epoch": data.images_per_epoch,
         "held_out": data.held_out_hashes,
         "scaler": run.scaler.state_dict(),
         "optimizer": changed,
@@ -957,6 +969,8 @@ def find_checkpoint(config):
         state = read_state(folder)
         if state:
             complete[folder] = state
+        else:
+            log(f"{folder}: has no state.json and state.safetensors to resume from; skipped")
     folder, state = choose_checkpoint(config, complete)
     for other in complete:
         if not state or checkpoint_step(other) > state["step"]:
@@ -974,10 +988,10 @@ def choose_checkpoint(config, complete):
     """The checkpoint that `resume_from_checkpoint` names, as find_checkpoint returns it.
     `complete`: {folder: its state.json}."""
     wanted = config.resume_from_checkpoint
-    if wanted == "none" or (wanted == "latest" and not complete):
-        return None, None
-    if wanted == "latest":
+    if wanted == "latest" and complete:
         return list(complete.items())[-1]
+    if wanted in ("latest", "none"):
+        return None, None
 
     # The path of a folder, or its name in this run.
     checkpoints = Path(config.output_dir) / "checkpoints"
@@ -1038,7 +1052,6 @@ def load_checkpoint(folder, state, run):
         run.scaler.load_state_dict(state["scaler"])
 
     run.step = run.saved_step = state["step"]
-    run.images_seen = state["images_seen"]
 
 
 # ---------------------------------------------------------------- metrics
@@ -1153,7 +1166,7 @@ def score_images(config, run, data, stop):
         for record in images:
             if stop.wanted():
                 return None
-            latents = read_tensors(latents_file(config, record, data.vae))["mean"][None]
+            latents = read_latents(config, record, data.vae)["mean"][None]
             prompt_embeds = read_prompt_embeds(data.prompt_files[record.captions[0]])[None]
             token_count = latents[0, 0].numel() // 4
             for normal in SCORED_NORMALS:

@@ -612,6 +612,34 @@ def test_epochs_are_counted_in_images_whatever_the_batch_size_was(
     assert len(seen) == len(data.images) and min(seen.values()) >= 4 - (first != 1)
 
 
+def test_with_other_data_the_run_stays_where_it_was_in_epochs(
+    quick_config, few_images, tmp_path, cheap_loss, capsys
+):
+    sources = [{"path": str(few_images), "repeats": 4}]
+    config = quick_config(data_dir=sources, num_train_epochs=4, resolution="128x128")
+    data = train_lora.read_data(config, None)
+    config.num_train_epochs, config.max_train_steps = 0, 2 * data.images_per_epoch
+    train_lora.main(config)
+    capsys.readouterr()
+    config = quick_config(data_dir=str(few_images), num_train_epochs=4, resolution="128x128")
+    train_lora.main(config)
+    printed = capsys.readouterr().out
+    assert f"in epoch 2, of {len(data.images)} images" in printed
+    assert "each seen 4.0 times its repeats" in printed and "nothing to train" not in printed
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_still_this_runs(
+    quick_config, tmp_path, cheap_loss
+):
+    config = quick_config(max_train_steps=2)
+    train_lora.main(config)
+    moved = checkpoint(config, 2).rename(tmp_path / "moved")
+    checkpoint(config, 2).symlink_to(moved)
+    config.max_train_steps = 3
+    assert train_lora.main(config).exists()
+    assert [line["step"] for line in metrics(config)] == [2, 3], "its metrics are not moved aside"
+
+
 def test_values_that_are_not_finite_in_the_cache_name_their_image_and_file(
     quick_config, tmp_path, cheap_loss
 ):
@@ -622,6 +650,9 @@ def test_values_that_are_not_finite_in_the_cache_name_their_image_and_file(
     tensors["mean"][0, 0, 0] = math.nan
     save_file(tensors, path)
     refused(config, f"{path.name}: holds values that are not finite, for {images[2].path}; delete")
+    config.validation_split, config.validation_step_interval = 0.9, 1
+    config.output_dir += "-2"
+    refused(config, f"{path.name}: holds values that are not finite")  # when it is scored, too
     path.unlink()
     assert train_lora.main(config).exists()
 
@@ -680,7 +711,7 @@ def test_changed_data_count_from_the_next_step_on_and_held_out_stays_held_out(
     config.train_batch_size, config.max_train_steps = 2, 8
     train_lora.main(config)
     now = cache_latents.main(config)[0]
-    assert 2 <= min(seen) <= 3, "it resumes at the third image"
+    assert 1 <= min(seen) <= 2, "it resumes in the middle of the epoch, which is shorter now"
     epoch = []
     for number, samples in seen.items():
         if len(now) <= number < 2 * len(now):
