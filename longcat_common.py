@@ -1075,9 +1075,8 @@ def load_transformer(config, device):
             transformer = LongCatImageTransformer2DModel.from_config(
                 LongCatImageTransformer2DModel.load_config(folder)
             )
-        check_names(folder, files, transformer.state_dict().keys())
-        read = functools.partial(read_weights, files)
-        return fill_transformer(transformer, read, config, device)
+    check_names(folder, files, transformer.state_dict().keys())
+    return fill_transformer(transformer, functools.partial(read_weights, files), config, device)
 
 
 def fill_transformer(transformer, read, config, device):
@@ -1104,7 +1103,8 @@ def fill_transformer(transformer, read, config, device):
     # not quantized.
     for block, names in tqdm(parts, desc="transformer", unit="part", leave=False, disable=RANK > 0):
         weights = {name: tensor.to(device, dtype) for name, tensor in read(names).items()}
-        transformer.load_state_dict(weights, strict=False, assign=True)
+        with named_if_corrupt(f"{base_model_name(config)}: the transformer"):
+            transformer.load_state_dict(weights, strict=False, assign=True)
         if block:
             module = quantize(transformer.get_submodule(block), config.base_model_precision)
             if is_offloaded[block]:

@@ -494,7 +494,7 @@ def thumbnail(path):
 
 def set_up_tab(workspace, start_config):
     """The settings. Returns the components of the form in the order of config_to_form."""
-    config_files = {path.name: path for path in sorted((HERE / "configs").glob("*.json"))}
+    config_files = {path.name: path for path in sorted((HERE / "configs").glob("[!.]*.json"))}
     other_settings, *texts = config_to_form(load_config(config_files[start_config]))
 
     def all_configs():
@@ -770,7 +770,7 @@ def show_grid(grid):
     """The update of the gallery: the grid, then the single images beside it."""
     images = []
     if grid:
-        images = sorted(Path(grid).parent.glob("*.png"), key=lambda path: path != Path(grid))
+        images = sorted(Path(grid).parent.glob("[!.]*.png"), key=lambda path: path != Path(grid))
     items = [(path, path.stem) for path in images]
     return gr.update(value=items, selected_index=0 if images else None)
 

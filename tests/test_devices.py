@@ -369,6 +369,23 @@ def test_a_left_over_rank_of_one_process_is_ignored(quick_config, tmp_path):
     assert checkpoints(config) == ["step-000001"]
 
 
+def test_a_wrong_shape_is_the_files_fault_and_a_bug_while_loading_is_not(
+    tiny_config, tmp_path, monkeypatch
+):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = tiny_config(pretrained_model_name_or_path=str(model))
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"proj_out.bias": torch.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(longcat_common.UserError, match="model: the transformer: .*proj_out.bias"):
+        load_transformer(config, "cpu")
+
+    save_file(tensors, path, {"format": "pt"})
+    monkeypatch.setattr(longcat_common, "quantize", lambda module, precision: {}["typo"])
+    with pytest.raises(KeyError, match="typo"):
+        load_transformer(config, "cpu")
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_accumulation(quick_config, tmp_path):
     settings = dict(
