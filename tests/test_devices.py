@@ -409,8 +409,9 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(quick_config, 
     for step in checkpoints(one):
         expected = load_file(Path(one.output_dir, "checkpoints", step, NAMES[1]))
         tensors = load_file(Path(two.output_dir, "checkpoints", step, NAMES[1]))
-        for name in expected:
-            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-4, atol=1e-5)
+        for name, tensor in expected.items():
+            # By norms: AdamW makes much of a difference where a gradient is almost zero.
+            assert (tensors[name] - tensor).norm() <= 5e-5 * tensor.norm(), (step, name)
     for name in ("loss", "grad_norm", "held_out_loss", "trained_loss"):
         expected = [line[name] for line in metrics(one) if name in line]
         values = [line[name] for line in metrics(two) if name in line]
